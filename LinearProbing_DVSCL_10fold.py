@@ -1,0 +1,68 @@
+"""Stage 2 of DVSCL: linear heads on a frozen encoder, every fold of subjects in one pass.
+
+  python LinearProbing_DVSCL_10fold.py --dataset casme3 --data_folder D --save_path results \\
+      --tb_path tb --model_path runs/RUN/last.pth --model alexnet --learning_rate 0.1 --layer 5
+
+Each image is encoded once per augmented view; the heads of all folds are then trained together
+for a fixed number of epochs, and each clip is predicted by the head that never saw its subject.
+Writes results.json, predictions.csv and confusion.png. Expect about a minute for the 943 clips of
+CAS(ME)^3 on two CPU cores.
+"""
+import dataset
+import probing
+import util
+
+
+def parse_option(argv):
+    parser = util.ArgumentParser(description=__doc__)
+    data, _ = probing.add_head_options(parser, "probe")
+    data.add_argument("--protocol", choices=("10fold", "loso"), default="10fold",
+                      help="ten groups of whole subjects, or leave one subject out")
+    data.add_argument("--subject", nargs="+", metavar="NAME",
+                      help="only these held-out subjects; those finished before are merged into "
+                           "the result [all]")
+    method = parser.add_argument_group("method")
+    method.add_argument("--n_views_train", type=util.number(int, 1, len(probing.VIEWS)), default=2,
+                        help="augmented views of a training image: 1 plain, 2 and mirrored, up "
+                             f"to {len(probing.VIEWS)}: and the four corner crops")
+    util.add_optimisation_options(parser, 256, 0.1, [10, 20, 30, 40, 50, 60, 70], 0.2, 80,
+                                  "initial learning rate; 30 to 50 for layer 6 of a ResNet")
+    util.add_running_options(parser)
+    util.add_output_options(parser, "--save_path", "folder for the runs' results", 20)
+    opt = parser.parse_args(argv)
+    probing.check_layer(parser, opt)
+    if opt.protocol == "10fold" and "{subject}" in opt.model_path:
+        parser.error("argument --model_path: {subject} goes with --protocol loso, {fold} with both")
+    return opt
+
+
+def set_loader(opt):
+    """(clips, images, digest, fold names `[F]`, fold of each clip `[N]`)"""
+    clips, images, digest = probing.read_labelled(opt)
+    split = dataset.subject_folds if opt.protocol == "loso" else dataset.ten_folds
+    names, fold_of = split(clips)
+    if len(names) < 2:
+        raise util.BadInput(f"{clips.folder}: one subject; held-out evaluation takes two")
+    print(f"{len(clips)} clips, {len(clips.people)} subjects, {len(names)} folds")
+    return clips, images, digest, names, fold_of
+
+
+@util.command_line
+def main(argv=None):
+    opt = parse_option(argv)
+    clips, images, digest, names, fold_of = set_loader(opt)
+    held = probing.HeldOut("probe", opt, argv, __file__, clips, digest,
+                           [opt.protocol, opt.encoder], together=True)
+    device = util.pick_device(opt.device)
+    for group in held.groups:
+        path, people, _ = group
+        _, probabilities = probing.train_frozen(opt, held, group, images, names, fold_of, device,
+                                                views=opt.n_views_train)
+        for person in people:
+            members = clips.members([person])
+            held.keep(path, person, members, probabilities[members])
+    held.finish(dataset.blank(images, clips.encoding), protocol=opt.protocol)
+
+
+if __name__ == "__main__":
+    main()

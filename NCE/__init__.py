@@ -1,0 +1,1 @@
+"""Memory banks and losses of contrastive multiview coding."""

@@ -1,0 +1,139 @@
+"""One save and one load for all scripts: plain types and tensors only, never code."""
+import argparse
+import contextlib
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import torch
+
+from util import BadInput
+
+# Where a run's files lie and how it is watched may change when it is resumed.
+FREE_TO_CHANGE = {"data_folder", "list_folder", "model_path", "save_path", "tb_path", "cache",
+                  "pairs", "num_workers", "device", "print_freq", "save_freq", "resume", "subject"}
+
+
+def save(path, state):
+    """Writes `state` under a temporary name, flushes it to the disk and renames it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_epoch(folder, state):
+    """Saves `state` as `last.pth` and, sharing its bytes where the disk can, under its epoch."""
+    last, kept = Path(folder) / "last.pth", Path(folder) / f"ckpt_epoch_{state['epoch']}.pth"
+    save(last, state)
+    kept.unlink(missing_ok=True)
+    try:
+        os.link(last, kept)
+    except OSError:
+        shutil.copyfile(last, kept)
+
+
+def load(path):
+    """The state in `path`, on the CPU; `opt` as a dict, `model` keys without wrapper prefixes.
+
+    Reads with weights_only: a file that carries code, or any class but the option namespace of
+    old checkpoints, is refused. Raises BadInput.
+    """
+    if not Path(path).is_file():
+        raise BadInput(f"{path}: no such checkpoint")
+    # old checkpoints pickle the option namespace; it is data, and nothing else is let in
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            reason = str(error)
+            if "Unsupported global" in reason or "GLOBAL" in reason:
+                reason = "it carries code or classes, which are never run"
+            raise BadInput(f"{path}: refused as a checkpoint ({reason.splitlines()[0]}); save "
+                           f"plain types and tensors only") from None
+        except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError,
+                AttributeError) as error:
+            raise BadInput(f"{path}: not a checkpoint, or truncated "
+                           f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+                           ) from None
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        raise BadInput(f"{path}: not a checkpoint of this method: it holds no 'model'")
+    opt = state.get("opt", {})
+    state["opt"] = vars(opt) if isinstance(opt, argparse.Namespace) else dict(opt)
+    state["model"] = {_plain(name): value for name, value in state["model"].items()}
+    return state
+
+
+def _plain(name):
+    """A parameter's name without the prefixes that wrappers leave."""
+    while name.startswith(("encoder.", "module.")) or ".module." in name:
+        name = name.removeprefix("encoder.").removeprefix("module.").replace(".module.", ".")
+    return name
+
+
+def load_model(model, state, path, name):
+    """Loads `state['model']` into `model` called `name`; raises BadInput on any difference."""
+    ours, theirs = model.state_dict(), state["model"]
+    wrong = sorted(k for k in ours.keys() & theirs.keys() if ours[k].shape != theirs[k].shape)
+    missing, extra = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
+    if missing or extra or wrong:
+        held = state["opt"].get("model")
+        first = (missing or extra or wrong)[0]
+        raise BadInput(f"{path}: not a checkpoint of {name}"
+                       + (f" but of {held}" if held and held != name else "")
+                       + f" ({len(missing)} tensors missing, {len(extra)} unknown, {len(wrong)} of "
+                         f"another shape, {first} the first); give the --model it was trained with")
+    model.load_state_dict(theirs)
+
+
+def find_resume(opt, folder):
+    """The checkpoint --resume means, or None for a fresh start; raises BadInput.
+
+    A run folder that exists is never written over: it takes --resume to enter it.
+    """
+    folder = Path(folder)
+    if opt.resume in (None, "auto"):
+        last = folder / "last.pth"
+        if opt.resume is None and folder.exists() and any(folder.iterdir()):
+            raise BadInput(f"{folder}: exists; go on with --resume auto, give another --tag, or "
+                           f"remove it")
+        return last if opt.resume and last.exists() else None
+    if not Path(opt.resume).is_file():
+        raise BadInput(f"--resume {opt.resume}: no such checkpoint")
+    return Path(opt.resume)
+
+
+def check_resumable(path, old, opt, grow=False, **identity):
+    """Raises BadInput unless `opt` and the data agree with those of the run in `path`.
+
+    old: the loaded state, or the log's header; grow: epochs may grow; identity: what must be
+    equal besides the options, such as data_digest.
+    """
+    new, free = vars(opt), FREE_TO_CHANGE | ({"epochs"} if grow else set())
+    differing = [f"--{k} {old['opt'][k]} there, {new[k]} here" for k in sorted(new)
+                 if k in old["opt"] and old["opt"][k] != new[k] and k not in free]
+    if grow and old["opt"].get("epochs", 0) > new["epochs"]:
+        differing.append(f"--epochs {old['opt']['epochs']} there, {new['epochs']} here: it may "
+                         f"only grow")
+    differing += [f"{k.replace('_', ' ')} differs" for k, v in identity.items() if old.get(k) != v]
+    if differing:
+        raise BadInput(f"{path}: cannot be resumed with other options or data: "
+                       + "; ".join(differing))
+
+
+@contextlib.contextmanager
+def frozen(module):
+    """Checks that the weights of `module` leave the block as they entered it."""
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    yield
+    moved = [name for name, value in module.state_dict().items()
+             if not torch.equal(before[name], value)]
+    assert not moved, f"frozen weights moved: {moved[:3]}"

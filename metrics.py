@@ -1,0 +1,233 @@
+"""UF1, UAR and accuracy as MEGC2019 defines them, their intervals, and the result files.
+
+See et al., "MEGC 2019 - The Second Facial Micro-Expressions Grand Challenge", FG 2019, sec. II.C:
+true and false positives are pooled over all folds, then F1 and recall per class are averaged
+without weights over all C classes.
+"""
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+
+import checkpoint
+from dataset import DATABASES
+from util import BadInput, read_log, write_json, write_text
+
+DRAWS = 10_000  # of the bootstrap, and of the random baseline
+COLUMNS = ("database", "subject", "key", "label", "prediction")
+
+
+def confusion_matrix(labels, predictions, n_label):
+    """int64 `[C, C]`: rows the true class, columns the predicted one."""
+    cells = np.asarray(labels) * n_label + np.asarray(predictions)
+    return np.bincount(cells, minlength=n_label ** 2).reshape(n_label, n_label)
+
+
+def scores(confusion):
+    """Confusion matrices `[..., C, C]` → (F1 per class, recall per class, accuracy), `[..., C]`,
+    `[..., C]`, `[...]`. A class without support or prediction scores 0."""
+    confusion = np.asarray(confusion, dtype=np.float64)
+    hits = np.diagonal(confusion, axis1=-2, axis2=-1)
+    support, predicted = confusion.sum(-1), confusion.sum(-2)
+    f1 = 2 * hits / np.maximum(support + predicted, 1e-12)
+    recall = hits / np.maximum(support, 1e-12)
+    return f1, recall, hits.sum(-1) / np.maximum(support.sum(-1), 1e-12)
+
+
+def evaluate(labels, predictions, n_label):
+    """MEGC2019's measures of pooled predictions.
+
+    labels, predictions: integers in 0..n_label-1, `[N]`. Returns a dict with `uf1`, `uar`,
+    `accuracy`, `per_class_f1`, `per_class_recall` and `confusion` (rows the true class). Raises
+    ValueError for ids outside, or differing or zero lengths.
+    """
+    labels, predictions = np.asarray(labels), np.asarray(predictions)
+    if labels.shape != predictions.shape or labels.ndim != 1 or not len(labels):
+        raise ValueError(f"{labels.shape} labels, {predictions.shape} predictions: two equally "
+                         f"long lists are needed, not empty")
+    for name, ids in (("labels", labels), ("predictions", predictions)):
+        if not np.issubdtype(ids.dtype, np.integer) or ids.min() < 0 or ids.max() >= n_label:
+            raise ValueError(f"{name} must be integers in 0..{n_label - 1}")
+    confusion = confusion_matrix(labels, predictions, n_label)
+    f1, recall, accuracy = scores(confusion)
+    return {"uf1": float(f1.mean()), "uar": float(recall.mean()), "accuracy": float(accuracy),
+            "per_class_f1": f1.tolist(), "per_class_recall": recall.tolist(),
+            "confusion": confusion.tolist()}
+
+
+def intervals(labels, predictions, subjects, n_label, seed=0):
+    """95 % percentile intervals by resampling subjects, conditional on the trained models.
+
+    subjects: what each clip's subject is, `[N]`. Returns {uf1, uar, accuracy: [low, high]}.
+    """
+    names, member = np.unique(np.asarray(subjects), return_inverse=True, axis=0)
+    each = np.stack([confusion_matrix(labels[member == i], predictions[member == i], n_label)
+                     for i in range(len(names))]).reshape(len(names), -1)
+    rng = np.random.default_rng(seed)
+    times = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), DRAWS)  # [R, S]
+    f1, recall, accuracy = scores((times @ each).reshape(DRAWS, n_label, n_label))
+    return {name: np.percentile(draws, [2.5, 97.5]).tolist()
+            for name, draws in (("uf1", f1.mean(-1)), ("uar", recall.mean(-1)),
+                                ("accuracy", accuracy))}
+
+
+def baselines(labels, n_label, seed=0):
+    """What can be had without looking: the majority class, and the mean over draws of classes at
+    random in the data's own proportions. {majority, stratified_random: {uf1, uar, accuracy}}."""
+    counts = np.bincount(labels, minlength=n_label)
+    rng = np.random.default_rng(seed)
+    drawn = np.stack([rng.multinomial(c, counts / counts.sum(), DRAWS) for c in counts], 1)
+    found = {}
+    majority = np.zeros((1, n_label, n_label))
+    majority[0, :, counts.argmax()] = counts
+    for name, confusion in (("majority", majority), ("stratified_random", drawn)):
+        f1, recall, accuracy = scores(confusion)
+        found[name] = {"uf1": float(f1.mean()), "uar": float(recall.mean()),
+                       "accuracy": float(accuracy.mean())}
+    return found
+
+
+# ---------------------------------------------------------------- result files
+
+def open_results(folder, opt, about):
+    """Enters a run folder of held-out predictions; returns the names already finished.
+
+    about: the log's header with the digests of data and checkpoints. An existing folder takes
+    --resume, or --subject, which adds to it; and the options that made it. Raises BadInput.
+    """
+    old = read_log(folder)
+    if old:
+        if not opt.resume and not opt.subject:
+            raise BadInput(f"{folder}: exists; go on with --resume auto, give another --tag, or "
+                           f"remove it")
+        checkpoint.check_resumable(folder, old[0], opt, data_digest=about["data_digest"],
+                                   checkpoint_sha256=about["checkpoint_sha256"])
+    elif Path(folder).exists() and any(Path(folder).iterdir()):
+        raise BadInput(f"{folder}: exists, but holds no log.jsonl; remove it or give another --tag")
+    return {path.stem for path in (Path(folder) / "subjects").glob("*.json")}
+
+
+def write_subject(folder, name, rows, **about):
+    """Keeps one held-out subject's predictions: `<folder>/subjects/<name>.json`.
+
+    rows: dicts with COLUMNS and `probabilities`; about: `transductive`, and the `checkpoint` file
+    the encoder came from with its `sha256`.
+    """
+    path = Path(folder) / "subjects" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {**about, "rows": rows})
+
+
+def _read_subject(path):
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return kept, [{c: row[c] for c in (*COLUMNS, "probabilities")} for row in kept["rows"]]
+    except (ValueError, KeyError, TypeError):
+        raise BadInput(f"{path}: not a subject's predictions; remove it and run again") from None
+
+
+def _write_rows(path, rows):
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*COLUMNS, *(f"p_{i}" for i in range(len(rows[0]["probabilities"])))])
+    for row in rows:
+        writer.writerow([*(row[c] for c in COLUMNS), *(f"{p:.6f}" for p in row["probabilities"])])
+    write_text(path, text.getvalue())
+
+
+def rows_of(clips, members, probabilities):
+    """Prediction rows for the clips `members` (indices) from `probabilities` `[len, C]`."""
+    chosen = [clips.clips[i] for i in members]
+    return [{"database": DATABASES[c.database], "subject": c.subject, "key": c.key,
+             "label": c.label, "prediction": int(p.argmax()), "probabilities": p.tolist()}
+            for c, p in zip(chosen, np.asarray(probabilities))]
+
+
+def summarise(rows, n_label, blank_keys=()):
+    """Every figure of results.json that follows from the prediction rows.
+
+    blank_keys: (database, subject, key) of the clips whose onset is their apex.
+    """
+    labels = np.array([row["label"] for row in rows])
+    predictions = np.array([row["prediction"] for row in rows])
+    people = [(row["database"], row["subject"]) for row in rows]
+    found = {"n": len(rows), "n_label": n_label, "n_subjects": len(set(people)),
+             **evaluate(labels, predictions, n_label),
+             "ci95": intervals(labels, predictions, people, n_label),
+             "baselines": baselines(labels, n_label)}
+    databases = np.array([database for database, _ in people])
+    found["per_database"] = {
+        name: {"n": int((databases == name).sum()),
+               **evaluate(labels[databases == name], predictions[databases == name], n_label)}
+        for name in dict.fromkeys(databases.tolist())}
+    seen = np.array([(r["database"], r["subject"], r["key"]) not in blank_keys for r in rows])
+    found["without_blank_clips"] = ({"n": int(seen.sum()),
+                                     **evaluate(labels[seen], predictions[seen], n_label)}
+                                    if seen.any() else {"n": 0})
+    return found
+
+
+def write_results(folder, about, n_label, classes, blank_keys=()):
+    """Merges the finished subjects into results.json, predictions.csv and confusion.png.
+
+    about: what results.json says besides the figures (options, versions, digests, protocol).
+    Returns the content of results.json.
+    """
+    folder = Path(folder)
+    kept = [_read_subject(path) for path in sorted((folder / "subjects").glob("*.json"))]
+    rows = [row for _, rows in kept for row in rows]
+    rows.sort(key=lambda row: (DATABASES.index(row["database"]), row["subject"], row["key"]))
+    known = {subject["transductive"] for subject, _ in kept}
+    results = {**about, "transductive": True if True in known else None if None in known else False,
+               "checkpoints": dict(sorted({(str(s["checkpoint"]), s["sha256"]) for s, _ in kept})),
+               **summarise(rows, n_label, blank_keys), "classes": classes}
+    _write_rows(folder / "predictions.csv", rows)
+    draw_confusion(folder / "confusion.png", np.array(results["confusion"]), classes)
+    write_json(folder / "results.json", results)
+    return results
+
+
+def describe(results):
+    """A few lines for the terminal: figures, intervals, baselines."""
+    ci, lines = results["ci95"], []
+    for name, title in (("uf1", "UF1"), ("uar", "UAR"), ("accuracy", "accuracy")):
+        base = ", ".join(f"{k.replace('_', ' ')} {v[name]:.3f}"
+                         for k, v in results["baselines"].items())
+        lines.append(f"{title:8s} {results[name]:.3f}  [{ci[name][0]:.3f}, {ci[name][1]:.3f}]  "
+                     f"({base})")
+    known = {True: "yes: the encoder saw held-out subjects, without labels", False: "no",
+             None: "unknown: the checkpoint does not say whom it saw"}
+    lines.append(f"{results['n']} clips of {results['n_subjects']} held-out subjects, "
+                 f"{results['n_label']} classes; transductive: {known[results['transductive']]}")
+    blank = results["n"] - results["without_blank_clips"]["n"]
+    if blank and results["n"] > blank:
+        lines.append(f"without the {blank} blank clips: "
+                     f"UF1 {results['without_blank_clips']['uf1']:.3f}, "
+                     f"UAR {results['without_blank_clips']['uar']:.3f}")
+    return "\n".join(lines)
+
+
+def draw_confusion(path, confusion, classes):
+    """The confusion matrix as a picture: counts, and shades of each row's share."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    side = 2.4 + 0.8 * len(classes)
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(confusion):
+        axes.text(column, row, f"{count}\n{share[row, column]:.0%}", ha="center", va="center",
+                  color="white" if share[row, column] > 0.55 else "black")
+    support = confusion.sum(1)
+    axes.set_xticks(range(len(classes)), classes, rotation=30, ha="right")
+    axes.set_yticks(range(len(classes)), [f"{c} ({n})" for c, n in zip(classes, support)])
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true (clips)")
+    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
+    part = Path(path).with_name(f".{Path(path).name}.part")
+    figure.savefig(part, dpi=150, format="png")
+    part.replace(path)

@@ -1,0 +1,53 @@
+"""AlexNet with half the channels in each of two views (CMC: Tian, Krishnan, Isola 2020)."""
+
+from functools import partial
+
+from torch import nn
+
+from models.dual import DualView, Tower
+
+
+def conv_block(in_channels, out_channels, kernel, stride=1, padding=0, pool=False):
+    """Convolution, batch norm (hence no bias), ReLU and, if asked for, an overlapping pooling."""
+    layers = [nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=False),
+              nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, *[nn.MaxPool2d(3, 2)] * pool)
+
+
+def fc_block(in_features, out_features):
+    return nn.Sequential(nn.Linear(in_features, out_features), nn.BatchNorm1d(out_features),
+                         nn.ReLU(inplace=True))
+
+
+class AlexNetTower(Tower):
+    """Half an AlexNet for crops of 224 pixels.
+
+    Taps: 1–5 convolution blocks, 6 and 7 fully connected `[B, 2048]`, 8 projection.
+    """
+
+    def __init__(self, in_channels, feat_dim=128):
+        super().__init__()
+        self.channels = c1, c2, c3, c4, c5 = 48, 128, 192, 192, 128
+        self.conv_block_1 = conv_block(in_channels, c1, 11, 4, 2, pool=True)
+        self.conv_block_2 = conv_block(c1, c2, 5, padding=2, pool=True)
+        self.conv_block_3 = conv_block(c2, c3, 3, padding=1)
+        self.conv_block_4 = conv_block(c3, c4, 3, padding=1)
+        self.conv_block_5 = conv_block(c4, c5, 3, padding=1, pool=True)
+        self.fc6 = fc_block(c5 * 6 * 6, 2048)
+        self.fc7 = fc_block(2048, 2048)
+        self.fc8 = nn.Sequential(nn.Linear(2048, feat_dim))
+
+    def stages(self):
+        return (self.conv_block_1,  # [B, 48, 27, 27]
+                self.conv_block_2,  # [B, 128, 13, 13]
+                self.conv_block_3,  # [B, 192, 13, 13]
+                self.conv_block_4,
+                self.conv_block_5,  # [B, 128, 6, 6]
+                lambda x: self.fc6(x.flatten(1)),  # [B, 2048]
+                self.fc7,
+                self.fc8)  # [B, feat_dim]
+
+
+def alexnet(feat_dim=128, in_channels=(3, 1)):
+    """Dual-view AlexNet, `[B, C1+C2, 224, 224]` → two features `[B, feat_dim]`."""
+    return DualView(partial(AlexNetTower, feat_dim=feat_dim), in_channels)

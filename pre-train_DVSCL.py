@@ -1,0 +1,299 @@
+"""Stage 1 of DVSCL: contrast the RGB and the depth view of the same clip, without labels.
+
+  python pre-train_DVSCL.py --data_folder D --model_path runs --tb_path tb
+
+The defaults (AlexNet, 240 epochs of batch 256) are 960 steps on the 943 clips of CAS(ME)^3. The
+loss starts near log(943) = 6.8 per view; on rendered data it falls below half of that. Follow it
+with tensorboard --logdir tb. Expect an hour or two on two CPU cores, minutes on a GPU.
+"""
+import argparse
+import hashlib
+import os
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import dataset
+import distributed
+import transforms
+import util
+from models import MODEL_NAMES, create_model
+from NCE.NCEAverage import NCEAverage
+from NCE.NCECriterion import NCECriterion, NCESoftmaxLoss
+from util import BadInput, number, positive_int
+
+METERS = ("rgb_loss", "rgb_prob", "depth_loss", "depth_prob")
+
+
+def parse_option(argv):
+    parser = util.ArgumentParser(description=__doc__)
+    data = util.add_data_options(parser)
+    data.add_argument("--subject", metavar="NAME|each",
+                      help="leave this subject out, of the labelled and unlabelled pool alike; "
+                           "each: one run per subject, dealt out to the ranks under torchrun")
+    data.add_argument("--fold", metavar="i/10", help="leave the i-th of ten subject groups out")
+    data.add_argument("--pairs", metavar="FILE", help="pairs.tsv with unlabelled pairs")
+    data.add_argument("--pool", choices=("labelled", "unlabelled", "both"), default="labelled",
+                      help="which clips to contrast")
+    data.add_argument("--min_intensity", type=float, metavar="X",
+                      help="keep unlabelled pairs of this intensity or more, in the unit of the "
+                           "pairs file (OpenFace's 0-5) [all]")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", choices=MODEL_NAMES, default="alexnet", metavar="NAME",
+                       help="encoder of each view: " + ", ".join(MODEL_NAMES))
+    model.add_argument("--feat_dim", type=positive_int, default=128,
+                       help="length of the contrasted features")
+    method = parser.add_argument_group("method")
+    method.add_argument("--nce_k", type=positive_int, default=4096,
+                        help="negatives per clip; as many as the other clips or more: each of "
+                             "them once")
+    method.add_argument("--nce_m", type=number(float, 0, 1), default=0.5,
+                        help="momentum of the memory banks")
+    method.add_argument("--nce_t", type=number(float, 0, low_open=True), default=0.07,
+                        help="temperature")
+    method.add_argument("--softmax", action=argparse.BooleanOptionalAction, default=True,
+                        help="softmax loss over the scores; --no-softmax: NCE, whose constant Z, "
+                             "fixed at the first batch, lets the loss saturate on about a "
+                             "thousand clips")
+    method.add_argument("--crop_low", type=number(float, 0, 1, low_open=True), default=1.0,
+                        help="least area of the random resized crop, as a share (CMC: 0.2); 1: "
+                             "the centre crop of the published code")
+    method.add_argument("--no_flip", action="store_true", help="no random horizontal flip")
+    method.add_argument("--jitter", type=number(float, 0, 0.9), default=0.4,
+                        help="range of the gain about 'no change', as a share; not used with wrap")
+    util.add_optimisation_options(parser, 256, 0.003, [160, 200], 0.1, 240)
+    util.add_running_options(parser)
+    util.add_output_options(parser, "--model_path", "folder for the runs' checkpoints", 40)
+    opt = parser.parse_args(argv)
+    if opt.subject and opt.fold:
+        parser.error("--subject and --fold exclude each other")
+    if (opt.pairs is None) != (opt.pool == "labelled"):
+        parser.error("--pool unlabelled or both goes with --pairs FILE, and only with it")
+    if opt.min_intensity is not None and not opt.pairs:
+        parser.error("--min_intensity goes with --pairs")
+    if opt.batch_size == 1:
+        parser.error("argument --batch_size: batch norm needs at least 2")
+    return opt
+
+
+# ---------------------------------------------------------------- data
+
+def set_loader(opt):
+    """The pool of clips to contrast, decoded, and which of them are blank.
+
+    Returns (ClipSet, uint8 array `[N, C, 256, 256]`, its digest, bool `[N]`).
+    """
+    labelled = unlabelled = None
+    if opt.pool != "unlabelled" or opt.fold:
+        labelled = dataset.read_clips(opt.data_folder, opt.list_folder, opt.view, opt.encoding)
+    if opt.pairs:
+        unlabelled = dataset.read_pairs(opt.pairs, opt.data_folder, opt.view, opt.encoding,
+                                        opt.min_intensity)
+        print(f"{len(unlabelled)} unlabelled pairs from {opt.pairs}")
+        if (opt.subject or opt.fold) and not all(c.subject for c in unlabelled.clips):
+            raise BadInput(f"{opt.pairs}: names no subjects, so none can be left out; fill its "
+                           f"subject column, or drop --subject and --fold")
+    clips = _pool(opt, labelled, unlabelled)
+    if opt.crop_low < 1 and clips.encoding["difference"] == "wrap":
+        raise BadInput(f"--crop_low {opt.crop_low:g}: resizing destroys differences modulo 256; "
+                       f"leave it at 1, or prepare signed differences")
+    images, digest = dataset.load_images(clips, opt.cache, opt.num_workers)
+    return clips, images, digest, dataset.blank(images, clips.encoding)
+
+
+def _pool(opt, labelled, unlabelled):
+    """Labelled and unlabelled clips as one ClipSet; a clip of both counts once."""
+    if opt.pool == "labelled":
+        return labelled
+    if labelled and labelled.encoding["difference"] != unlabelled.encoding["difference"]:
+        raise BadInput(f"{opt.pairs}: its differences are {unlabelled.encoding['difference']}, "
+                       f"those of the lists {labelled.encoding['difference']}; prepare them alike")
+    if opt.pool == "unlabelled":
+        return unlabelled
+    known = {clip.rgb for clip in labelled.clips}
+    more = [clip for clip in unlabelled.clips if clip.rgb not in known]
+    return replace(labelled, clips=labelled.clips + more)
+
+
+def exclusions(opt, clips):
+    """(name, persons left out) of every run that --subject and --fold ask for."""
+    if opt.fold:
+        labelled = dataset.read_clips(opt.data_folder, opt.list_folder, opt.view, opt.encoding)
+        names, fold_of = dataset.ten_folds(labelled)
+        wanted = opt.fold.split("/")
+        if len(wanted) != 2 or f"fold{wanted[0]}of{wanted[1]}" not in names:
+            raise BadInput(f"--fold {opt.fold}: the subjects make {len(names)} groups, 1/"
+                           f"{len(names)} to {len(names)}/{len(names)}")
+        name = f"fold{wanted[0]}of{wanted[1]}"
+        out = {labelled.clips[i].person for i in np.flatnonzero(fold_of == names.index(name))}
+        return [(name, out)]
+    if opt.subject == "each":
+        return distributed.share([(dataset.person_name(p, clips), {p}) for p in clips.people])
+    if opt.subject:
+        out = dataset.find_people([opt.subject], clips)
+        return [(dataset.person_name(out[0], clips), set(out))]
+    return [(None, set())]
+
+
+def training_clips(clips, blank, out):
+    """Indices of the clips to contrast: neither blank nor of a person left out."""
+    keep = np.array([not any(dataset.same_person(clip.person, p) for p in out)
+                     for clip in clips.clips]) & ~blank
+    members = np.flatnonzero(keep)
+    if len(members) < 2:
+        raise BadInput(f"{clips.folder}: {len(members)} clips are left to contrast; it takes 2")
+    print(f"{len(members)} clips to contrast"
+          + (f"; {blank.sum()} blank ones (onset = apex) never enter" if blank.any() else ""))
+    return members
+
+
+# ---------------------------------------------------------------- model
+
+def set_model(opt, channels, n_data, device):
+    """(encoder, memory banks, criterion)"""
+    torch.manual_seed(opt.seed)
+    model = create_model(opt.model, opt.feat_dim, channels)
+    contrast = NCEAverage(opt.feat_dim, n_data, opt.nce_k, opt.nce_t, opt.nce_m, opt.softmax)
+    criterion = NCESoftmaxLoss() if opt.softmax else NCECriterion(n_data)
+    if opt.nce_k > n_data - 1:
+        print(f"--nce_k {opt.nce_k}: only {n_data - 1} other clips; each is a negative once")
+    model = model.to(device, memory_format=torch.channels_last)
+    return model, contrast.to(device), criterion.to(device)
+
+
+def set_optimizer(opt, model):
+    return torch.optim.SGD(model.parameters(), lr=opt.learning_rate, momentum=opt.momentum,
+                           weight_decay=opt.weight_decay)
+
+
+def in_parallel(model, device):
+    """The model over all GPUs of this process, where there are several."""
+    if device.type == "cuda" and device.index is None and torch.cuda.device_count() > 1:
+        return torch.nn.DataParallel(model)
+    return model
+
+
+# ---------------------------------------------------------------- training
+
+def train(epoch, opt, pool, normalization, model, contrast, criterion, optimizer, mixed, bar):
+    """One epoch of the contrastive step; returns the mean of METERS over the clips.
+
+    pool: (ClipSet, images, indices of the clips to contrast).
+    """
+    clips, images, members = pool
+    autocast, scaler = mixed
+    device, encoding = contrast.memory_rgb.device, clips.encoding["difference"]
+    means = {name: util.AverageMeter() for name in METERS}
+    model.train()
+    contrast.train()
+    order = util.batches(len(members), opt.batch_size, util.generator(opt.seed, epoch))
+    for step, index in enumerate(order, 1):
+        rng = util.generator(opt.seed, epoch, step)
+        drawn = transforms.draw(len(index), rng, encoding, opt.jitter, opt.crop_low,
+                                not opt.no_flip)
+        negatives = contrast.draw(index, rng)
+        batch = torch.from_numpy(images[members[index.numpy()]]).to(device)
+        batch = transforms.train_transform(batch, drawn, normalization, encoding, clips.channels)
+        with autocast():
+            feat_rgb, feat_depth = model(batch)  # [B, feat_dim] each
+        out_rgb, out_depth = contrast(feat_rgb.float(), feat_depth.float(), index.to(device),
+                                      None if negatives is None else negatives.to(device))
+        losses = criterion(out_rgb), criterion(out_depth)
+        if not torch.isfinite(losses[0] + losses[1]):
+            raise util.RunFailed(f"the loss is not finite in epoch {epoch}, step {step} of "
+                                 f"{len(order)}; the last checkpoint is kept; lower "
+                                 f"--learning_rate, now {opt.learning_rate:g}")
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(losses[0] + losses[1]).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        values = (losses[0], criterion.positive_probability(out_rgb),
+                  losses[1], criterion.positive_probability(out_depth))
+        for name, value in zip(METERS, values):
+            means[name].update(value.detach(), len(index))
+        bar.update()
+    return {name: meter.avg for name, meter in means.items()}
+
+
+def announce(opt, n_data):
+    """Prints the number of steps and where the learning rate decays; returns steps per epoch."""
+    size = min(opt.batch_size, n_data)
+    per_epoch = -(-n_data // size) - (n_data % size == 1)
+    decays = ", ".join(f"{e} (step {e * per_epoch})" for e in opt.lr_decay_epochs
+                       if e < opt.epochs)
+    print(f"{n_data} clips at batch {size}: {per_epoch} steps per epoch, "
+          f"{per_epoch * opt.epochs} in all; the learning rate decays after epoch "
+          f"{decays or '- (none within the run)'}")
+    if n_data % size == 1:
+        print("the last batch of an epoch would hold one clip; it is dropped")
+    return per_epoch
+
+
+def pretrain(opt, argv, clips, images, digest, blank, without, out):
+    """One run: all clips but the blank ones and those of the persons in `out`."""
+    name = util.run_name(opt, without)
+    folder = os.path.join(opt.model_path, name)
+    curves = util.curve_folder(opt, opt.model_path, name)
+    resume = checkpoint.find_resume(opt, folder)
+    members = training_clips(clips, blank, out)
+    per_epoch = announce(opt, len(members))
+    data_digest = hashlib.sha256(f"{digest} {members.tolist()}".encode()).hexdigest()
+    device = distributed.local_device(util.pick_device(opt.device))
+    mixed = util.mixed_precision(opt, device)
+    model, contrast, criterion = set_model(opt, clips.channels, len(members), device)
+    optimizer, start = set_optimizer(opt, model), 0
+    if resume:
+        old = checkpoint.load(resume)
+        checkpoint.check_resumable(resume, old, opt, grow=True, data_digest=data_digest)
+        checkpoint.load_model(model, old, resume, opt.model)
+        contrast.load_state_dict(old["contrast"])
+        optimizer.load_state_dict(old["optimizer"])
+        mixed[1].load_state_dict(old["scaler"])
+        start, normalization = old["epoch"], old["normalization"]
+        print(f"{resume}: goes on after epoch {start}")
+    else:
+        normalization = transforms.estimate_normalization(
+            images, members, clips.encoding["difference"], clips.channels, clips.second)
+    log = util.Log(folder, curves, util.header(__file__, opt, argv, data_digest=data_digest),
+                   (lambda line: line["epoch"] <= start) if resume else None)
+    people = sorted({clips.clips[i].person for i in members})
+    state = {"opt": vars(opt), "normalization": normalization, "encoding": clips.encoding,
+             "seen": {"people": [list(p) for p in people], "clips": len(members)},
+             "data_digest": data_digest, "channels": list(clips.channels)}
+    parallel = in_parallel(model, device)
+    with tqdm(total=per_epoch * (opt.epochs - start), desc=name[:40], disable=None) as bar:
+        for epoch in range(start + 1, opt.epochs + 1):
+            began = time.perf_counter()
+            rate = util.learning_rate(opt, epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            means = train(epoch, opt, (clips, images, members), normalization, parallel, contrast,
+                          criterion, optimizer, mixed, bar)
+            means |= {"learning_rate": rate,
+                      "pairs_per_second": len(members) / (time.perf_counter() - began)}
+            log.epoch(epoch, means)
+            if epoch % opt.print_freq == 0 or epoch in (start + 1, opt.epochs):
+                tqdm.write(util.epoch_line(opt, epoch, means))
+            if epoch % opt.save_freq == 0 or epoch == opt.epochs:
+                checkpoint.save_epoch(folder, {
+                    **state, "epoch": epoch, "step": epoch * per_epoch,
+                    "model": model.state_dict(), "contrast": contrast.state_dict(),
+                    "optimizer": optimizer.state_dict(), "scaler": mixed[1].state_dict()})
+    print(f"checkpoint   {os.path.join(folder, 'last.pth')}\nlog          {log.path}\n"
+          f"TensorBoard  tensorboard --logdir {curves.parent}")
+
+
+@util.command_line
+def main(argv=None):
+    opt = parse_option(argv)
+    clips, images, digest, blank = set_loader(opt)
+    for without, out in exclusions(opt, clips):
+        pretrain(opt, argv, clips, images, digest, blank, without, out)
+
+
+if __name__ == "__main__":
+    main()

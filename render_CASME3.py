@@ -1,0 +1,310 @@
+"""Renders a stand-in for CAS(ME)^3: drawn faces whose expressions are known, in the same layout.
+
+    python render_CASME3.py --data_folder data/rendered --subjects 12 --clips_per_subject 8
+
+No picture of a person is involved, and nothing here is CAS(ME)^3: licensed faces cannot be
+shipped, so the scripts are tried on rendered ones. The folder holds difference images of both
+views, lists, encoding.json and truth.csv (what each clip shows). With --lists, an image is
+rendered for every path of existing lists; with --raw, raw frames and an annotation instead.
+"""
+import csv
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import rendering
+import util
+from dataset import PAIR_COLUMNS, Clip, clip_keys, natural, write_lists
+
+NOTE = "rendered stand-in data, not CAS(ME)^3"
+CLASS_SHARE = np.array([508, 170, 64, 201]) / 943  # of the published lists
+UNEVEN = 6.0  # Dirichlet concentration of the class shares per subject, fitted to those lists
+BLANK_SHARE = 62 / 943
+GAPS = (2, 3, 4, 4, 5, 5, 5, 6, 6, 6, 7, 7, 7, 7, 8, 8, 8, 8)  # frames from onset to apex
+ROOT = "casme3_diff_me4"
+
+
+def parse_option(argv=None):
+    parser = util.ArgumentParser(description=__doc__)
+    group = parser.add_argument_group("data")
+    group.add_argument("--data_folder", required=True, metavar="DIR",
+                       help="folder to write; reused if it holds the same rendering already")
+    group.add_argument("--subjects", type=util.number(int, 2), default=12,
+                       help="number of subjects")
+    group.add_argument("--clips_per_subject", type=util.positive_int, default=8,
+                       help="labelled clips of each subject")
+    group.add_argument("--lists", metavar="DIR",
+                       help="folder with v_rgb and v_depth: render every clip they name, and copy "
+                            "them; instead of --subjects and --clips_per_subject [none]")
+    group.add_argument("--unlabelled", type=util.number(int, 0), default=0, metavar="N",
+                       help="unlabelled pairs to render too, named in pairs.tsv; total number")
+    group = parser.add_argument_group("picture")
+    group.add_argument("--size", type=util.number(int, 32, 1024), default=256,
+                       help="side of the images, pixels")
+    group.add_argument("--amplitude", type=util.number(float, 0, 4), default=1.0,
+                       help="factor on all expressions; 0: faces without any expression")
+    group = parser.add_argument_group("running")
+    group.add_argument("--num_workers", type=util.number(int, 0), default=os.cpu_count() or 1,
+                       help="processes; 0: none but this one; the result is the same")
+    group.add_argument("--seed", type=util.number(int, 0), default=0,
+                       help="everything drawn follows from (seed, clip)")
+    group = parser.add_argument_group("output")
+    group.add_argument("--preview", metavar="FILE.png",
+                       help="also write a sheet of example clips to this file [none]")
+    return parser.parse_args(argv)
+
+
+# ---------------------------------------------------------------- which clips
+
+def draw_labels(opt):
+    """Class ids int `[subjects, clips]`: uneven per subject, every class in two subjects."""
+    rng = rendering.rng_of(opt.seed, "labels")
+    shape = (opt.subjects, opt.clips_per_subject)
+    if shape[0] * shape[1] < 2 * len(CLASS_SHARE):
+        raise util.BadInput(f"--subjects {shape[0]} --clips_per_subject {shape[1]}: too few clips "
+                            f"for four classes; ask for 8 clips or more")
+    share = rng.dirichlet(UNEVEN * CLASS_SHARE, opt.subjects)
+    labels = np.stack([rng.choice(4, shape[1], p=p) for p in share])
+    for label in range(4):
+        while (labels == label).any(1).sum() < 2:
+            # Takes a clip of the most frequent class from a subject that lacks this one.
+            common = np.bincount(labels.ravel(), minlength=4).argmax()
+            rows, cols = np.nonzero((labels == common) & ~(labels == label).any(1)[:, None])
+            labels[rows[0], cols[0]] = label
+    return labels
+
+
+def name_clip(subject, video, onset, apex, kind):
+    """(key, RGB path, depth path) as published; kind: the folder, such as 'negative'."""
+    key = f"{subject}-{video}-{apex}-{subject}-{video}-{onset}"
+    return (key, f"{ROOT}/casme3_diff_imgs_all/{kind}/{key}_diff.png",
+            f"{ROOT}/casme3_diff_depth_all/{kind}/{key}_diff_depth.png")
+
+
+def plan_clips(opt):
+    """Labelled clips of a drawn data set: list of (Clip, Job), the paths relative."""
+    plan = []
+    for i, labels in enumerate(draw_labels(opt), 1):
+        rng = rendering.rng_of(opt.seed, "videos", i)
+        for j, label in enumerate(labels):
+            onset = 2400 * (j // 13) + int(rng.integers(16, 2300))
+            blank = rng.random() < BLANK_SHARE
+            apex = onset + int(rng.choice(GAPS)) * (not blank)
+            kind = rendering.CLASSES[label]
+            key, rgb, depth = name_clip(f"spNO.{i}", "abcdefghijklm"[j % 13], onset, apex, kind)
+            plan.append((Clip(0, f"spNO{i}", key, int(label), rgb, depth),
+                         rendering.Job(key, f"spNO{i}", kind, blank=blank)))
+    return plan
+
+
+def read_plan(folder):
+    """The clips that existing lists name: list of (Clip, Job); raises BadInput."""
+    views = []
+    for view in ("v_rgb", "v_depth"):
+        rows = {}
+        for subject in _read(Path(folder) / "v_rgb" / "subName.txt"):
+            path = Path(folder) / view / f"{subject}_test.txt"
+            for number, line in enumerate(_read(path), 1):
+                fields = line.rsplit(None, 2)
+                if len(fields) != 3 or fields[1] not in "0123" or not fields[2].isdigit():
+                    raise util.BadInput(f"{path}:{number}: {line[:80]!r} is not '<path> <label> "
+                                        f"<database>' with one of the labels 0 to 3")
+                name = fields[0].replace("\\", "/")
+                if name.startswith("/") or ".." in name.split("/") or name in rows:
+                    raise util.BadInput(f"{path}:{number}: {name} is absolute, leads outside, or "
+                                        f"comes twice; give every image one path below the folder")
+                rows[name] = (subject, int(fields[1]), int(fields[2]))
+        keys = clip_keys(rows, ("rgb", "depth"))
+        views.append({keys[name]: (name, *row) for name, row in rows.items()})
+    alone = set(views[0]) ^ set(views[1])
+    if alone:
+        raise util.BadInput(f"{folder}: {len(alone)} clips are in one view's lists only, such as "
+                            f"{min(alone)}; both views must hold the same clips")
+    plan = []
+    for key, (rgb, subject, label, database) in views[0].items():
+        found = re.search(r"-(\d+)-[^-]+-[^-]+-(\d+)$", key)
+        job = rendering.Job(key, subject, rendering.CLASSES[label],
+                            blank=bool(found) and found[1] == found[2])
+        plan.append((Clip(database, subject, key, label, rgb, views[1][key][0]), job))
+    return plan
+
+
+def _read(path):
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError):
+        raise util.BadInput(f"{path}: not a readable list; --lists names a folder with v_rgb and "
+                            f"v_depth as published") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+def plan_pairs(opt, subjects):
+    """Unlabelled pairs: list of (Clip, Job), dealt out to the subjects."""
+    plan = []
+    for i in range(opt.unlabelled):
+        subject = subjects[i % len(subjects)]
+        turn = i // len(subjects)
+        rng = rendering.rng_of(opt.seed, "pair", subject, turn)
+        onset = 2400 * (turn // 13) + int(rng.integers(16, 2300))
+        key, rgb, depth = name_clip(re.sub(r"^(\D+?)\.?(\d)", r"\1.\2", subject),
+                                    "nopqrstuvwxyz"[turn % 13], onset,
+                                    onset + int(rng.choice(GAPS)), "unlabelled")
+        plan.append((Clip(0, subject, key, -1, rgb, depth), rendering.Job(key, subject, "")))
+    return plan
+
+
+# ---------------------------------------------------------------- rendering
+
+def render(opt, folder, plan):
+    """Renders the images of `plan` below `folder`; rows of truth.csv in the plan's order."""
+    tasks = {}
+    for clip, job in plan:
+        rgb, depth = folder / clip.rgb, folder / clip.second
+        rgb.parent.mkdir(parents=True, exist_ok=True)
+        depth.parent.mkdir(parents=True, exist_ok=True)
+        tasks.setdefault(clip.subject, []).append(replace(
+            job, rgb=str(rgb), depth=str(depth), size=opt.size, amplitude=opt.amplitude,
+            seed=opt.seed))
+    rows = {row["key"]: row for row in in_parallel(opt, rendering.render_subject, tasks.values())}
+    return [{**rows[clip.key], "label": "" if clip.label < 0 else clip.label} for clip, _ in plan]
+
+
+def in_parallel(opt, function, tasks):
+    """Rows of `function(task)` over all tasks (lists), the longest first, with a progress bar."""
+    tasks = sorted(tasks, key=len, reverse=True)
+    rows = []
+    with tqdm(total=sum(map(len, tasks)), desc="rendering", unit="clip", disable=None) as bar:
+        if opt.num_workers < 2:
+            results = map(function, tasks)
+            pool = None
+        else:
+            pool = ProcessPoolExecutor(min(opt.num_workers, len(tasks)))
+            results = pool.map(function, tasks)
+        try:
+            for task, result in zip(tasks, results):
+                rows += result
+                bar.update(len(task))
+        finally:
+            if pool:
+                pool.shutdown(cancel_futures=True)
+    return rows
+
+
+def write_table(path, rows, delimiter=","):
+    """Rows (dicts of one set of columns) as a CSV file with a header, LF."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_pairs(folder, plan, rows):
+    """pairs.tsv: intensity 0-5 as OpenFace's, one level per pixel of true amplitude."""
+    table = []
+    for (clip, _), row in zip(plan, rows):
+        _, video, apex, _, _, onset = clip.key.rsplit("-", 5)
+        values = (clip.rgb, clip.second, "casme3", clip.subject, video, onset, apex,
+                  f"{min(row['amplitude_px'], 5):.2f}", row["unit"], row["head_motion_px"])
+        table.append(dict(zip(PAIR_COLUMNS, values)))
+    write_table(folder / "pairs.tsv", table, "\t")
+
+
+def write_set(opt, folder):
+    """Renders everything that training reads into `folder`; returns the counts."""
+    plan = read_plan(opt.lists) if opt.lists else plan_clips(opt)
+    subjects = sorted({clip.subject for clip, _ in plan}, key=natural)
+    pairs = plan_pairs(opt, subjects)
+    rows = render(opt, folder, plan + pairs)
+    if opt.lists:
+        for view in sorted(Path(opt.lists).glob("v_*")):
+            shutil.copytree(view, folder / view.name, copy_function=shutil.copyfile)
+    else:
+        write_lists(folder, [clip for clip, _ in plan])
+    if pairs:
+        write_pairs(folder, pairs, rows[len(plan):])
+    write_table(folder / "truth.csv", rows)
+    labels = [clip.label for clip, _ in plan]
+    classes = rendering.CLASSES[:max(labels) + 1]
+    util.write_json(folder / "encoding.json", {
+        "difference": "signed", "depth_range_mm": 10, "size": opt.size, "classes": classes,
+        "rendered": True, "note": NOTE})
+    return {"subjects": len(subjects), "clips": len(plan),
+            **{name: labels.count(i) for i, name in enumerate(classes)},
+            "blank clips": sum(job.blank for _, job in plan), "unlabelled pairs": len(pairs)}
+
+
+# ---------------------------------------------------------------- the folder
+
+def asked_for(opt):
+    """What the content of the folder depends on, as it is recorded in rendered.json."""
+    asked = {name: getattr(opt, name) for name in
+             ("subjects", "clips_per_subject", "unlabelled", "size", "amplitude", "seed")}
+    if opt.lists:
+        digest = hashlib.sha256()
+        for path in sorted(Path(opt.lists).glob("v_*/*.txt")):
+            digest.update(f"{path.parent.name}/{path.name}\n".encode() + path.read_bytes())
+        asked.update(subjects=None, clips_per_subject=None, lists=digest.hexdigest())
+    return asked
+
+
+def find_finished(folder, asked):
+    """rendered.json of a folder that holds what is asked for; None for no folder or an empty one.
+    Raises BadInput for anything else."""
+    if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
+        return None
+    try:
+        found = json.loads((folder / "rendered.json").read_text(encoding="utf-8"))
+        options = found["options"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise util.BadInput(f"{folder}: holds something that this script did not render; name "
+                            f"another --data_folder") from None
+    differ = sorted(k for k in asked.keys() | options.keys() if asked.get(k) != options.get(k))
+    if differ:
+        raise util.BadInput(
+            f"{folder}: rendered with other options ("
+            + ", ".join(f"{k} {options.get(k)} there, {asked.get(k)} asked for" for k in differ)
+            + "); remove it or name another --data_folder")
+    return found
+
+
+def print_summary(folder, counts, seconds):
+    print(", ".join(f"{name} {count}" for name, count in counts.items() if count)
+          + (f"; {seconds:.1f} s" if seconds else ""))
+    print(f"{NOTE}: {folder}")
+
+
+@util.command_line
+def main(argv=None):
+    opt = parse_option(argv)
+    folder, asked = Path(opt.data_folder), asked_for(opt)
+    finished = find_finished(folder, asked)
+    if finished:
+        print(f"{folder}: rendered already with these options, reused")
+        print_summary(folder, finished["counts"], None)
+    else:
+        start = time.time()
+        part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+        part.mkdir(parents=True)
+        try:
+            counts = write_set(opt, part)
+            util.write_json(part / "rendered.json", {"note": NOTE, "options": asked,
+                                                     "counts": counts})
+            if folder.exists():
+                folder.rmdir()
+            part.rename(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        print_summary(folder, counts, time.time() - start)
+
+
+if __name__ == "__main__":
+    main()
