@@ -7,6 +7,7 @@ for a quarter of their rows only.
 import csv
 import hashlib
 import json
+import math
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -141,7 +142,7 @@ def clip_keys(paths, suffixes=()):
     suffixes: names that may follow `_diff_`. Raises ValueError naming two paths that no
     directory tells apart.
     """
-    ending = re.compile(r"_diff(_(%s))?$" % "|".join(map(re.escape, suffixes or ["rgb"])))
+    ending = re.compile(rf"_diff(_({'|'.join(map(re.escape, suffixes or ['rgb']))}))?$")
     parts = {}
     for path in paths:
         *folders, name = path.split("/")
@@ -379,9 +380,10 @@ def _pair(row, column, where, min_intensity):
     if min_intensity is not None:
         try:
             intensity = float(row["intensity"])
-            assert intensity == intensity
-        except (ValueError, AssertionError):
-            raise BadInput(f"{where}: intensity {row['intensity']!r} is not a number") from None
+        except ValueError:
+            intensity = math.nan
+        if math.isnan(intensity):
+            raise BadInput(f"{where}: intensity {row['intensity']!r} is not a number")
         if intensity < min_intensity:
             return None
     database = row.get("database") or "casme3"

@@ -184,14 +184,16 @@ def write_results(folder, about, n_label, classes, blank_keys=()):
                "checkpoints": dict(sorted({(str(s["checkpoint"]), s["sha256"]) for s, _ in kept})),
                **summarise(rows, n_label, blank_keys), "classes": classes}
     _write_rows(folder / "predictions.csv", rows)
-    draw_confusion(folder / "confusion.png", np.array(results["confusion"]), classes)
+    draw_confusion(folder / "confusion.png", np.array(results["confusion"]), classes,
+                   "rendered stand-in data" if about.get("rendered") else "")
     write_json(folder / "results.json", results)
     return results
 
 
 def describe(results):
     """A few lines for the terminal: figures, intervals, baselines."""
-    ci, lines = results["ci95"], []
+    ci = results["ci95"]
+    lines = ["rendered stand-in data, not CAS(ME)^3:"] if results.get("rendered") else []
     for name, title in (("uf1", "UF1"), ("uar", "UAR"), ("accuracy", "accuracy")):
         base = ", ".join(f"{k.replace('_', ' ')} {v[name]:.3f}"
                          for k, v in results["baselines"].items())
@@ -209,7 +211,7 @@ def describe(results):
     return "\n".join(lines)
 
 
-def draw_confusion(path, confusion, classes):
+def draw_confusion(path, confusion, classes, title=""):
     """The confusion matrix as a picture: counts, and shades of each row's share."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -225,6 +227,7 @@ def draw_confusion(path, confusion, classes):
     support = confusion.sum(1)
     axes.set_xticks(range(len(classes)), classes, rotation=30, ha="right")
     axes.set_yticks(range(len(classes)), [f"{c} ({n})" for c, n in zip(classes, support)])
+    axes.set_title(title, fontsize="medium")
     axes.set_xlabel("predicted")
     axes.set_ylabel("true (clips)")
     figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)

@@ -233,6 +233,20 @@ def announce(opt, n_data):
     return per_epoch
 
 
+def go_on(path, opt, data_digest, states):
+    """Restores `states` (name → module, optimizer or scaler) from a checkpoint of the same run.
+
+    Returns (epochs done, normalization). Raises BadInput for other options or data.
+    """
+    old = checkpoint.load(path)
+    checkpoint.check_resumable(path, old, opt, grow=True, data_digest=data_digest)
+    checkpoint.load_model(states["model"], old, path, opt.model)
+    for name in ("contrast", "optimizer", "scaler"):
+        states[name].load_state_dict(old[name])
+    print(f"{path}: goes on after epoch {old['epoch']}")
+    return old["epoch"], old["normalization"]
+
+
 def pretrain(opt, argv, clips, images, digest, blank, without, out):
     """One run: all clips but the blank ones and those of the persons in `out`."""
     name = util.run_name(opt, without)
@@ -245,23 +259,17 @@ def pretrain(opt, argv, clips, images, digest, blank, without, out):
     device = distributed.local_device(util.pick_device(opt.device))
     mixed = util.mixed_precision(opt, device)
     model, contrast, criterion = set_model(opt, clips.channels, len(members), device)
-    optimizer, start = set_optimizer(opt, model), 0
+    optimizer = set_optimizer(opt, model)
+    states = {"model": model, "contrast": contrast, "optimizer": optimizer, "scaler": mixed[1]}
     if resume:
-        old = checkpoint.load(resume)
-        checkpoint.check_resumable(resume, old, opt, grow=True, data_digest=data_digest)
-        checkpoint.load_model(model, old, resume, opt.model)
-        contrast.load_state_dict(old["contrast"])
-        optimizer.load_state_dict(old["optimizer"])
-        mixed[1].load_state_dict(old["scaler"])
-        start, normalization = old["epoch"], old["normalization"]
-        print(f"{resume}: goes on after epoch {start}")
+        start, normalization = go_on(resume, opt, data_digest, states)
     else:
-        normalization = transforms.estimate_normalization(
+        start, normalization = 0, transforms.estimate_normalization(
             images, members, clips.encoding["difference"], clips.channels, clips.second)
     log = util.Log(folder, curves, util.header(__file__, opt, argv, data_digest=data_digest),
                    (lambda line: line["epoch"] <= start) if resume else None)
     people = sorted({clips.clips[i].person for i in members})
-    state = {"opt": vars(opt), "normalization": normalization, "encoding": clips.encoding,
+    fixed = {"opt": vars(opt), "normalization": normalization, "encoding": clips.encoding,
              "seen": {"people": [list(p) for p in people], "clips": len(members)},
              "data_digest": data_digest, "channels": list(clips.channels)}
     parallel = in_parallel(model, device)
@@ -280,9 +288,8 @@ def pretrain(opt, argv, clips, images, digest, blank, without, out):
                 tqdm.write(util.epoch_line(opt, epoch, means))
             if epoch % opt.save_freq == 0 or epoch == opt.epochs:
                 checkpoint.save_epoch(folder, {
-                    **state, "epoch": epoch, "step": epoch * per_epoch,
-                    "model": model.state_dict(), "contrast": contrast.state_dict(),
-                    "optimizer": optimizer.state_dict(), "scaler": mixed[1].state_dict()})
+                    **fixed, "epoch": epoch, "step": epoch * per_epoch,
+                    **{name: part.state_dict() for name, part in states.items()}})
     print(f"checkpoint   {os.path.join(folder, 'last.pth')}\nlog          {log.path}\n"
           f"TensorBoard  tensorboard --logdir {curves.parent}")
 

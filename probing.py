@@ -217,6 +217,7 @@ class HeldOut:
             return
         keys = {(dataset.DATABASES[c.database], c.subject, c.key)
                 for c, is_blank in zip(clips.clips, blank) if is_blank}
+        about["rendered"] = bool(clips.encoding.get("rendered"))
         results = metrics.write_results(self.folder, {**self.header, **about}, clips.n_label,
                                         clips.classes, keys)
         print(metrics.describe(results))
@@ -335,8 +336,9 @@ def train_heads(heads, features, positions, labels, fold_of, held_out, opt, loss
     """Trains `heads` on features `[V, N, D]` for epochs start+1 .. opt.epochs.
 
     positions: of the map the features are flattened from (`rate_scale`); labels: int64 `[N]`;
-    fold_of: fold of each clip `[N]`; held_out: the fold each head must not see, `[F]`. `on_epoch(epoch, means)` is called after every epoch with the mean `train_loss`
-    and `train_accuracy` over clips and folds. Raises util.RunFailed if a loss is not finite.
+    fold_of: fold of each clip `[N]`; held_out: the fold each head must not see, `[F]`.
+    `on_epoch(epoch, means)` is called after every epoch with the mean `train_loss` and
+    `train_accuracy` over clips and folds. Raises util.RunFailed if a loss is not finite.
     """
     device, n_label = features.device, heads.bias.shape[1]
     held = torch.as_tensor(np.asarray(held_out))

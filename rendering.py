@@ -168,11 +168,12 @@ class Face:
         self.shirt = np.clip(y - s["chin_y"] - 20 - 0.0016 * (x - s["tilt"]) ** 2, 0, 1)
         body = np.max([np.clip((1 - round_) * 25, 0, 1), np.clip(3 * ears - 1, 0, 1), hair,
                        np.clip(neck - np.abs(x), 0, 1) * np.clip(y - 20, 0, 1), self.shirt], axis=0)
-        self.shirt = np.clip(10 * self.shirt, 0, 1) * np.clip((y - s["chin_y"] - 34) / 2 + 0.7 * np.abs(x), 0, 1)
+        neckline = np.clip((y - s["chin_y"] - 34) / 2 + 0.7 * np.abs(x), 0, 1)
+        self.shirt = np.clip(10 * self.shirt, 0, 1) * neckline
         return z.astype(np.float32), body.astype(np.float32), hair.astype(np.float32)
 
     def _hair(self, rng, jaw):
-        """Mask of the hair and its outer surface in mm, `[n, n]`; jaw: relative width of the face."""
+        """Mask of the hair and its surface in mm, `[n, n]`; jaw: relative width of the face."""
         s, x, y = self.shape, self.x, self.y
         wave = s["width"] + 8 + 3 * np.sin(y / 26 + s["tilt"]) * np.clip((y + 8) / 25, 0, 1)
         outer = np.abs(x / wave) ** 2.3 + np.abs(np.minimum(y + 8, 0) / 104) ** 2.3
@@ -433,7 +434,7 @@ def photograph(image, rng, noise_level=1.2, quality=92):
     return np.asarray(Image.open(file)), file.getvalue()
 
 
-def measure_depth(z, body, absorb, rng, holes, distance=600.0, noise_level=0.5, step=0.25):
+def measure_depth(z, body, absorb, rng, holes, distance=600.0, noise_level=0.8, step=0.25):
     """The depth camera: mm `[H, W]`, 0 where nothing was measured.
 
     holes: noise `[H, W]` that decides where measuring fails, in part the same in both frames.
@@ -561,8 +562,8 @@ def perform(job):
     rng = rng_of(job.seed, "clip", job.key)
     emotion = _emotion(job.emotion, rng)
     combination = EMOTIONS[emotion][rng.integers(len(EMOTIONS[emotion]))]
-    typical = np.exp(0.45 * rng.standard_normal()) * expressiveness(job.subject, job.seed)
-    size = np.clip(typical, 0.3, 2.5) if job.emotion else np.clip(1.3 * typical ** 2, 0.05, 5)
+    typical = 0.75 * np.exp(0.45 * rng.standard_normal()) * expressiveness(job.subject, job.seed)
+    size = np.clip(typical, 0.2, 2.5) if job.emotion else np.clip(2 * typical ** 2, 0.05, 5)
     weight = rng.uniform(0.6, 1, len(combination))
     weight = job.amplitude * size * weight / weight.max()
     others = [unit for unit in ACTION_UNITS if unit not in combination and unit != 45]
@@ -570,8 +571,8 @@ def perform(job):
     stray_size *= rng.random() < 0.5
     blink = rng.uniform(1, 6) * rng.choice([-1, 1]) * (rng.random() < 0.12)
     a, b = rng.standard_normal(6).clip(-2, 2), rng.standard_normal(6).clip(-2.5, 2.5)
-    pose = Pose(2.5 * a[0], 2.5 * a[1], 0.03 * a[2], 0.05 * a[3], 0.04 * a[4], 1 + 0.03 * a[5])
-    motion = Pose(0.25 * b[0], 0.25 * b[1], 0.003 * b[2], 0.005 * b[3], 0.005 * b[4],
+    pose = Pose(4 * a[0], 4 * a[1], 0.03 * a[2], 0.05 * a[3], 0.04 * a[4], 1 + 0.03 * a[5])
+    motion = Pose(0.3 * b[0], 0.3 * b[1], 0.004 * b[2], 0.007 * b[3], 0.007 * b[4],
                   1 + 0.001 * b[5])
     c = rng.standard_normal(6).clip(-2, 2)
     return Performance(

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 # the dense product is the faster one up to about this many bank rows per score wanted
 DENSE = 8
 # bytes of gathered rows at a time: a CPU wants them in its cache, a GPU wants few launches
-CHUNK = {"cpu": 2 ** 21, "cuda": 2 ** 28}
+CHUNK = {"cpu": 2 ** 21, "gpu": 2 ** 28}
 
 
 class _Change:
@@ -60,7 +60,7 @@ class _Scores(torch.autograd.Function):
         width = idx.shape[1]
         if len(bank) <= DENSE * width:
             return (feat @ bank.t()).gather(1, idx)
-        budget = CHUNK.get(bank.device.type, CHUNK["cuda"])
+        budget = CHUNK["cpu" if bank.is_cpu else "gpu"]
         size = max(1, min(len(idx), budget // (width * bank[0].nbytes)))
         rows = bank.new_empty(size * width, bank.shape[1])
         out = bank.new_empty(idx.shape)
