@@ -21,7 +21,7 @@ demo: .venv/ready
 	    --lr_decay_epochs 5 8 --subject spNO1 spNO2 spNO3
 	$(PY) compare_results.py $(DEMO)/results/*/results.json
 	@echo
-	@echo "curves: $(PY) -m tensorboard.main --logdir $(DEMO)/tensorboard"
+	@echo "curves: .venv/bin/tensorboard --logdir $(DEMO)/tensorboard"
 
 test: .venv/test-ready
 	$(PY) -m pytest

@@ -502,6 +502,14 @@ def _open(path):
     return image
 
 
+def _luminance(rgb, encoding):
+    """uint8 `[H, W, 3]` → `[H, W]`; a difference modulo 256 is unwrapped before it is mixed."""
+    levels = rgb.astype(np.int16)
+    if encoding == "wrap":
+        levels = (levels + 128) % 256 - 128
+    return (levels @ np.array(GREY)).round().astype(np.int16).astype(np.uint8)
+
+
 def _grey8(image, path):
     """A second view of one channel as 8-bit 'L': 8-bit grey, equal RGB channels, or 16-bit."""
     if image.mode.startswith("I") or image.mode == "F":
@@ -527,8 +535,7 @@ def decode(clip, clips):
     try:
         rgb = _open(path).convert("RGB")
         if clips.luminance:
-            grey = (np.asarray(rgb) @ np.array(GREY)).round().astype(np.uint8)
-            second = Image.fromarray(grey)
+            second = Image.fromarray(_luminance(np.asarray(rgb), clips.encoding["difference"]))
         else:
             path = clips.folder / clip.second
             second = _open(path)

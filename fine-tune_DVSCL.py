@@ -146,9 +146,8 @@ def tune(opt, held, group, images, device):
     model, head, about = set_model(opt, held, path, unit, device)
     test = clips.members(people)
     members = np.setdiff1d(np.arange(len(clips)), test)
-    features, positions = probing.encode(model, head, images[members], about["normalization"],
-                                         opt.layer, device, mixed[0])
-    scale = probing.rate_scale(features.square().sum(-1).mean().item(), positions)
+    scale = held.rate_scale(path, model, head, images, members, device, mixed[0])
+    util.announce_dropped(len(members), opt.batch_size)
     print(f"{unit}: learning rate of the head {opt.learning_rate:g} x {scale:.3g}, of the encoder "
           f"{opt.encoder_lr:g}")
     optimizer, start, state = set_optimizer(opt, model, head, scale), 0, held.state(unit)
@@ -184,7 +183,7 @@ def save(opt, held, about, unit, epoch, model, head, members, **states):
         "opt": vars(opt), "epoch": epoch, "unit": unit, "model": model.state_dict(),
         "classifier": head.state_dict(), "classes": clips.classes, "layer": opt.layer,
         "view": opt.view, "channels": list(clips.channels), "encoding": clips.encoding,
-        "normalization": about["normalization"],
+        "normalization": about["normalization"], "data_digest": held.header["data_digest"],
         "seen": {"people": [list(p) for p in people], "clips": len(members)},
         **{name: value.state_dict() for name, value in states.items()}})
 
@@ -192,6 +191,10 @@ def save(opt, held, about, unit, epoch, model, head, members, **states):
 def tune_frozen(opt, held, group, images, device):
     """The heads of one of `held.groups` on the encoder as it is; returns probabilities `[N, C]`."""
     clips, (path, people, unit) = held.clips, group
+    state = held.state(unit)
+    if state and "classifier" in state:
+        print(f"{held.last}: finished")
+        return None
     names, fold_of = dataset.subject_folds(clips)
     heads, probabilities = probing.train_frozen(opt, held, group, images, names, fold_of, device,
                                                 opt.loss)

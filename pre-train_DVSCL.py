@@ -222,14 +222,13 @@ def train(epoch, opt, pool, normalization, model, contrast, criterion, optimizer
 def announce(opt, n_data):
     """Prints the number of steps and where the learning rate decays; returns steps per epoch."""
     size = min(opt.batch_size, n_data)
-    per_epoch = -(-n_data // size) - (n_data % size == 1)
+    per_epoch = -(-n_data // size) - (n_data > size and n_data % size == 1)
     decays = ", ".join(f"{e} (step {e * per_epoch})" for e in opt.lr_decay_epochs
                        if e < opt.epochs)
     print(f"{n_data} clips at batch {size}: {per_epoch} steps per epoch, "
           f"{per_epoch * opt.epochs} in all; the learning rate decays after epoch "
           f"{decays or '- (none within the run)'}")
-    if n_data % size == 1:
-        print("the last batch of an epoch would hold one clip; it is dropped")
+    util.announce_dropped(n_data, size)
     return per_epoch
 
 

@@ -133,7 +133,7 @@ class HeldOut:
     """
 
     def __init__(self, stage, opt, argv, script, clips, digest, parts, together):
-        self.opt, self.clips, self.seen = opt, clips, {}
+        self.opt, self.clips, self.seen, self.lengths = opt, clips, {}, {}
         name = util.head_run_name(stage, opt, parts)
         self.folder = Path(opt.save_path) / name
         self.curves = util.curve_folder(opt, opt.save_path, name)
@@ -187,9 +187,12 @@ class HeldOut:
 
     def state(self, unit=Ellipsis):
         """The run's last checkpoint, if there is one (of `unit`, where given)."""
-        if not self.opt.resume or not self.last.exists():
+        path = self.last if self.opt.resume in (None, "auto") else Path(self.opt.resume)
+        if not self.opt.resume or (self.opt.resume == "auto" and not path.exists()):
             return None
-        state = checkpoint.load(self.last)
+        state = checkpoint.load(path)
+        checkpoint.check_resumable(path, state, self.opt,
+                                   data_digest=self.header["data_digest"])
         return state if unit in (Ellipsis, state.get("unit")) else None
 
     def encoder(self, path):
@@ -197,6 +200,15 @@ class HeldOut:
         model, about = load_encoder(self.opt, path, self.clips)
         self.seen[path] = about
         return model, about
+
+    def rate_scale(self, path, model, head, images, members, device, autocast):
+        """`rate_scale` of the features of the clips `members`; encodes once per checkpoint."""
+        if path not in self.lengths:
+            features, positions = encode(model, head, images, self.seen[path]["normalization"],
+                                         self.opt.layer, device, autocast)
+            self.lengths[path] = features[0].square().sum(-1).cpu(), positions
+        lengths, positions = self.lengths[path]
+        return rate_scale(lengths[members].mean().item(), positions)
 
     def keep(self, path, person, members, probabilities):
         """Keeps a person's predictions: probabilities `[len(members), C]`."""
@@ -348,6 +360,7 @@ def train_heads(heads, features, positions, labels, fold_of, held_out, opt, loss
         weights = torch.stack([class_weights(labels[keep.numpy()], n_label)
                                for keep in training.t()]).to(device)  # [F, C]
     labels = torch.as_tensor(labels)
+    util.announce_dropped(len(labels), opt.batch_size)
     lengths = features.square().sum(-1).mean(0).cpu()  # [N]
     scale = rate_scale((lengths @ training.float()) / training.sum(0), positions).to(device)  # [F]
     print(f"learning rate of the heads: {opt.learning_rate:g} x {scale.mean():.3g}, for features "
@@ -425,7 +438,8 @@ def train_frozen(opt, held, group, images, names, fold_of, device, loss="crossen
         if epoch % opt.save_freq == 0 or epoch == opt.epochs:
             checkpoint.save(held.last, {
                 "opt": vars(opt), "epoch": epoch, "unit": unit, "model": heads.state_dict(),
-                "normalization": about["normalization"], "encoding": clips.encoding})
+                "normalization": about["normalization"], "encoding": clips.encoding,
+                "data_digest": held.header["data_digest"]})
 
     train_heads(heads, features, positions, clips.labels, fold_of, held_out, opt, loss, start,
                 on_epoch)

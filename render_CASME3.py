@@ -66,20 +66,24 @@ def parse_option(argv=None):
 # ---------------------------------------------------------------- which clips
 
 def draw_labels(opt):
-    """Class ids int `[subjects, clips]`: uneven per subject, every class in two subjects."""
+    """Class ids int `[subjects, clips]`: in all as frequent as in the published lists, per subject
+    as uneven, and every class in two subjects at least."""
+    total = opt.subjects * opt.clips_per_subject
+    if total < 8:
+        raise util.BadInput(f"--subjects {opt.subjects} --clips_per_subject "
+                            f"{opt.clips_per_subject}: too few clips for four classes; ask for 8 "
+                            f"clips or more")
     rng = rendering.rng_of(opt.seed, "labels")
-    shape = (opt.subjects, opt.clips_per_subject)
-    if shape[0] * shape[1] < 2 * len(CLASS_SHARE):
-        raise util.BadInput(f"--subjects {shape[0]} --clips_per_subject {shape[1]}: too few clips "
-                            f"for four classes; ask for 8 clips or more")
-    share = rng.dirichlet(UNEVEN * CLASS_SHARE, opt.subjects)
-    labels = np.stack([rng.choice(4, shape[1], p=p) for p in share])
-    for label in range(4):
-        while (labels == label).any(1).sum() < 2:
-            # Takes a clip of the most frequent class from a subject that lacks this one.
-            common = np.bincount(labels.ravel(), minlength=4).argmax()
-            rows, cols = np.nonzero((labels == common) & ~(labels == label).any(1)[:, None])
-            labels[rows[0], cols[0]] = label
+    share = rng.dirichlet(UNEVEN * CLASS_SHARE, opt.subjects) + 1e-3
+    labels = np.zeros((opt.subjects, opt.clips_per_subject), int)
+    for label in (2, 1, 3):  # the rarest first; what is left is negative
+        holders = []
+        for n in range(max(2, round(CLASS_SHARE[label] * total))):
+            chance = share[:, label] * (labels == 0).sum(1)
+            if n == 1 and np.delete(chance, holders).any():
+                chance[holders] = 0
+            holders.append(rng.choice(opt.subjects, p=chance / chance.sum()))
+            labels[holders[-1], rng.choice(np.nonzero(labels[holders[-1]] == 0)[0])] = label
     return labels
 
 

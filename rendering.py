@@ -489,7 +489,8 @@ EMOTIONS = {
     "sad": [(1, 4), (1, 4, 15), (15, 17), (1,), (15,)],
     "happy": [(12,), (6, 12), (6, 12, 25), (12, 25)],
     "surprise": [(1, 2), (1, 2, 5), (1, 2, 5, 26), (1, 2, 25, 26), (2,), (1, 2, 26)],
-    "others": [(14,), (17,), (14, 17), (24,), (17, 24), (7,), (4, 14), (12, 14), (20,)],
+    "others": [(14,), (17,), (14, 17), (24,), (17, 24), (7,), (4, 14), (12, 14), (20,),
+               (4,), (4, 7)],
 }
 # How often each emotion makes up its class, in the order of EMOTIONS.
 SHARE = {"anger": 0.2, "disgust": 0.45, "fear": 0.15, "sad": 0.2}
@@ -562,7 +563,7 @@ def perform(job):
     rng = rng_of(job.seed, "clip", job.key)
     emotion = _emotion(job.emotion, rng)
     combination = EMOTIONS[emotion][rng.integers(len(EMOTIONS[emotion]))]
-    typical = 0.75 * np.exp(0.45 * rng.standard_normal()) * expressiveness(job.subject, job.seed)
+    typical = 0.7 * np.exp(0.6 * rng.standard_normal()) * expressiveness(job.subject, job.seed)
     size = np.clip(typical, 0.2, 2.5) if job.emotion else np.clip(2 * typical ** 2, 0.05, 5)
     weight = rng.uniform(0.6, 1, len(combination))
     weight = job.amplitude * size * weight / weight.max()
@@ -572,7 +573,7 @@ def perform(job):
     blink = rng.uniform(1, 6) * rng.choice([-1, 1]) * (rng.random() < 0.12)
     a, b = rng.standard_normal(6).clip(-2, 2), rng.standard_normal(6).clip(-2.5, 2.5)
     pose = Pose(4 * a[0], 4 * a[1], 0.03 * a[2], 0.05 * a[3], 0.04 * a[4], 1 + 0.03 * a[5])
-    motion = Pose(0.3 * b[0], 0.3 * b[1], 0.004 * b[2], 0.007 * b[3], 0.007 * b[4],
+    motion = Pose(0.25 * b[0], 0.25 * b[1], 0.003 * b[2], 0.005 * b[3], 0.005 * b[4],
                   1 + 0.001 * b[5])
     c = rng.standard_normal(6).clip(-2, 2)
     return Performance(

@@ -88,13 +88,14 @@ def train_transform(images, drawn, normalization, encoding, channels):
     exactly 0 whatever was drawn (but for wrap, whose constants are the published ones).
     """
     drawn = {name: value.to(images.device) for name, value in drawn.items()}
+    mean, std = _constants(normalization, images)
     if "box" in drawn:
-        images = _resized_crop(images, drawn["box"])
+        # resampled about "no change": bilinear weights add up to 1 only to rounding
+        images, mean = _resized_crop(images.float() - mean, drawn["box"]), 0
     else:
         images = centre_crop(images)
     flipped = drawn["flip"].view(-1, 1, 1, 1)
     images = torch.where(flipped, images.flip(-1), images)
-    mean, std = _constants(normalization, images)
     scale = torch.ones(len(images), len(channels), device=images.device)
     if "gain" in drawn:
         scale = drawn["gain"]
@@ -138,7 +139,7 @@ def _resized_crop(images, box):
     theta[:, 0, 0], theta[:, 1, 1] = half[:, 0], half[:, 1]
     theta[:, :, 2] = centre
     grid = F.affine_grid(theta, (len(images), 1, CROP, CROP), align_corners=False)
-    return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 def _constants(normalization, images):

@@ -250,6 +250,12 @@ def learning_rate(opt, epoch, base=None):
     return base * opt.lr_decay_rate ** sum(epoch > e for e in opt.lr_decay_epochs)
 
 
+def announce_dropped(n, batch_size):
+    """Says so where `batches` leaves out a last batch of one."""
+    if n > batch_size and n % batch_size == 1:
+        print("the last batch of an epoch would hold one clip; it is dropped")
+
+
 def epoch_line(opt, epoch, means):
     """What the terminal shows of an epoch."""
     return f"epoch {epoch}/{opt.epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in means.items())

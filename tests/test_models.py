@@ -178,12 +178,13 @@ CHANNELS = {"alexnet": [48, 128, 192, 192, 128], "resnet18v1": [64, 32, 64, 128,
 @pytest.mark.parametrize("name", SIDES)
 def test_heads_fit_every_tap(name):
     model = create_model(name).eval()
-    x = torch.randn(2, 4, 224, 224)
+    feats = torch.randn(2, 4, 224, 224).split((3, 1), dim=1)
     assert n_layers(name) == len(SIDES[name])
     assert default_layer(name) == {"alexnet": 5}.get(name, 6)
     for layer, (side, channels) in enumerate(zip(SIDES[name], CHANNELS[name]), 1):
-        with torch.no_grad():
-            feats = model(x, layer)
+        with torch.no_grad():  # the next tap of each view
+            feats = tuple(tower.stages()[layer - 1](feat)
+                          for tower, feat in zip((model.rgb_to_d, model.d_to_rgb), feats))
         for encoder, views in (("both", feats), ("rgb", feats[:1]), ("depth", feats[1:])):
             head = create_classifier(name, layer, 3, encoder=encoder)
             pooled = head.pool(*feats)
