@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from util import BadInput
+from util import BadInput, RunFailed
 
 # Where a run's files lie and how it is watched may change when it is resumed.
 FREE_TO_CHANGE = {"data_folder", "list_folder", "model_path", "save_path", "tb_path", "cache",
@@ -32,6 +32,9 @@ def save(path, state):
 
 def save_epoch(folder, state):
     """Saves `state` as `last.pth` and, sharing its bytes where the disk can, under its epoch."""
+    if not all(value.isfinite().all() for value in state["model"].values()):
+        raise RunFailed(f"{folder}: the weights are not finite after epoch {state['epoch']}; the "
+                        f"last checkpoint is kept; lower --learning_rate")
     last, kept = Path(folder) / "last.pth", Path(folder) / f"ckpt_epoch_{state['epoch']}.pth"
     save(last, state)
     kept.unlink(missing_ok=True)
@@ -67,6 +70,8 @@ def load(path):
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise BadInput(f"{path}: not a checkpoint of this method: it holds no 'model'")
     opt = state.get("opt", {})
+    if not isinstance(opt, (dict, argparse.Namespace)):
+        raise BadInput(f"{path}: not a checkpoint of this method: its 'opt' holds no options")
     state["opt"] = vars(opt) if isinstance(opt, argparse.Namespace) else dict(opt)
     state["model"] = {_plain(name): value for name, value in state["model"].items()}
     return state

@@ -298,6 +298,10 @@ def read_clips(data_folder, list_folder=None, view="RGB_D", encoding=None):
     repeated = {s for s in subjects if subjects.count(s) > 1}
     if repeated:
         raise BadInput(f"{lists / 'v_rgb' / 'subName.txt'}: {_first_ten(repeated)} named twice")
+    folders = [s for s in subjects if "/" in s or "\\" in s]
+    if folders:
+        raise BadInput(f"{lists / 'v_rgb' / 'subName.txt'}: {_first_ten(folders)}: a subject's "
+                       f"name is part of file names and holds no slash")
     suffixes = ("rgb", "gray", "depth", second)
     first = _read_view(lists / "v_rgb", subjects, suffixes)
     other = first if luminance else _read_view(lists / f"v_{second}", subjects, suffixes)
@@ -586,10 +590,10 @@ def load_images(clips, cache="off", num_workers=4):
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         if part:
-            # claimed before it is mapped: a disk that fills up under a mapping is a bus error
-            with open(part, "wb") as file:
-                os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)) + 4096)
             images = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
+            # claimed before it is written: a disk that fills up under a mapping is a bus error
+            with open(part, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
         with ThreadPoolExecutor(max(num_workers, 1)) as pool:
             decoded = pool.map(lambda clip: decode(clip, clips), clips.clips)
             for i, pair in enumerate(tqdm(decoded, "decoding", len(clips), disable=None)):

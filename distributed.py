@@ -1,7 +1,18 @@
-"""torchrun's environment: who this process is, and which share of the runs is its own."""
+"""torchrun: one process per GPU (or CPU), any number of nodes.
+
+Every rank draws the same global batch and takes its slice; features, indices and counts are
+gathered, so that all ranks hold the same banks and the same weights. Without torchrun every
+function here is the identity.
+"""
+import contextlib
+import datetime
 import os
+import sys
 
 import torch
+import torch.distributed as dist
+
+from util import BadInput
 
 
 def rank():
@@ -12,7 +23,8 @@ def rank():
 def local_device(device):
     """The GPU of this process where several share a node."""
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     return device
 
 
@@ -20,3 +32,98 @@ def share(items):
     """The items dealt to this rank, in turn."""
     number, size = rank()
     return items[number::size]
+
+
+@contextlib.contextmanager
+def group(device, wanted=True):
+    """The process group for the time of a with block, where torchrun made one and it is `wanted`.
+
+    Rank 0 alone prints. Ranks wait ten minutes for one another, then stop with an error; when one
+    of them dies, the others do at once.
+    """
+    if not wanted or rank()[1] == 1:
+        yield
+        return
+    if rank()[0]:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                            timeout=datetime.timedelta(minutes=10))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def active():
+    """Whether this process belongs to a group of several."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def part(index):
+    """This rank's contiguous slice of a global batch `[B, ...]`; raises BadInput if it is empty."""
+    number, size = rank() if active() else (0, 1)
+    if len(index) < size:
+        raise BadInput(f"--batch_size: a batch of {len(index)} clips for {size} ranks; take "
+                       f"{size} or more")
+    return index.tensor_split(size)[number]
+
+
+def gather(tensor):
+    """Concatenates `tensor` of all ranks along dimension 0, in their order; lengths may differ."""
+    if not active():
+        return tensor
+    sizes = [None] * dist.get_world_size()
+    dist.all_gather_object(sizes, len(tensor))
+    longest = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+    longest[:len(tensor)] = tensor
+    parts = [torch.empty_like(longest) for _ in sizes]
+    dist.all_gather(parts, longest)
+    return torch.cat([p[:n] for p, n in zip(parts, sizes)])
+
+
+def mean(values, count):
+    """Mean over all ranks of `values` `[...]`, each rank's being a mean over `count` samples."""
+    if not active():
+        return values
+    total = torch.cat([values * count, values.new_tensor([count])])
+    dist.all_reduce(total)
+    return total[:-1] / total[-1]
+
+
+def wrap(model, device):
+    """The model over this run's devices: DistributedDataParallel under torchrun, DataParallel
+    where one process has several GPUs and --device names none of them, else the model itself."""
+    if active():
+        return torch.nn.parallel.DistributedDataParallel(
+            model, [device] if device.type == "cuda" else None)
+    if device.type == "cuda" and device.index is None and torch.cuda.device_count() > 1:
+        print(f"{torch.cuda.device_count()} GPUs in one process; faster: "
+              f"torchrun --nproc_per_node {torch.cuda.device_count()} with the same flags")
+        return torch.nn.DataParallel(model)
+    return model
+
+
+def first():
+    """Whether this process is the one that writes."""
+    return not active() or dist.get_rank() == 0
+
+
+def size():
+    """Number of ranks of the group."""
+    return dist.get_world_size() if active() else 1
+
+
+def barrier():
+    """Waits for all ranks."""
+    if active():
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def in_turn():
+    """Rank 0 goes through the block before the others, which find what it left on the disk."""
+    if not first():
+        dist.barrier()
+    yield
+    if active() and first():
+        dist.barrier()

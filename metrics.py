@@ -99,7 +99,7 @@ def open_results(folder, opt, about):
     """
     old = read_log(folder)
     if old:
-        if not opt.resume and not opt.subject:
+        if not opt.resume and opt.subject in (None, ["all"]):
             raise BadInput(f"{folder}: exists; go on with --resume auto, give another --tag, or "
                            f"remove it")
         checkpoint.check_resumable(folder, old[0], opt, data_digest=about["data_digest"],

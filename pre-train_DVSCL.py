@@ -8,6 +8,7 @@ with tensorboard --logdir tb. Expect an hour or two on two CPU cores, minutes on
 """
 import argparse
 import hashlib
+import math
 import os
 import time
 from dataclasses import replace
@@ -66,7 +67,10 @@ def parse_option(argv):
     method.add_argument("--jitter", type=number(float, 0, 0.9), default=0.4,
                         help="range of the gain about 'no change', as a share; not used with wrap")
     util.add_optimisation_options(parser, 256, 0.003, [160, 200], 0.1, 240)
-    util.add_running_options(parser)
+    running = util.add_running_options(parser)
+    running.add_argument("--sync_bn", action="store_true",
+                         help="batch-norm statistics over the global batch under torchrun, not "
+                              "over each rank's slice")
     util.add_output_options(parser, "--model_path", "folder for the runs' checkpoints", 40)
     opt = parser.parse_args(argv)
     if opt.subject and opt.fold:
@@ -101,7 +105,8 @@ def set_loader(opt):
     if opt.crop_low < 1 and clips.encoding["difference"] == "wrap":
         raise BadInput(f"--crop_low {opt.crop_low:g}: resizing destroys differences modulo 256; "
                        f"leave it at 1, or prepare signed differences")
-    images, digest = dataset.load_images(clips, opt.cache, opt.num_workers)
+    with distributed.in_turn():
+        images, digest = dataset.load_images(clips, opt.cache, opt.num_workers)
     return clips, images, digest, dataset.blank(images, clips.encoding)
 
 
@@ -161,6 +166,11 @@ def set_model(opt, channels, n_data, device):
     criterion = NCESoftmaxLoss() if opt.softmax else NCECriterion(n_data)
     if opt.nce_k > n_data - 1:
         print(f"--nce_k {opt.nce_k}: only {n_data - 1} other clips; each is a negative once")
+    contrast.gather = distributed.gather
+    if opt.sync_bn and device.type != "cuda":
+        raise BadInput("--sync_bn: synchronised batch norm needs CUDA; drop the flag")
+    if opt.sync_bn and distributed.active():
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(device, memory_format=torch.channels_last)
     return model, contrast.to(device), criterion.to(device)
 
@@ -168,13 +178,6 @@ def set_model(opt, channels, n_data, device):
 def set_optimizer(opt, model):
     return torch.optim.SGD(model.parameters(), lr=opt.learning_rate, momentum=opt.momentum,
                            weight_decay=opt.weight_decay)
-
-
-def in_parallel(model, device):
-    """The model over all GPUs of this process, where there are several."""
-    if device.type == "cuda" and device.index is None and torch.cuda.device_count() > 1:
-        return torch.nn.DataParallel(model)
-    return model
 
 
 # ---------------------------------------------------------------- training
@@ -196,25 +199,31 @@ def train(epoch, opt, pool, normalization, model, contrast, criterion, optimizer
         drawn = transforms.draw(len(index), rng, encoding, opt.jitter, opt.crop_low,
                                 not opt.no_flip)
         negatives = contrast.draw(index, rng)
-        batch = torch.from_numpy(images[members[index.numpy()]]).to(device)
+        # drawn for the global batch, of which a rank takes its slice
+        mine = distributed.part(torch.arange(len(index)))
+        drawn = {name: value[mine] for name, value in drawn.items()}
+        batch = torch.from_numpy(images[members[index[mine].numpy()]]).to(device)
         batch = transforms.train_transform(batch, drawn, normalization, encoding, clips.channels)
         with autocast():
             feat_rgb, feat_depth = model(batch)  # [B, feat_dim] each
-        out_rgb, out_depth = contrast(feat_rgb.float(), feat_depth.float(), index.to(device),
-                                      None if negatives is None else negatives.to(device))
+        out_rgb, out_depth = contrast(feat_rgb.float(), feat_depth.float(), index[mine].to(device),
+                                      None if negatives is None else negatives[mine].to(device))
         losses = criterion(out_rgb), criterion(out_depth)
-        if not torch.isfinite(losses[0] + losses[1]):
-            raise util.RunFailed(f"the loss is not finite in epoch {epoch}, step {step} of "
-                                 f"{len(order)}; the last checkpoint is kept; lower "
-                                 f"--learning_rate, now {opt.learning_rate:g}")
+        values = distributed.mean(torch.stack([
+            losses[0].detach(), criterion.positive_probability(out_rgb),
+            losses[1].detach(), criterion.positive_probability(out_depth)]), len(mine))
+        for name, value in zip(METERS, values.tolist()):
+            means[name].update(value, len(index))
+            if not math.isfinite(value):
+                raise util.RunFailed(f"the loss is not finite in epoch {epoch}, step {step} of "
+                                     f"{len(order)}; the last checkpoint is kept; lower "
+                                     f"--learning_rate, now {opt.learning_rate:g}")
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(losses[0] + losses[1]).backward()
+        # gradients are averaged over ranks, whose slices may differ by one clip
+        share = len(mine) * distributed.size() / len(index)
+        scaler.scale((losses[0] + losses[1]) * share).backward()
         scaler.step(optimizer)
         scaler.update()
-        values = (losses[0], criterion.positive_probability(out_rgb),
-                  losses[1], criterion.positive_probability(out_depth))
-        for name, value in zip(METERS, values):
-            means[name].update(value.detach(), len(index))
         bar.update()
     return {name: meter.avg for name, meter in means.items()}
 
@@ -246,7 +255,7 @@ def go_on(path, opt, data_digest, states):
     return old["epoch"], old["normalization"]
 
 
-def pretrain(opt, argv, clips, images, digest, blank, without, out):
+def pretrain(opt, argv, device, clips, images, digest, blank, without, out):
     """One run: all clips but the blank ones and those of the persons in `out`."""
     name = util.run_name(opt, without)
     folder = os.path.join(opt.model_path, name)
@@ -255,7 +264,6 @@ def pretrain(opt, argv, clips, images, digest, blank, without, out):
     members = training_clips(clips, blank, out)
     per_epoch = announce(opt, len(members))
     data_digest = hashlib.sha256(f"{digest} {members.tolist()}".encode()).hexdigest()
-    device = distributed.local_device(util.pick_device(opt.device))
     mixed = util.mixed_precision(opt, device)
     model, contrast, criterion = set_model(opt, clips.channels, len(members), device)
     optimizer = set_optimizer(opt, model)
@@ -265,13 +273,15 @@ def pretrain(opt, argv, clips, images, digest, blank, without, out):
     else:
         start, normalization = 0, transforms.estimate_normalization(
             images, members, clips.encoding["difference"], clips.channels, clips.second)
+    distributed.barrier()  # every rank has looked at the folder before rank 0 writes to it
     log = util.Log(folder, curves, util.header(__file__, opt, argv, data_digest=data_digest),
-                   (lambda line: line["epoch"] <= start) if resume else None)
+                   (lambda line: line["epoch"] <= start) if resume else None,
+                   writes=distributed.first())
     people = sorted({clips.clips[i].person for i in members})
     fixed = {"opt": vars(opt), "normalization": normalization, "encoding": clips.encoding,
              "seen": {"people": [list(p) for p in people], "clips": len(members)},
              "data_digest": data_digest, "channels": list(clips.channels)}
-    parallel = in_parallel(model, device)
+    parallel = distributed.wrap(model, device)
     with tqdm(total=per_epoch * (opt.epochs - start), desc=name[:40], disable=None) as bar:
         for epoch in range(start + 1, opt.epochs + 1):
             began = time.perf_counter()
@@ -285,7 +295,7 @@ def pretrain(opt, argv, clips, images, digest, blank, without, out):
             log.epoch(epoch, means)
             if epoch % opt.print_freq == 0 or epoch in (start + 1, opt.epochs):
                 tqdm.write(util.epoch_line(opt, epoch, means))
-            if epoch % opt.save_freq == 0 or epoch == opt.epochs:
+            if distributed.first() and (epoch % opt.save_freq == 0 or epoch == opt.epochs):
                 checkpoint.save_epoch(folder, {
                     **fixed, "epoch": epoch, "step": epoch * per_epoch,
                     **{name: part.state_dict() for name, part in states.items()}})
@@ -296,9 +306,11 @@ def pretrain(opt, argv, clips, images, digest, blank, without, out):
 @util.command_line
 def main(argv=None):
     opt = parse_option(argv)
-    clips, images, digest, blank = set_loader(opt)
-    for without, out in exclusions(opt, clips):
-        pretrain(opt, argv, clips, images, digest, blank, without, out)
+    device = distributed.local_device(util.pick_device(opt.device))
+    with distributed.group(device, opt.subject != "each"):
+        clips, images, digest, blank = set_loader(opt)
+        for without, out in exclusions(opt, clips):
+            pretrain(opt, argv, device, clips, images, digest, blank, without, out)
 
 
 if __name__ == "__main__":

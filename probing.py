@@ -159,8 +159,9 @@ class HeldOut:
         self.last = self.folder / "last.pth"
         self.groups = [(opt.model_path, [], "all")] if self.all else \
             self._groups(todo, paths, together)
-        if self.groups:
-            self.log = self._open_log()
+        self.log = None
+        if opt.resume not in (None, "auto") and not Path(opt.resume).is_file():
+            raise BadInput(f"--resume {opt.resume}: no such checkpoint")
 
     def _groups(self, todo, paths, together):
         """(checkpoint, persons, unit): what is trained in one go, and its name in the log."""
@@ -199,6 +200,8 @@ class HeldOut:
         """`load_encoder`'s (encoder, about) of a group; remembers whom the encoder saw."""
         model, about = load_encoder(self.opt, path, self.clips)
         self.seen[path] = about
+        if self.log is None:  # not before: a wrong checkpoint leaves no run folder behind
+            self.log = self._open_log()
         return model, about
 
     def rate_scale(self, path, model, head, images, members, device, autocast):
@@ -212,6 +215,9 @@ class HeldOut:
 
     def keep(self, path, person, members, probabilities):
         """Keeps a person's predictions: probabilities `[len(members), C]`."""
+        if not np.isfinite(probabilities).all():
+            raise util.RunFailed(f"the predictions for {dataset.person_name(person, self.clips)} "
+                                 f"are not finite; lower --learning_rate")
         people = self.seen[path]["people"]
         transductive = None if people is None else any(dataset.same_person(person, other)
                                                        for other in people)

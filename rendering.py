@@ -481,19 +481,18 @@ def depth_difference(onset, apex, range_mm=10.0):
 
 CLASSES = ("negative", "others", "positive", "surprise")  # in the order of the published labels
 CLASS_OF = {"anger": 0, "disgust": 0, "fear": 0, "sad": 0, "others": 1, "happy": 2, "surprise": 3}
-# Usual combinations of action units; a micro-expression shows one to four of them.
+# Usual combinations of action units, the commonest first; a micro-expression shows one to four.
 EMOTIONS = {
     "anger": [(4,), (4, 7), (4, 5, 7), (4, 7, 24), (7, 24)],
-    "disgust": [(9,), (10,), (4, 9), (4, 7, 10), (9, 17), (4, 10)],
-    "fear": [(1, 2, 4, 5), (1, 4, 5), (1, 4, 20), (4, 5, 20, 25)],
-    "sad": [(1, 4), (1, 4, 15), (15, 17), (1,), (15,)],
+    "disgust": [(4, 7, 10), (4, 9), (9,), (10,), (4, 10), (9, 17)],
+    "fear": [(1, 4), (1, 2, 4, 5), (4, 5, 20), (4, 20, 25)],
+    "sad": [(4, 15), (1, 4), (15, 17), (15,)],
     "happy": [(12,), (6, 12), (6, 12, 25), (12, 25)],
-    "surprise": [(1, 2), (1, 2, 5), (1, 2, 5, 26), (1, 2, 25, 26), (2,), (1, 2, 26)],
-    "others": [(14,), (17,), (14, 17), (24,), (17, 24), (7,), (4, 14), (12, 14), (20,),
-               (4,), (4, 7)],
+    "surprise": [(1, 2), (1, 2, 5), (1, 2, 26), (2,), (1, 2, 5, 26), (1, 2, 25, 26)],
+    "others": [(14,), (17,), (14, 17), (24,), (4, 14), (17, 24), (7,), (4,), (20,), (12, 14)],
 }
-# How often each emotion makes up its class, in the order of EMOTIONS.
-SHARE = {"anger": 0.2, "disgust": 0.45, "fear": 0.15, "sad": 0.2}
+# How often each emotion makes up the class "negative".
+SHARE = {"anger": 0.3, "disgust": 0.4, "fear": 0.1, "sad": 0.2}
 
 
 @dataclass(frozen=True)
@@ -562,8 +561,10 @@ def perform(job):
     """Draws the Performance of a clip; every draw is made whatever the options."""
     rng = rng_of(job.seed, "clip", job.key)
     emotion = _emotion(job.emotion, rng)
-    combination = EMOTIONS[emotion][rng.integers(len(EMOTIONS[emotion]))]
-    typical = 0.7 * np.exp(0.6 * rng.standard_normal()) * expressiveness(job.subject, job.seed)
+    usual = EMOTIONS[emotion]
+    common = 1 / np.arange(1, len(usual) + 1)
+    combination = usual[rng.choice(len(usual), p=common / common.sum())]
+    typical = 0.5 * np.exp(0.6 * rng.standard_normal()) * expressiveness(job.subject, job.seed)
     size = np.clip(typical, 0.2, 2.5) if job.emotion else np.clip(2 * typical ** 2, 0.05, 5)
     weight = rng.uniform(0.6, 1, len(combination))
     weight = job.amplitude * size * weight / weight.max()
@@ -572,8 +573,8 @@ def perform(job):
     stray_size *= rng.random() < 0.5
     blink = rng.uniform(1, 6) * rng.choice([-1, 1]) * (rng.random() < 0.12)
     a, b = rng.standard_normal(6).clip(-2, 2), rng.standard_normal(6).clip(-2.5, 2.5)
-    pose = Pose(4 * a[0], 4 * a[1], 0.03 * a[2], 0.05 * a[3], 0.04 * a[4], 1 + 0.03 * a[5])
-    motion = Pose(0.25 * b[0], 0.25 * b[1], 0.003 * b[2], 0.005 * b[3], 0.005 * b[4],
+    pose = Pose(3 * a[0], 3 * a[1], 0.03 * a[2], 0.05 * a[3], 0.04 * a[4], 1 + 0.03 * a[5])
+    motion = Pose(0.16 * b[0], 0.16 * b[1], 0.002 * b[2], 0.003 * b[3], 0.003 * b[4],
                   1 + 0.001 * b[5])
     c = rng.standard_normal(6).clip(-2, 2)
     return Performance(
@@ -581,7 +582,7 @@ def perform(job):
         {stray: float(job.amplitude * stray_size)} if stray_size else {}, float(blink),
         float(0.2 * np.clip(rng.standard_normal(), -2, 2)), pose, motion,
         Light(0.45 * c[0], 0.55 + 0.15 * c[1], 0.85 + 0.1 * c[2], 0.3 + 0.06 * c[3]),
-        float(0.02 * c[4]), float(0.015 * c[5]))
+        float(0.02 * c[4]), float(0.01 * c[5]))
 
 
 def _emotion(asked, rng):

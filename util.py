@@ -42,7 +42,8 @@ def command_line(main):
             message, code = error, 1
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS,
-                                   errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR):
+                                   errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR,
+                                   errno.EEXIST):
                 raise
             message = f"{error.filename or 'writing'}: {error.strerror}"
             code = 1 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2
@@ -325,12 +326,14 @@ class Log:
     """One run's record: `log.jsonl` (header, then a line per epoch) and TensorBoard curves.
 
     folder: the run folder; curves: the TensorBoard folder. `keep(line)`: when a run goes on,
-    which of the log's lines (as dicts) stay.
+    which of the log's lines (as dicts) stay; writes: False on all ranks but one.
     """
     _serial = itertools.count()
 
-    def __init__(self, folder, curves, header, keep=None):
-        self.path = Path(folder) / "log.jsonl"
+    def __init__(self, folder, curves, header, keep=None, writes=True):
+        self.path, self.writes = Path(folder) / "log.jsonl", writes
+        if not writes:
+            return
         Path(folder).mkdir(parents=True, exist_ok=True)
         lines = read_log(folder) if keep else []
         kept = [lines[0] if lines else header] + [line for line in lines[1:] if keep(line)]
@@ -353,6 +356,8 @@ class Log:
 
         subject: the held-out subject it belongs to, where each has a training of its own.
         """
+        if not self.writes:
+            return
         line = {"epoch": epoch, **({"subject": subject} if subject else {}), **values}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -34,7 +34,8 @@ class NCECriterion(nn.Module):
 
 
 class NCESoftmaxLoss(nn.Module):
-    """Cross-entropy of picking the positive among all columns (CMC's eq. 2, InfoNCE)."""
+    """Cross-entropy of picking the positive among all columns (Tian, Krishnan, Isola 2020, section
+    "Contrastive learning with two views")."""
 
     def forward(self, out):
         """out `[B, 1+m]`, scores / T → loss, 0-dimensional."""

@@ -11,7 +11,7 @@ class Tower(nn.Module):
 
     The tap `layer` is the output of stage number `layer`, counted from 1. The last tap, which
     `layer=None` means as well, is L2-normalised: the critic of CMC (Tian, Krishnan, Isola 2020,
-    eq. 3) is a cosine.
+    section "Contrastive learning with two views") is a cosine.
     """
 
     def stages(self):

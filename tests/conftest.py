@@ -9,11 +9,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import transforms
 import util  # before anything that reads protobuf files: it chooses protobuf's implementation
 from dataset import Clip, write_lists
 
 ROOT = Path(util.__file__).parent
 LISTS = ROOT.parent / "shared" / "casme3_lists.tar.xz"
+
+
+def pytest_configure(config):
+    # of the generated code in tensorboard_logger
+    config.addinivalue_line("filterwarnings", "ignore:Call to deprecated create function")
 
 
 @functools.lru_cache
@@ -125,11 +131,21 @@ def quick(cache):
     return ["--model", "resnet18v1", "--cache", cache, "--batch_size", 8, "--epochs", 1]
 
 
+@pytest.fixture(scope="module")
+def small_crops():
+    """Crops of 64 pixels, for tests where the pictures do not matter: a twelfth of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transforms, "CROP", 64)
+        yield
+
+
 @pytest.fixture(scope="session")
 def pretrained(drawn, quick, tmp_path_factory):
-    """last.pth of one epoch of pre-training on `drawn`."""
+    """last.pth of one epoch of pre-training on `drawn`, on crops of 64 pixels."""
     folder = tmp_path_factory.mktemp("pretrained")
-    pretrain("--data_folder", drawn, "--model_path", folder, *quick)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transforms, "CROP", 64)
+        pretrain("--data_folder", drawn, "--model_path", folder, *quick)
     (path,) = folder.glob("memory_*/last.pth")
     return path
 

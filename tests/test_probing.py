@@ -54,13 +54,11 @@ def by_class(labels):
 
 
 def slow_loss(logits, labels, kind, weights):
-    """The losses as their papers write them, clip by clip."""
-    total = 0
-    for row, label in zip(logits, labels):
-        p = torch.exp(row[label]) / torch.exp(row).sum()
-        factor = {"crossentropy": 1, "focal": (1 - p) ** 2, "balanced": weights[label]}[kind]
-        total = total - factor * torch.log(p)
-    return total / len(labels)
+    """The losses as their papers write them."""
+    labels = torch.as_tensor(labels)
+    p = (logits.exp() / logits.exp().sum(1, keepdim=True))[torch.arange(len(labels)), labels]
+    factor = {"crossentropy": 1, "focal": (1 - p) ** 2, "balanced": weights[labels]}[kind]
+    return -(factor * torch.log(p)).mean()
 
 
 def slow_fold(data, fold, opt, kind):
@@ -120,7 +118,7 @@ def test_a_batch_without_training_clips_leaves_a_fold_untouched(data):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("fold", range(FOLDS))
+@pytest.mark.parametrize("fold", [0, 3])
 def test_garbage_labels_of_the_held_out_fold_leave_its_head_bit_for_bit_the_same(data, loss, fold):
     _, labels, fold_of = data
     garbage = np.where(fold_of == fold, (labels + 1) % CLASSES, labels)
@@ -180,7 +178,7 @@ def test_a_fold_starts_the_same_alone_and_among_others():
     all_of_them, some = new_heads([0, 1, 2, 3, 4]), new_heads([4, 2])
     assert torch.equal(all_of_them.weight[[4, 2]], some.weight)
     assert not torch.equal(some.weight[0], some.weight[1])
-    assert all_of_them.weight.std() == pytest.approx(0.01, rel=0.2)
+    assert all_of_them.weight.std().item() == pytest.approx(0.01, rel=0.2)
 
 
 def test_heads_go_on_from_their_state_bit_for_bit(data):
@@ -243,25 +241,31 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_epoch(data):
 
 # ---------------------------------------------------------------- features
 
-@pytest.mark.parametrize("encoder", ["both", "rgb", "depth"])
-@pytest.mark.parametrize("layer, positions", [(3, 36), (6, 1)])
-def test_encoded_features_are_the_pooled_taps_of_the_plain_and_mirrored_view(
-        encoder, layer, positions):
+@pytest.fixture(scope="module")
+def encoder():
+    """A ResNet whose batch-norm statistics differ from the initial ones."""
     torch.manual_seed(0)
     model = create_model("resnet18v1")
-    model.train()(torch.randn(2, 4, 224, 224))  # statistics that differ from the initial ones
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    head = create_classifier("resnet18v1", layer, 2, encoder=encoder)
+    model.train()(torch.randn(2, 4, 224, 224))
+    return model
+
+
+@pytest.mark.parametrize("views, layer, positions", [("both", 3, 16), ("rgb", 6, 1),
+                                                     ("depth", 5, 49)])
+def test_encoded_features_are_the_pooled_taps_of_the_plain_and_mirrored_view(
+        encoder, views, layer, positions):
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    head = create_classifier("resnet18v1", layer, 2, encoder=views)
     images = np.random.default_rng(0).integers(0, 256, (3, 4, 256, 256), dtype=np.uint8)
     normalization = transforms.fixed_normalization("signed", (3, 1))
-    features, found = probing.encode(model, head, images, normalization, layer,
+    features, found = probing.encode(encoder, head, images, normalization, layer,
                                      torch.device("cpu"), torch.no_grad, views=2, batch_size=2)
     assert found == positions
     x = transforms.eval_transform(torch.from_numpy(images), normalization)
     with torch.no_grad():
         for view, batch in zip(features, (x, x.flip(-1))):
-            assert torch.allclose(view, head.pool(*model.eval()(batch, layer)), atol=1e-3)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+            assert torch.allclose(view, head.pool(*encoder(batch, layer)), atol=1e-3)
+    assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
 
 
 def test_a_random_encoder_follows_from_the_seed(tmp_path):

@@ -1,0 +1,544 @@
+"""prepare_CASME3.py on a raw tree with every known irregularity: rules, counts, bytes, resume."""
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import numpy as np
+import pytest
+import raw_tree
+from conftest import LISTS, ROOT, finetune, pretrain, probe, script
+from PIL import Image
+
+import dataset
+import util
+
+BLANK = "apex equal to onset: blank"
+OUTSIDE = "apex outside onset to offset: blank"
+FRAMELESS = "blank clip without its frame: blank all the same"
+NEAREST = "missing frame: the nearest existing one"
+PLAIN = ("--crop", "none", "--depth_scale", 0.1, "--size", 64, "--num_workers", 0)
+
+
+def prepare(*argv):
+    """prepare_CASME3.py in this process."""
+    return script("prepare_CASME3").main(list(argv))
+
+
+def key(subject, video, onset, apex):
+    return f"{subject}-{video}-{apex}-{subject}-{video}-{onset}"
+
+
+def manifest(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def digests(folder):
+    """File → SHA-256 of everything in a prepared set."""
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in folder.rglob("*") if p.is_file()}
+
+
+def refusal(capsys, *argv):
+    """The error line of a run that must be refused as bad input."""
+    with pytest.raises(SystemExit) as stop:
+        prepare(*argv)
+    assert stop.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    return line
+
+
+# What the annotation says, clip by clip: (subject, video, onset, apex, offset, AU, emotion).
+ROWS = [
+    ("spNO.1", "a", 10, 16, 22, "4", "anger"),
+    ("spNO.1", "a", 30, 38, 44, "9", "disgust"),       # a second clip of the video
+    ("spNO.1", "b", 12, 12, 20, "12", "happy"),        # apex equal to onset
+    ("spNO.1", "c", 12, 40, 20, "12", "happy"),        # apex outside
+    ("spNO.2", "a", 10, 18, 0, "14", "Others"),        # offset 0, capital
+    ("spNO.2", "b", 0, 0, 10, "1", "sad"),             # no 0.jpg
+    ("spNO.2", "J", 10, 17, 22, "1+2", "surprise"),    # the folder is j
+    ("spNO.3", "a", 10, 14, 22, "1+2", "surprise"),    # folder spNo.3, depth without depth/
+    ("spNO210", "a", 10, 15, 22, "4", "fear"),         # depth folder without the dot
+    ("spNO.4", "a", 116, 121, 130, "6+12", "happy"),   # the ME clip package
+    ("spNO.5", "a", 10, 18, 25, "4", "anger"),         # frame 18 missing, 17 and 19 there
+    ("spNO.5", "b", 10, 20, 25, "4", "sad"),           # depth 20 missing, 19 in both views
+    ("spNO.5", "c", 10, 13, 25, "4", "anger"),         # 13 missing, 1 > (13 - 10) / 4
+    ("spNO.5", "d", 10, 22, 30, "4", "anger"),         # 20 to 24 missing
+    ("spNO.5", "e", 10, 130, 140, "4", "anger"),       # several seconds
+    ("spNO.5", "f", 10, 16, 20, "4", "anger"),         # the apex is no image
+    ("spNO.1", "A", 10, 16, 22, "4", "anger"),         # the first row again
+    ("spNO.5", "g", "x", 16, 20, "4", "anger"),        # no number
+    ("spNO.5", "h", 10, 16, 20, "4", "bored"),         # no emotion of the set
+    ("spNO.6", "a", 10, 16, 20, "4", "anger"),         # no such folder
+]
+KEPT = [key(*row[:2], *row[2:4]).replace("spNO210", "spNO.210") for row in ROWS[:12]]
+
+
+def write_raw(root):
+    """The tree that belongs to ROWS, under the prefixes in use, and its annotation."""
+    part = root / "part_A_split" / "part_A"
+    write, numbers = raw_tree.write_video, range(8, 48)
+    for subject, videos in (("spNO.1", "abc"), ("spNO.2", "abj")):
+        for video in videos:
+            write(part, subject, video, numbers)
+    apart = root / "part_A_depth"
+    write(part, "spNO.3", "a", numbers, where=(part / "spNo.3" / "a" / "color",
+                                               apart / "spNo.3" / "a"))
+    write(part, "spNO.210", "a", numbers, where=(part / "spNO.210" / "a" / "color",
+                                                 apart / "spNO210" / "a" / "depth"))
+    clip = root / "Part_A_ME_clip"
+    write(clip, "spNO.4", "a", range(116, 131), lambda n: 0.1 * (n - 110),
+          where=(clip / "frame" / "spNO.4_a_116", clip / "depth" / "spNO.4_a_116"))
+    for video, missing in (("a", {18}), ("b", {20}), ("c", {13}), ("d", range(20, 25)),
+                           ("f", ()), ("g", ()), ("h", ())):
+        write(part, "spNO.5", video, sorted(set(numbers) - set(missing)))
+    write(part, "spNO.5", "e", (10, 130), lambda n: 0)
+    rgb, _ = raw_tree.frame("spNO.5b", 2.0)  # b: frame 20 is there in colour
+    Image.fromarray(rgb).save(part / "spNO.5" / "b" / "color" / "20.jpg")
+    (part / "spNO.5" / "f" / "color" / "16.jpg").write_bytes(b"\xff\xd8 no picture")
+    return raw_tree.write_csv(root / "labels.csv", ROWS)
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    """The irregular tree; read only."""
+    root = tmp_path_factory.mktemp("raw")
+    write_raw(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def cut(raw, tmp_path_factory):
+    """The set that comes out of it; read only."""
+    folder = tmp_path_factory.mktemp("cut") / "set"
+    prepare("--raw", raw, "--annotation", raw / "labels.csv", "--data_folder", folder, *PLAIN)
+    return folder
+
+
+def level_change(folder, path):
+    """Change in the middle of the mouth, in steps of the stored image from 128."""
+    image = np.asarray(Image.open(folder / path)).astype(int) - 128
+    y, x = round(0.7 * image.shape[0]), image.shape[1] // 2
+    return image[y - 1:y + 2, x - 1:x + 2].mean()
+
+
+# ---------------------------------------------------------------- rules and counts
+
+def test_every_irregularity_is_counted(cut):
+    found = manifest(cut)
+    names = {k: sorted(v) for k, v in found["repairs"].items()}
+    assert names == {
+        BLANK: [key("spNO.1", "b", 12, 12), key("spNO.2", "b", 0, 0)],
+        OUTSIDE: [key("spNO.1", "c", 12, 40)],
+        FRAMELESS: [key("spNO.2", "b", 0, 0)],
+        NEAREST: [key("spNO.5", "a", 10, 18), key("spNO.5", "b", 10, 20)],
+        "offset 0: onset + 15": [key("spNO.2", "a", 10, 18)],
+        "emotion with capitals (Others)": [key("spNO.2", "a", 10, 18)],
+        "subject spelled otherwise than spNO.<i>": [key("spNO.210", "a", 10, 15)],
+        "video letter in another case (J, j)": [key("spNO.2", "J", 10, 17)],
+        "subject folder in another case (spNo)": [key("spNO.3", "a", 10, 14)],
+        "depth folder without the inner depth/": [key("spNO.3", "a", 10, 14)],
+        "subject folder without the dot (spNO210)": [key("spNO.210", "a", 10, 15)],
+    }
+    reasons = {d["clip"]: d["reason"] for d in found["dropped"]}
+    assert len(reasons) == len(ROWS) - len(KEPT) == 8
+    for clip, words in ((key("spNO.5", "c", 10, 13), "apex 13 is missing, the nearest frame is 12"),
+                        (key("spNO.5", "d", 10, 22), "apex 22 is missing, the nearest frame is 19"),
+                        (key("spNO.5", "e", 10, 130), "120 frames from onset to apex"),
+                        (key("spNO.5", "f", 10, 16), "not a readable image"),
+                        (key("spNO.1", "A", 10, 16), "a second row"),
+                        ("spNO.5-g row 19", "onset 'x' is not a frame number"),
+                        (key("spNO.5", "h", 10, 16), "emotion 'bored' is not known"),
+                        (key("spNO.6", "a", 10, 16), "no RGB frames of video a found")):
+        assert words in reasons[clip]
+    assert found["counts"]["classes"] == {"negative": 6, "others": 1, "positive": 3, "surprise": 2}
+    assert found["counts"]["blank"] == {"negative": 1, "others": 0, "positive": 2, "surprise": 0}
+    assert found["counts"]["subjects"] == {"spNO1": 4, "spNO2": 3, "spNO3": 1, "spNO4": 1,
+                                           "spNO5": 2, "spNO210": 1}
+    assert found["annotation"]["sha256"] == hashlib.sha256(
+        (cut.parent.parent / found["options"]["annotation"]).read_bytes()).hexdigest()
+
+
+def test_names_folders_and_lists_are_as_published(cut):
+    clips = dataset.read_clips(cut)
+    assert sorted(c.key for c in clips.clips) == sorted(KEPT)
+    first = next(c for c in clips.clips if c.key == KEPT[0])
+    name = "spNO.1-a-16-spNO.1-a-10_diff"
+    assert first.rgb == f"casme3_diff_me4/casme3_diff_imgs_all/negative/{name}.png"
+    assert first.second == f"casme3_diff_me4/casme3_diff_depth_all/negative/{name}_depth.png"
+    assert clips.encoding["classes"] == ["negative", "others", "positive", "surprise"]
+    assert clips.encoding["difference"] == "signed" and clips.encoding["depth_range_mm"] == 10
+
+
+def test_difference_images_show_the_rise(cut):
+    """40 levels and 4 mm per unit of level, 0.1 per frame: two levels of the frame are one."""
+    for clip, frames in ((KEPT[0], 6), (KEPT[1], 8), (KEPT[9], 5)):
+        (row,) = [c for c in dataset.read_clips(cut).clips if c.key == clip]
+        assert level_change(cut, row.rgb) == pytest.approx(40 * 0.1 * frames * 0.9 / 2, rel=0.1)
+        assert level_change(cut, row.second) == pytest.approx(-12.7 * 0.4 * frames, rel=0.06)
+
+
+def test_a_missing_apex_is_replaced_by_its_neighbour(cut):
+    """spNO.5 a: 17 for 18, so the change is that of 7 frames; b: 19 for 20, of 9."""
+    for clip, frames in ((KEPT[10], 7), (KEPT[11], 9)):
+        (row,) = [c for c in dataset.read_clips(cut).clips if c.key == clip]
+        assert level_change(cut, row.second) == pytest.approx(-12.7 * 0.4 * frames, rel=0.04)
+
+
+def test_blank_clips_are_no_change(cut):
+    for row in dataset.read_clips(cut).clips:
+        blank = row.key in (KEPT[2], KEPT[3], KEPT[5])
+        for name in (row.rgb, row.second):
+            assert (np.asarray(Image.open(cut / name)) == 128).all() == blank
+
+
+def test_the_middle_frame_may_stand_in_for_a_blank_apex(raw, tmp_path):
+    prepare("--raw", raw, "--annotation", raw / "labels.csv", "--data_folder", tmp_path / "set",
+            "--blank_apex", "middle", *PLAIN)
+    found = manifest(tmp_path / "set")
+    rows = {c.key: c for c in dataset.read_clips(tmp_path / "set").clips}
+    for clip, apex in ((KEPT[2], 16), (KEPT[3], 16)):
+        change = level_change(tmp_path / "set", rows[clip].second)
+        assert change == pytest.approx(-12.7 * 0.4 * (apex - 12), rel=0.06)
+    reasons = {d["clip"]: d["reason"] for d in found["dropped"]}
+    assert reasons[KEPT[5]] == "onset 0 is missing, the nearest frame is 8"
+    assert sum(found["counts"]["blank"].values()) == 0
+
+
+def test_blank_clips_may_be_dropped(raw, tmp_path):
+    prepare("--raw", raw, "--annotation", raw / "labels.csv", "--data_folder", tmp_path / "set",
+            "--blank_apex", "drop", *PLAIN)
+    assert {c.key for c in dataset.read_clips(tmp_path / "set").clips} == \
+        set(KEPT) - {KEPT[2], KEPT[3], KEPT[5]}
+
+
+def test_classes_of_megc(raw, tmp_path):
+    prepare("--raw", raw, "--annotation", raw / "labels.csv", "--data_folder", tmp_path / "set",
+            "--classes", 3, *PLAIN)
+    clips = dataset.read_clips(tmp_path / "set")
+    assert clips.classes == ["negative", "positive", "surprise"]
+    labels = {c.key: c.label for c in clips.clips}
+    assert KEPT[4] not in labels  # others
+    assert [labels[KEPT[i]] for i in (0, 2, 6)] == [0, 1, 2]
+
+
+def test_raw_labels_are_seven_classes(raw, tmp_path):
+    prepare("--raw", raw, "--annotation", raw / "labels.csv", "--data_folder", tmp_path / "set",
+            "--classes", 7, *PLAIN)
+    clips = dataset.read_clips(tmp_path / "set")
+    assert clips.classes == ["anger", "disgust", "fear", "happy", "others", "sad", "surprise"]
+    (happy,) = [c for c in clips.clips if c.key == KEPT[9]]
+    assert happy.label == 3 and "/happy/" in happy.rgb
+
+
+def test_counts_are_printed_beside_the_published_ones(raw, tmp_path, capsys):
+    prepare("--raw", raw, "--annotation", raw / "labels.csv", "--data_folder", tmp_path / "set",
+            *PLAIN)
+    lines = capsys.readouterr().out.splitlines()
+    assert "labels.csv: 20 clips annotated, 12 cut, 8 dropped, 6 subjects" in lines
+    table = {line.split()[0]: line.split()[1:] for line in lines if line and line[0] != " "}
+    assert table["negative"] == ["6", "1", "508", "496", "457"]
+    assert table["others"] == ["1", "0", "170", "166", "161"]
+    assert table["positive"] == ["3", "2", "64", "60", "55"]
+    assert table["surprise"] == ["2", "0", "201", "199", "187"]
+    assert f"  repaired     2  {NEAREST}" in lines
+
+
+# ---------------------------------------------------------------- bytes and stops
+
+def test_second_run_changes_nothing(raw, cut):
+    before = digests(cut)
+    times = {p: p.stat().st_mtime_ns for p in cut.rglob("*_diff*.png")}
+    prepare("--raw", raw, "--annotation", raw / "labels.csv", "--data_folder", cut, *PLAIN)
+    assert digests(cut) == before
+    assert {p: p.stat().st_mtime_ns for p in cut.rglob("*_diff*.png")} == times  # not cut again
+
+
+def test_number_of_workers_changes_nothing(raw, cut, tmp_path):
+    prepare("--raw", raw, "--annotation", raw / "labels.csv", "--data_folder", tmp_path / "set",
+            *PLAIN[:-1], 3)
+    assert digests(tmp_path / "set") == digests(cut)
+
+
+def test_damaged_and_stale_images_are_made_anew(raw, cut, tmp_path):
+    argv = ["--raw", raw, "--annotation", raw / "labels.csv", "--data_folder", tmp_path / "set"]
+    prepare(*argv, *PLAIN, "--max_gap", 6)
+    images = sorted((tmp_path / "set").rglob("*_diff*.png"))
+    images[0].write_bytes(b"cut off")
+    (tmp_path / "set" / "v_rgb" / ".x.1.part").write_text("half")
+    prepare(*argv, *PLAIN)
+    found, expected = digests(tmp_path / "set"), digests(cut)
+    assert {k: v for k, v in found.items() if k != "manifest.json"} == \
+        {k: v for k, v in expected.items() if k != "manifest.json"}
+    prepare(*argv, *PLAIN, "--max_gap", 6)
+    assert sorted((tmp_path / "set").rglob("*_diff*.png")) == images
+
+
+def test_stopped_run_goes_on(tmp_path):
+    """SIGKILL in the middle; then complete. The finished clips are kept as they are."""
+    rows = []
+    for i in range(24):
+        subject, video = f"spNO.{i // 12 + 1}", "abcdefghijkl"[i % 12]
+        raw_tree.write_video(tmp_path / "raw", subject, video, (10, 16))
+        rows.append((subject, video, 10, 16, 20, "4", ("anger", "happy", "others",
+                                                       "surprise")[i % 4]))
+    labels = raw_tree.write_csv(tmp_path / "labels.csv", rows)
+    argv = ["--raw", tmp_path / "raw", "--annotation", labels, *PLAIN[:4], "--num_workers", 2]
+    prepare(*argv, "--data_folder", tmp_path / "whole")
+    stopped = tmp_path / "stopped"
+    run = subprocess.Popen([sys.executable, ROOT / "prepare_CASME3.py", "--data_folder", stopped,
+                            *map(str, argv)], start_new_session=True,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while run.poll() is None and len(list((stopped / ".prepare").glob("*.json"))) < 3:
+            time.sleep(0.002)
+    finally:
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+    kept = {p: p.stat().st_mtime_ns for p in (stopped / ".prepare").glob("*.json")}
+    assert 3 <= len(kept) < 24
+    assert not (stopped / "v_rgb").exists()
+    prepare(*argv, "--data_folder", stopped)
+    assert digests(stopped) == digests(tmp_path / "whole")
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept
+
+
+def test_kept_crops_serve_another_difference(raw, tmp_path, monkeypatch):
+    argv = ["--raw", raw, "--annotation", raw / "labels.csv", *PLAIN]
+    prepare(*argv, "--data_folder", tmp_path / "set", "--save_crops")
+    prepare(*argv, "--data_folder", tmp_path / "other", "--difference", "absolute")
+    cutting = sys.modules["cutting"]
+    decoded = []
+    monkeypatch.setattr(cutting, "read_frame", lambda path: decoded.append(path))
+    with pytest.raises(SystemExit):  # the clip that is no image is not kept, and tried again
+        monkeypatch.setattr(cutting, "_open", None)
+        prepare(*argv, "--data_folder", tmp_path / "set", "--save_crops", "--difference",
+                "absolute")
+    assert decoded == []
+    found, expected = digests(tmp_path / "set"), digests(tmp_path / "other")
+    images = {k for k in expected if "_diff" in k}
+    assert images and {k: found[k] for k in images} == {k: expected[k] for k in images}
+
+
+def test_dry_run_writes_pictures_only(raw, tmp_path, capsys):
+    prepare("--raw", raw, "--annotation", raw / "labels.csv", "--data_folder", tmp_path / "set",
+            "--dry_run", *PLAIN)
+    files = {p.relative_to(tmp_path / "set").as_posix() for p in (tmp_path / "set").rglob("*")
+             if p.is_file()}
+    assert files == {f"audit/{name}.png" for name in ("negative", "others", "positive", "surprise",
+                                                      "worst", "histograms")}
+    assert "nothing but" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- annotations of other kinds
+
+def test_published_lists_come_out_byte_for_byte(tmp_path):
+    if not LISTS.exists():
+        pytest.skip(f"no {LISTS.name}")
+    with tarfile.open(LISTS) as archive:
+        archive.extractall(tmp_path / "lists", filter="data")
+    raw, keys = tmp_path / "raw", set()
+    for path in (tmp_path / "lists" / "v_rgb").glob("*_test.txt"):
+        for line in path.read_text().splitlines():
+            subject, video, apex, _, _, onset = line.split()[0].split("/")[-1].split("_")[0] \
+                .rsplit("-", 5)
+            keys.add((subject, video, int(apex), int(onset)))
+    assert len(keys) == 943
+    for subject, video, apex, onset in keys:
+        if apex != onset:
+            raw_tree.write_video(raw, subject, video, (onset, apex), lambda n: n % 7 / 7,
+                                 size=(40, 32))
+    prepare("--raw", raw, "--annotation", tmp_path / "lists", "--data_folder", tmp_path / "set",
+            "--crop", "none", "--register", "none", "--size", 32, "--num_workers", 2)
+    for view in ("v_rgb", "v_depth"):
+        published = {p.name: p.read_bytes() for p in (tmp_path / "lists" / view).iterdir()}
+        written = {p.name: p.read_bytes() for p in (tmp_path / "set" / view).iterdir()}
+        assert written == published
+    found = manifest(tmp_path / "set")
+    assert found["counts"]["classes"] == {"negative": 508, "others": 170, "positive": 64,
+                                          "surprise": 201}
+    assert sum(found["counts"]["blank"].values()) == 62 and found["dropped"] == []
+    assert len(dataset.read_clips(tmp_path / "set")) == 943
+
+
+def test_lists_lose_the_rows_that_cannot_be_cut_and_nothing_else(cut, raw, tmp_path):
+    lists = tmp_path / "lists"
+    for view in ("v_rgb", "v_depth"):
+        (lists / view).mkdir(parents=True)
+        for path in (cut / view).iterdir():
+            text = path.read_text().replace("spNO.1-a-38-spNO.1-a-30", "spNO.1-a-38-spNO.1-a-60")
+            (lists / view / path.name).write_bytes(text.replace("\n", "\r\n").encode())
+    prepare("--raw", raw, "--annotation", lists, "--data_folder", tmp_path / "set", *PLAIN)
+    for path in lists.rglob("*.txt"):
+        rows = [line for line in path.read_bytes().splitlines(keepends=True) if b"-a-60" not in line]
+        assert (tmp_path / "set" / path.relative_to(lists)).read_bytes() == b"".join(rows)
+    (lost,) = manifest(tmp_path / "set")["dropped"]
+    assert lost["clip"] == key("spNO.1", "a", 60, 38) or "missing" in lost["reason"]
+
+
+def test_workbook_says_the_same_as_csv(cut, raw, tmp_path):
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    book.active.title = "notes"
+    sheet = book.create_sheet("label")
+    sheet.append([*raw_tree.HEADER])
+    for *rest, emotion in ROWS:
+        sheet.append([*map(str, rest), "I", emotion])
+    book.save(tmp_path / "labels.xlsx")
+    prepare("--raw", raw, "--annotation", tmp_path / "labels.xlsx", "--data_folder",
+            tmp_path / "set", *PLAIN)
+    found, expected = digests(tmp_path / "set"), digests(cut)
+    assert {k: v for k, v in found.items() if k != "manifest.json"} == \
+        {k: v for k, v in expected.items() if k != "manifest.json"}
+    assert manifest(tmp_path / "set")["counts"] == manifest(cut)["counts"]
+
+
+def test_old_workbook_says_the_same_as_csv(tmp_path):
+    pytest.importorskip("xlrd")
+    xlwt = pytest.importorskip("xlwt")
+    annotation = sys.modules.get("annotation") or __import__("annotation")
+    book = xlwt.Workbook()
+    sheet = book.add_sheet("label")
+    for i, row in enumerate([raw_tree.HEADER, *((*r[:-1], "I", r[-1]) for r in ROWS)]):
+        for j, cell in enumerate(row):
+            sheet.write(i, j, cell)  # numbers as numbers: 10.0 when read
+    book.save(tmp_path / "labels.xls")
+    raw_tree.write_csv(tmp_path / "labels.csv", ROWS)
+    tables = [annotation.read_annotation(tmp_path / f"labels.{end}") for end in ("xls", "csv")]
+    assert tables[0].rows == tables[1].rows and len(tables[0].rows) == 17
+    assert tables[0].dropped == tables[1].dropped
+
+
+def test_missing_reader_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "raw").mkdir()
+    for end, package in (("xlsx", "openpyxl"), ("xls", "xlrd")):
+        monkeypatch.setitem(sys.modules, package, None)
+        (tmp_path / f"labels.{end}").write_bytes(b"")
+        line = refusal(capsys, "--raw", tmp_path / "raw", "--annotation",
+                       tmp_path / f"labels.{end}", "--data_folder", tmp_path / "set", *PLAIN)
+        assert package in line and "requirements-prepare.txt" in line
+
+
+def test_clips_of_other_sets(tmp_path):
+    """Paths from clips.csv; the same file names under two subjects; no depth, so no v_depth."""
+    rows = ["database,subject,clip,onset,apex,label"]
+    for subject in ("sub01", "sub02"):
+        for clip, label in (("EP01", "happiness"), ("EP02", "surprise"), ("EP03", "repression")):
+            folder = tmp_path / "raw" / subject / clip
+            for n in (3, 9):
+                raw_tree.write_frame(clip, n / 10, folder / f"img{n}.jpg", None)
+            rows.append(f"casme2,{subject},{clip},{subject}/{clip}/img3.jpg,"
+                        f"{subject}/{clip}/img9.jpg,{label}")
+    (tmp_path / "clips.csv").write_text("\n".join(rows) + "\n")
+    prepare("--raw", tmp_path / "raw", "--clips", tmp_path / "clips.csv", "--data_folder",
+            tmp_path / "set", "--classes", 3, *PLAIN)
+    clips = dataset.read_clips(tmp_path / "set", view="RGB_gray")
+    assert {(c.database, c.subject, c.label) for c in clips.clips} == {
+        (2, s, i) for s in ("sub01", "sub02") for i in range(3)}
+    assert not (tmp_path / "set" / "v_depth").exists()
+    (row,) = [c for c in clips.clips if c.subject == "sub01" and c.label == 1]
+    assert level_change(tmp_path / "set", row.rgb) == pytest.approx(40 * 0.6 * 0.9 / 2, rel=0.1)
+
+
+# ---------------------------------------------------------------- crop
+
+def test_boxes_are_written_and_can_be_given_back(raw, tmp_path):
+    argv = ["--raw", raw, "--annotation", raw / "labels.csv", "--depth_scale", 0.1, "--size", 64,
+            "--num_workers", 0]
+    prepare(*argv, "--data_folder", tmp_path / "a", "--crop", "box", 50, 20, 60, 80)
+    lines = (tmp_path / "a" / "boxes.csv").read_text().splitlines()
+    assert lines[1] == ("casme3,spNO.1,a,10,50.000,20.000,60.000,80.000,0.000,10.jpg,160,120")
+    assert len(lines) == 12  # all but the blank clip without frames
+    prepare(*argv, "--data_folder", tmp_path / "b", "--crop", "boxes", tmp_path / "a" / "boxes.csv")
+    found = [{k: v for k, v in digests(tmp_path / n).items()
+              if k.endswith(".png") or k == "boxes.csv"} for n in "ab"]
+    assert found[0] == found[1]
+    (tmp_path / "few.csv").write_text("subject,x,y,width,height\nspNO.1,50,20,60,80\n")
+    prepare(*argv, "--data_folder", tmp_path / "c", "--crop", "boxes", tmp_path / "few.csv")
+    found = manifest(tmp_path / "c")
+    assert found["counts"]["subjects"] == {"spNO1": 4, "spNO2": 1}  # the frameless blank one stays
+    assert sum("no box in" in d["reason"] for d in found["dropped"]) == 8
+
+
+def test_missing_detector_is_named(raw, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "facenet_pytorch", None)
+    line = refusal(capsys, "--raw", raw, "--annotation", raw / "labels.csv", "--data_folder",
+                   tmp_path / "set")
+    assert "make faces" in line and not (tmp_path / "set").exists()
+
+
+def test_detected_faces(raw, tmp_path, monkeypatch):
+    """A stand-in for the detector: sees no face on frame 10, none at all in spNO.2."""
+    detection = sys.modules.get("detection") or __import__("detection")
+    blind = {detection_sum(raw_tree.texture(f"spNO.2{v}")) for v in "aj"}
+    asked = []
+
+    def find_face(frame, roll):
+        asked.append(frame)
+        if detection_sum(frame[..., 0].astype(float)) in blind or len(asked) % 2:
+            return None
+        return detection.Box(40.0, 20.0, 70.0, 80.0, 5.0 if roll else 0.0)
+    monkeypatch.setattr(detection, "find_face", find_face)
+    monkeypatch.setattr(detection, "require", lambda: None)
+    prepare("--raw", raw, "--annotation", raw / "labels.csv", "--data_folder", tmp_path / "set",
+            "--roll", *PLAIN[2:])
+    lines = (tmp_path / "set" / "boxes.csv").read_text().splitlines()
+    assert lines[1] == "casme3,spNO.1,a,10,40.000,20.000,70.000,80.000,5.000,11.jpg,160,120"
+    dropped = {d["clip"]: d["reason"] for d in manifest(tmp_path / "set")["dropped"]}
+    assert dropped[KEPT[4]] == "no face found on the onset frame nor on the next 5"
+
+
+def detection_sum(grey):
+    """What tells the drawn videos apart whatever the compression: the brightest corner."""
+    parts = grey[:60, :80], grey[:60, 80:], grey[60:, :80], grey[60:, 80:]
+    return tuple(round(float(p.mean()) / 12) for p in parts)
+
+
+# ---------------------------------------------------------------- bad input
+
+def test_bad_input_is_named(raw, cut, tmp_path, capsys):
+    target = ["--data_folder", tmp_path / "set", *PLAIN]
+    labels = ["--annotation", raw / "labels.csv"]
+    assert "no such folder" in refusal(capsys, "--raw", tmp_path / "none", *labels, *target)
+    (tmp_path / "empty").mkdir()
+    assert "no folder spNO.<i>" in refusal(capsys, "--raw", tmp_path / "empty", *labels, *target)
+    (tmp_path / "bad.csv").write_text("Subject,Filename,Onset\n")
+    assert "bad.csv:1: no column apex, offset" in refusal(
+        capsys, "--raw", raw, "--annotation", tmp_path / "bad.csv", *target)
+    assert "labels.csv" in refusal(capsys, "--raw", raw, "--annotation",
+                                   tmp_path / "labels.csv", *target)
+    (tmp_path / "boxes.csv").write_text("subject,x,y,width,height\nspNO.1,1,2,3,0\n")
+    assert "boxes.csv:2" in refusal(
+        capsys, "--raw", raw, *labels, *target[:2], "--crop", "boxes", tmp_path / "boxes.csv")
+    (tmp_path / "others" / "v_rgb").mkdir(parents=True)
+    assert "did not write" in refusal(capsys, "--raw", raw, *labels, *PLAIN, "--data_folder",
+                                      tmp_path / "others")
+    assert "same" not in refusal(capsys, "--raw", raw, "--annotation", cut, *PLAIN,
+                                 "--data_folder", cut)
+    assert "--blank_apex middle" in refusal(capsys, "--raw", raw, "--annotation", cut, *target,
+                                            "--blank_apex", "middle")
+    assert "--raw" in refusal(capsys, *labels, *target)
+    assert "no clip can be cut" in refusal(capsys, "--raw", raw, "--max_gap", 1, "--blank_apex",
+                                           "drop", *labels, *target)
+    assert not (tmp_path / "set").exists()
+
+
+# ---------------------------------------------------------------- training
+
+def test_the_training_scripts_run_on_the_set(cut, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["transforms"], "CROP", 64)
+    common = ["--data_folder", cut, "--model", "resnet18v1", "--cache", "off", "--batch_size", 4,
+              "--epochs", 1, "--num_workers", 1]
+    pretrain(*common, "--model_path", tmp_path / "runs")
+    (last,) = (tmp_path / "runs").glob("memory_*/last.pth")
+    heads = ["--model_path", last, "--save_path", tmp_path / "results"]
+    probe(*common, *heads, "--layer", 5)
+    finetune(*common, *heads, "--subject", "spNO1")
+    counts = [json.loads(p.read_text())["n"] for p in (tmp_path / "results").glob("*/results.json")]
+    assert sorted(counts) == [4, 12]
+    assert util.read_log(last.parent)[-1]["epoch"] == 1
