@@ -9,28 +9,33 @@ Writes results.json, predictions.csv and confusion.png. Expect about a minute fo
 CAS(ME)^3 on two CPU cores.
 """
 import dataset
+import decoding
+import distributed
+import evaluation
+import options
 import probing
 import util
 
 
 def parse_option(argv):
-    parser = util.ArgumentParser(description=__doc__)
-    data, _ = probing.add_head_options(parser, "probe")
+    parser = options.ArgumentParser(description=__doc__)
+    data, _ = evaluation.add_head_options(parser, "probe")
     data.add_argument("--protocol", choices=("10fold", "loso"), default="10fold",
                       help="ten groups of whole subjects, or leave one subject out")
     data.add_argument("--subject", nargs="+", metavar="NAME",
                       help="only these held-out subjects; those finished before are merged into "
                            "the result [all]")
     method = parser.add_argument_group("method")
-    method.add_argument("--n_views_train", type=util.number(int, 1, len(probing.VIEWS)), default=2,
+    method.add_argument("--n_views_train", default=2,
+                        type=options.number(int, 1, len(probing.VIEWS)),
                         help="augmented views of a training image: 1 plain, 2 and mirrored, up "
                              f"to {len(probing.VIEWS)}: and the four corner crops")
-    util.add_optimisation_options(parser, 256, 0.1, [10, 20, 30, 40, 50, 60, 70], 0.2, 80,
+    options.add_optimisation_options(parser, 256, 0.1, [10, 20, 30, 40, 50, 60, 70], 0.2, 80,
                                   "initial learning rate; 30 to 50 for layer 6 of a ResNet")
-    util.add_running_options(parser)
-    util.add_output_options(parser, "--save_path", "folder for the runs' results", 20)
+    options.add_running_options(parser)
+    options.add_output_options(parser, "--save_path", "folder for the runs' results", 20)
     opt = parser.parse_args(argv)
-    probing.check_layer(parser, opt)
+    evaluation.check_layer(parser, opt)
     if opt.protocol == "10fold" and "{subject}" in opt.model_path:
         parser.error("argument --model_path: {subject} goes with --protocol loso, {fold} with both")
     return opt
@@ -38,7 +43,7 @@ def parse_option(argv):
 
 def set_loader(opt):
     """(clips, images, digest, fold names `[F]`, fold of each clip `[N]`)"""
-    clips, images, digest = probing.read_labelled(opt)
+    clips, images, digest = evaluation.read_labelled(opt)
     split = dataset.subject_folds if opt.protocol == "loso" else dataset.ten_folds
     names, fold_of = split(clips)
     if len(names) < 2:
@@ -47,21 +52,27 @@ def set_loader(opt):
     return clips, images, digest, names, fold_of
 
 
-@util.command_line
-def main(argv=None):
-    opt = parse_option(argv)
+def evaluate(opt, argv, device):
+    """Everything after the options: trains the heads that are left to do, writes the results."""
     clips, images, digest, names, fold_of = set_loader(opt)
-    held = probing.HeldOut("probe", opt, argv, __file__, clips, digest,
-                           [opt.protocol, opt.encoder], together=True)
-    device = util.pick_device(opt.device)
+    held = evaluation.HeldOut("probe", opt, argv, __file__, clips, digest,
+                              [opt.protocol, opt.encoder], together=True)
     for group in held.groups:
         path, people, _ = group
-        _, probabilities = probing.train_frozen(opt, held, group, images, names, fold_of, device,
-                                                views=opt.n_views_train)
+        _, probabilities = evaluation.train_frozen(opt, held, group, images, names, fold_of, device,
+                                                   views=opt.n_views_train)
         for person in people:
             members = clips.members([person])
             held.keep(path, person, members, probabilities[members])
-    held.finish(dataset.blank(images, clips.encoding), protocol=opt.protocol)
+    held.finish(decoding.blank(images, clips.encoding), protocol=opt.protocol)
+
+
+@util.command_line
+def main(argv=None):
+    opt = parse_option(argv)
+    device = distributed.local_device(util.pick_device(opt.device))
+    with distributed.group(device):
+        evaluate(opt, argv, device)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ UF1, UAR and accuracy with 95 % intervals over subjects, as Markdown. Seconds.
 import json
 from pathlib import Path
 
+import options
 import util
 from util import BadInput
 
@@ -14,7 +15,7 @@ MEASURES = ("uf1", "uar", "accuracy")
 
 
 def parse_option(argv):
-    parser = util.ArgumentParser(description=__doc__)
+    parser = options.ArgumentParser(description=__doc__)
     parser.add_argument("results", nargs="+", metavar="results.json",
                         help="files that the probing and fine-tuning scripts wrote")
     return parser.parse_args(argv)

@@ -16,7 +16,10 @@ from tqdm import tqdm
 
 import checkpoint
 import dataset
+import decoding
 import distributed
+import evaluation
+import options
 import probing
 import transforms
 import util
@@ -24,14 +27,14 @@ from models import create_classifier
 
 
 def parse_option(argv):
-    parser = util.ArgumentParser(description=__doc__)
-    data, _ = probing.add_head_options(parser, "fine-tune")
+    parser = options.ArgumentParser(description=__doc__)
+    data, _ = evaluation.add_head_options(parser, "fine-tune")
     data.add_argument("--subject", nargs="+", metavar="NAME",
                       help="only these held-out subjects, merged with those finished before; all: "
                            "one model on every clip, for prediction [each subject in turn]")
     method = parser.add_argument_group("method")
     method.add_argument("--freeze_encoder", action="store_true", help="train the head alone")
-    method.add_argument("--encoder_lr", type=util.number(float, 0), default=0.001,
+    method.add_argument("--encoder_lr", type=options.number(float, 0), default=0.001,
                         help="initial learning rate of the encoder")
     method.add_argument("--train_bn", action="store_true",
                         help="let batch-norm statistics move; else they stay those of pre-training")
@@ -41,12 +44,12 @@ def parse_option(argv):
                              "training clips")
     method.add_argument("--oversample", action="store_true",
                         help="draw training clips so that all classes are equally frequent")
-    util.add_optimisation_options(parser, 128, 0.1, [10, 20], 0.1, 30,
+    options.add_optimisation_options(parser, 128, 0.1, [10, 20], 0.1, 30,
                                   "initial learning rate of the head")
-    util.add_running_options(parser)
-    util.add_output_options(parser, "--save_path", "folder for the runs' results", 10)
+    options.add_running_options(parser)
+    options.add_output_options(parser, "--save_path", "folder for the runs' results", 10)
     opt = parser.parse_args(argv)
-    probing.check_layer(parser, opt)
+    evaluation.check_layer(parser, opt)
     if opt.oversample and (opt.loss == "balanced" or opt.freeze_encoder):
         parser.error("--oversample excludes --loss balanced, which weights the classes already, "
                      "and --freeze_encoder, whose heads share their batches")
@@ -59,7 +62,7 @@ def parse_option(argv):
 
 def set_loader(opt):
     """(clips, images, digest)"""
-    clips, images, digest = probing.read_labelled(opt)
+    clips, images, digest = evaluation.read_labelled(opt)
     if len(clips.people) < 2 and opt.subject != ["all"]:
         raise util.BadInput(f"{clips.folder}: one subject; held-out evaluation takes two")
     print(f"{len(clips)} clips, {len(clips.people)} subjects")
@@ -157,7 +160,6 @@ def tune(opt, held, group, images, device):
         optimizer.load_state_dict(state["optimizer"])
         mixed[1].load_state_dict(state["scaler"])
         start = state["epoch"]
-        print(f"{held.last}: {unit} goes on after epoch {start}")
     bar = tqdm(range(start + 1, opt.epochs + 1), unit, disable=None)
     for epoch in bar:
         for part in optimizer.param_groups:
@@ -196,7 +198,7 @@ def tune_frozen(opt, held, group, images, device):
         print(f"{held.last}: finished")
         return None
     names, fold_of = dataset.subject_folds(clips)
-    heads, probabilities = probing.train_frozen(opt, held, group, images, names, fold_of, device,
+    heads, probabilities = evaluation.train_frozen(opt, held, group, images, names, fold_of, device,
                                                 opt.loss)
     if not people:
         model, about = held.encoder(path)
@@ -207,19 +209,17 @@ def tune_frozen(opt, held, group, images, device):
     return probabilities
 
 
-@util.command_line
-def main(argv=None):
-    opt = parse_option(argv)
+def evaluate(opt, argv, device):
+    """Everything after the options: trains what is left to do and writes the results."""
     clips, images, digest = set_loader(opt)
     parts = [opt.encoder, opt.loss, *["frozen"] * opt.freeze_encoder,
              *["oversample"] * opt.oversample, *["bn"] * opt.train_bn,
              *["all"] * (opt.subject == ["all"])]
     if not opt.freeze_encoder:
         parts.insert(0, f"elr_{opt.encoder_lr:g}")
-    held = probing.HeldOut("finetune", opt, argv, __file__, clips, digest, parts,
-                           together=opt.freeze_encoder)
-    device = distributed.local_device(util.pick_device(opt.device))
-    for group in distributed.share(held.groups):
+    held = evaluation.HeldOut("finetune", opt, argv, __file__, clips, digest, parts,
+                              together=opt.freeze_encoder)
+    for group in held.groups:
         path, people, _ = group
         if opt.freeze_encoder:
             found = tune_frozen(opt, held, group, images, device)
@@ -228,7 +228,15 @@ def main(argv=None):
         for person in people:
             members = clips.members([person])
             held.keep(path, person, members, found[members] if opt.freeze_encoder else found)
-    held.finish(dataset.blank(images, clips.encoding), protocol="loso")
+    held.finish(decoding.blank(images, clips.encoding), protocol="loso")
+
+
+@util.command_line
+def main(argv=None):
+    opt = parse_option(argv)
+    device = distributed.local_device(util.pick_device(opt.device))
+    with distributed.group(device):
+        evaluate(opt, argv, device)
 
 
 if __name__ == "__main__":

@@ -19,20 +19,23 @@ from tqdm import tqdm
 
 import checkpoint
 import dataset
+import decoding
 import distributed
+import options
 import transforms
 import util
 from models import MODEL_NAMES, create_model
 from NCE.NCEAverage import NCEAverage
 from NCE.NCECriterion import NCECriterion, NCESoftmaxLoss
-from util import BadInput, number, positive_int
+from options import number, positive_int
+from util import BadInput
 
 METERS = ("rgb_loss", "rgb_prob", "depth_loss", "depth_prob")
 
 
 def parse_option(argv):
-    parser = util.ArgumentParser(description=__doc__)
-    data = util.add_data_options(parser)
+    parser = options.ArgumentParser(description=__doc__)
+    data = options.add_data_options(parser)
     data.add_argument("--subject", metavar="NAME|each",
                       help="leave this subject out, of the labelled and unlabelled pool alike; "
                            "each: one run per subject, dealt out to the ranks under torchrun")
@@ -66,12 +69,12 @@ def parse_option(argv):
     method.add_argument("--no_flip", action="store_true", help="no random horizontal flip")
     method.add_argument("--jitter", type=number(float, 0, 0.9), default=0.4,
                         help="range of the gain about 'no change', as a share; not used with wrap")
-    util.add_optimisation_options(parser, 256, 0.003, [160, 200], 0.1, 240)
-    running = util.add_running_options(parser)
+    options.add_optimisation_options(parser, 256, 0.003, [160, 200], 0.1, 240)
+    running = options.add_running_options(parser)
     running.add_argument("--sync_bn", action="store_true",
                          help="batch-norm statistics over the global batch under torchrun, not "
                               "over each rank's slice")
-    util.add_output_options(parser, "--model_path", "folder for the runs' checkpoints", 40)
+    options.add_output_options(parser, "--model_path", "folder for the runs' checkpoints", 40)
     opt = parser.parse_args(argv)
     if opt.subject and opt.fold:
         parser.error("--subject and --fold exclude each other")
@@ -106,8 +109,8 @@ def set_loader(opt):
         raise BadInput(f"--crop_low {opt.crop_low:g}: resizing destroys differences modulo 256; "
                        f"leave it at 1, or prepare signed differences")
     with distributed.in_turn():
-        images, digest = dataset.load_images(clips, opt.cache, opt.num_workers)
-    return clips, images, digest, dataset.blank(images, clips.encoding)
+        images, digest = decoding.load_images(clips, opt.cache, opt.num_workers)
+    return clips, images, digest, decoding.blank(images, clips.encoding)
 
 
 def _pool(opt, labelled, unlabelled):

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import options
 import rendering
 import util
 from dataset import PAIR_COLUMNS, Clip, clip_keys, natural, write_lists
@@ -34,28 +35,28 @@ ROOT = "casme3_diff_me4"
 
 
 def parse_option(argv=None):
-    parser = util.ArgumentParser(description=__doc__)
+    parser = options.ArgumentParser(description=__doc__)
     group = parser.add_argument_group("data")
     group.add_argument("--data_folder", required=True, metavar="DIR",
                        help="folder to write; reused if it holds the same rendering already")
-    group.add_argument("--subjects", type=util.number(int, 2), default=12,
+    group.add_argument("--subjects", type=options.number(int, 2), default=12,
                        help="number of subjects")
-    group.add_argument("--clips_per_subject", type=util.positive_int, default=8,
+    group.add_argument("--clips_per_subject", type=options.positive_int, default=8,
                        help="labelled clips of each subject")
     group.add_argument("--lists", metavar="DIR",
                        help="folder with v_rgb and v_depth: render every clip they name, and copy "
                             "them; instead of --subjects and --clips_per_subject [none]")
-    group.add_argument("--unlabelled", type=util.number(int, 0), default=0, metavar="N",
+    group.add_argument("--unlabelled", type=options.number(int, 0), default=0, metavar="N",
                        help="unlabelled pairs to render too, named in pairs.tsv; total number")
     group = parser.add_argument_group("picture")
-    group.add_argument("--size", type=util.number(int, 32, 1024), default=256,
+    group.add_argument("--size", type=options.number(int, 32, 1024), default=256,
                        help="side of the images, pixels")
-    group.add_argument("--amplitude", type=util.number(float, 0, 4), default=1.0,
+    group.add_argument("--amplitude", type=options.number(float, 0, 4), default=1.0,
                        help="factor on all expressions; 0: faces without any expression")
     group = parser.add_argument_group("running")
-    group.add_argument("--num_workers", type=util.number(int, 0), default=os.cpu_count() or 1,
+    group.add_argument("--num_workers", type=options.number(int, 0), default=os.cpu_count() or 1,
                        help="processes; 0: none but this one; the result is the same")
-    group.add_argument("--seed", type=util.number(int, 0), default=0,
+    group.add_argument("--seed", type=options.number(int, 0), default=0,
                        help="everything drawn follows from (seed, clip)")
     group = parser.add_argument_group("output")
     group.add_argument("--preview", metavar="FILE.png",

@@ -553,8 +553,8 @@ class Performance:
 
 def expressiveness(subject, seed):
     """Factor by which a subject's expressions are stronger or weaker than the average."""
-    return float(np.clip(np.exp(0.35 * rng_of(seed, "expressive", subject).standard_normal()),
-                         0.5, 2))
+    return float(np.clip(np.exp(0.6 * rng_of(seed, "expressive", subject).standard_normal()),
+                         0.3, 3))
 
 
 def perform(job):
@@ -564,8 +564,8 @@ def perform(job):
     usual = EMOTIONS[emotion]
     common = 1 / np.arange(1, len(usual) + 1)
     combination = usual[rng.choice(len(usual), p=common / common.sum())]
-    typical = 0.5 * np.exp(0.6 * rng.standard_normal()) * expressiveness(job.subject, job.seed)
-    size = np.clip(typical, 0.2, 2.5) if job.emotion else np.clip(2 * typical ** 2, 0.05, 5)
+    typical = 0.65 * np.exp(0.8 * rng.standard_normal()) * expressiveness(job.subject, job.seed)
+    size = np.clip(typical, 0.1, 2.5) if job.emotion else np.clip(2 * typical ** 2, 0.05, 5)
     weight = rng.uniform(0.6, 1, len(combination))
     weight = job.amplitude * size * weight / weight.max()
     others = [unit for unit in ACTION_UNITS if unit not in combination and unit != 45]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dataset import GREY, NO_CHANGE
+from decoding import GREY, NO_CHANGE
 
 CROP = 224
 # Published normalisation, of differences modulo 256, in units of 255 grey levels.

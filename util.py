@@ -1,11 +1,9 @@
-"""What the scripts share: options, answers to bad input, run folders, schedule, seeds, logs."""
-import argparse
+"""What the scripts share: answers to bad input, names of runs, schedule, seeds, logs."""
 import contextlib
 import errno
 import functools
 import itertools
 import json
-import math
 import os
 import platform
 import shlex
@@ -52,144 +50,6 @@ def command_line(main):
         print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(code)
     return run
-
-
-# ---------------------------------------------------------------- options
-
-class _Help(argparse.HelpFormatter):
-    """Appends each flag's default in brackets."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=30, width=100)
-
-    def _get_help_string(self, action):
-        text = action.help or ""
-        plain = action.default not in (None, "", argparse.SUPPRESS) and not action.required
-        if not plain or "%(default)" in text or not action.option_strings:
-            return text
-        if isinstance(action.default, bool):
-            return f"{text} [{'on' if action.default else 'off'}]"
-        if isinstance(action.default, (list, tuple)):
-            return f"{text} [{' '.join(map(str, action.default))}]"
-        return f"{text} [%(default)s]"
-
-    def _get_default_metavar_for_optional(self, action):
-        return "N"
-
-    def _fill_text(self, text, width, indent):
-        return "".join(indent + line for line in text.splitlines(keepends=True))
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse with defaults in the help and the project's one-line answer to wrong flags."""
-
-    def __init__(self, **kwargs):
-        super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
-
-    def error(self, message):
-        self.exit(2, f"error: {message}; see --help\n")
-
-
-def number(kind, low=None, high=None, low_open=False):
-    """An argparse type: `kind` (int or float) within [low, high], or (low, high]."""
-    def convert(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of type {kind.__name__}")
-        if (math.isnan(value) or (low is not None and (value < low or low_open and value == low))
-                or (high is not None and value > high)):
-            raise argparse.ArgumentTypeError(f"{text} is outside "
-                                             f"{'(' if low_open else '['}{low}, {high}]")
-        return value
-    return convert
-
-
-positive_int = number(int, 1)
-
-
-class NumberList(argparse.Action):
-    """`120 160` and CMC's `120,160` alike, as a list of integers."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        try:
-            found = [int(v) for v in ",".join(values).split(",") if v]
-        except ValueError:
-            parser.error(f"argument {option_string}: epochs as '120 160' or '120,160', "
-                         f"not {' '.join(values)!r}")
-        setattr(namespace, self.dest, found)
-
-
-def add_data_options(parser):
-    """Adds the group every script begins with; returns it for flags of the script's own."""
-    group = parser.add_argument_group("data")
-    group.add_argument("--data_folder", required=True, metavar="DIR",
-                       help="folder the paths in the lists are relative to")
-    group.add_argument("--list_folder", metavar="DIR",
-                       help="folder with v_rgb/ and v_depth/ [data_folder if it holds v_rgb, "
-                            "else data]")
-    group.add_argument("--view", default="RGB_D", metavar="RGB_D|RGB_gray|RGB_NAME",
-                       help="the two views: RGB_D reads v_depth; RGB_gray reads v_gray, or takes "
-                            "the luminance where there is none; RGB_NAME reads v_NAME")
-    group.add_argument("--encoding", choices=("signed", "wrap", "absolute"),
-                       help="what a pixel of a difference image means, where no encoding.json "
-                            "lies beside the lists [wrap: d modulo 256, as published]")
-    group.add_argument("--cache", default=os.path.join("data", "cache"), metavar="DIR|off",
-                       help="folder for the decoded images, 0.26 MB a clip, read again by later "
-                            "runs; off: keep them in memory only")
-    return group
-
-
-def add_optimisation_options(parser, batch_size, learning_rate, decay_epochs, decay_rate, epochs,
-                             learning_rate_help="initial learning rate"):
-    """Adds CMC's optimisation flags with a script's own defaults; returns the group."""
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--batch_size", type=positive_int, default=batch_size,
-                       help="clips per step, over all devices; never more than there are")
-    group.add_argument("--epochs", type=positive_int, default=epochs,
-                       help="passes over the data; the last one counts")
-    group.add_argument("--learning_rate", type=number(float, 0), default=learning_rate,
-                       help=learning_rate_help)
-    group.add_argument("--lr_decay_epochs", nargs="+", action=NumberList, default=decay_epochs,
-                       metavar="EPOCH", help="epochs after which the rate decays")
-    group.add_argument("--lr_decay_rate", type=number(float, 0, 1), default=decay_rate,
-                       help="factor at each decay")
-    group.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="SGD momentum")
-    group.add_argument("--weight_decay", type=number(float, 0), default=1e-4,
-                       help="SGD weight decay")
-    return group
-
-
-def add_running_options(parser):
-    """Adds the running group; returns it."""
-    group = parser.add_argument_group("running")
-    group.add_argument("--device", default="auto",
-                       help="auto: cuda where there is one, else cpu; or cpu, cuda, cuda:1")
-    group.add_argument("--amp", action="store_true",
-                       help="mixed precision: bfloat16, or float16 with a loss scaler where the "
-                            "GPU has no bfloat16")
-    group.add_argument("--num_workers", type=number(int, 0), default=4,
-                       help="threads that decode images")
-    group.add_argument("--seed", type=number(int, 0), default=0,
-                       help="everything random follows from (seed, epoch, step)")
-    group.add_argument("--resume", metavar="FILE|auto",
-                       help="go on from this checkpoint; auto: from the run's last.pth, or fresh "
-                            "where there is none")
-    return group
-
-
-def add_output_options(parser, root, root_help, save_freq):
-    """Adds where a script writes (`root`: its flag, such as --model_path); returns the group."""
-    group = parser.add_argument_group("output")
-    if root:
-        group.add_argument(root, required=True, metavar="DIR", help=root_help)
-    group.add_argument("--tb_path", metavar="DIR",
-                       help="folder for TensorBoard curves [tensorboard beside the run folders]")
-    group.add_argument("--tag", default="", help="a word appended to the run's name")
-    group.add_argument("--print_freq", type=positive_int, default=10, help="epochs per line")
-    group.add_argument("--save_freq", type=positive_int, default=save_freq,
-                       help="epochs per checkpoint")
-    return group
 
 
 # ---------------------------------------------------------------- runs and their names
@@ -326,7 +186,8 @@ class Log:
     """One run's record: `log.jsonl` (header, then a line per epoch) and TensorBoard curves.
 
     folder: the run folder; curves: the TensorBoard folder. `keep(line)`: when a run goes on,
-    which of the log's lines (as dicts) stay; writes: False on all ranks but one.
+    which of the log's lines (as dicts) stay. header None: append to a log that is there;
+    writes: False where this rank logs nothing.
     """
     _serial = itertools.count()
 
@@ -334,11 +195,15 @@ class Log:
         self.path, self.writes = Path(folder) / "log.jsonl", writes
         if not writes:
             return
+        if header is not None:
+            self._write_header(folder, header, keep)
+        self.writer = self._open_curves(Path(curves))
+
+    def _write_header(self, folder, header, keep):
         Path(folder).mkdir(parents=True, exist_ok=True)
         lines = read_log(folder) if keep else []
         kept = [lines[0] if lines else header] + [line for line in lines[1:] if keep(line)]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.writer = self._open_curves(Path(curves))
 
     def _open_curves(self, folder):
         """The package names its file by whole seconds and truncates what is there, so it opens

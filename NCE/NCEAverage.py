@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 # the dense product is the faster one up to about this many bank rows per score wanted
-DENSE = 8
+DENSE = 16
 # bytes of gathered rows at a time: a CPU wants them in its cache, a GPU wants few launches
 CHUNK = {"cpu": 2 ** 21, "gpu": 2 ** 28}
 

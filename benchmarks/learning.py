@@ -25,12 +25,14 @@ from sklearn.preprocessing import StandardScaler
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
-import dataset  # noqa: E402
-import metrics  # noqa: E402
-import transforms  # noqa: E402
-import util  # noqa: E402
-from models import create_model  # noqa: E402
+import checkpoint
+import dataset
+import decoding
+import metrics
+import options
+import transforms
+import util
+from models import create_model
 
 
 def script(name):
@@ -42,15 +44,16 @@ def script(name):
 
 
 def parse_option(argv):
-    parser = util.ArgumentParser(description=__doc__)
+    parser = options.ArgumentParser(description=__doc__)
     parser.add_argument("--work", required=True, metavar="DIR", help="folder for data and runs; "
                         "what is finished there is used again")
-    parser.add_argument("--subjects", type=util.positive_int, default=20, help="rendered subjects")
-    parser.add_argument("--epochs", type=util.positive_int, default=240,
+    parser.add_argument("--subjects", type=options.positive_int, default=20,
+                        help="rendered subjects")
+    parser.add_argument("--epochs", type=options.positive_int, default=240,
                         help="pre-training epochs")
-    parser.add_argument("--epochs_finetune", type=util.number(int, 0), default=30,
+    parser.add_argument("--epochs_finetune", type=options.number(int, 0), default=30,
                         help="fine-tuning epochs; 0: leave it out")
-    parser.add_argument("--batch_size", type=util.positive_int, default=32,
+    parser.add_argument("--batch_size", type=options.positive_int, default=32,
                         help="clips per step, in every stage")
     parser.add_argument("--model", default="alexnet", help="encoder")
     parser.add_argument("--seed", type=int, default=0, help="of rendering, training and heads")
@@ -59,7 +62,7 @@ def parse_option(argv):
 
 def pixel_regression(clips, images, side=16):
     """Predictions `[N]` of leave-one-subject-out logistic regression on area-averaged pixels."""
-    block = dataset.SIZE // side
+    block = decoding.SIZE // side
     x = images.reshape(len(images), -1, side, block, side, block).mean((3, 5))
     x, labels = x.reshape(len(images), -1), clips.labels
     _, fold_of = dataset.subject_folds(clips)
@@ -127,7 +130,7 @@ def matching(path, clips, images):
     model = create_model(state["opt"]["model"], in_channels=clips.channels)
     checkpoint.load_model(model, state, path, state["opt"]["model"])
     seen = {tuple(p) for p in state["seen"]["people"]}
-    blank = dataset.blank(images, clips.encoding)
+    blank = decoding.blank(images, clips.encoding)
     chosen = [i for i, c in enumerate(clips.clips) if c.person not in seen and not blank[i]]
     with torch.no_grad():
         batch = transforms.eval_transform(torch.from_numpy(images[chosen]), state["normalization"])
@@ -150,7 +153,7 @@ def main(argv=None):
     bench = Bench(opt)
     data, flat = bench.render("data", 1), bench.render("amplitude0", 0)
     clips = dataset.read_clips(data)
-    images, _ = dataset.load_images(clips)
+    images, _ = decoding.load_images(clips)
     labels, n_label = clips.labels, clips.n_label
     people = [clip.person for clip in clips.clips]
     rows = [(f"baseline: {name}", scores["uf1"], None)

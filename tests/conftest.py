@@ -65,12 +65,13 @@ def signed_pair(rng, size, channels=1):
     return rgb, second if channels == 3 else second[..., 0]
 
 
-def draw_set(folder, subjects=4, per_subject=3, n_label=2, size=64, second="depth", channels=1):
+def draw_set(folder, subjects=4, per_subject=3, n_label=2, size=64, second="depth", channels=1,
+             seed=0):
     """Draws a data set of signed differences with its lists; the clips, by subject.
 
     The first clip of s2 is blank. Labels are dealt out in turn.
     """
-    rng, clips = np.random.default_rng(0), []
+    rng, clips = np.random.default_rng(seed), []
     for i in range(subjects):
         for j in range(per_subject):
             key, label = f"s{i + 1}-{'abcdefgh'[j]}-{10 * i + j}", (i + j) % n_label

@@ -14,6 +14,7 @@ import torch
 from conftest import finetune, pretrain, probe, save_image, script
 
 import dataset
+import decoding
 import transforms
 import util
 from NCE.NCECriterion import NCESoftmaxLoss
@@ -608,14 +609,14 @@ def test_a_full_disk_is_named_and_leaves_no_half_cache(drawn, tmp_path, capsys, 
 def test_the_cache_claims_its_space_before_it_is_written(drawn, tmp_path, monkeypatch):
     """A disk that fills up under a memory map kills the process without a word."""
     claimed = []
-    decode = dataset.decode
+    decode = decoding.decode
 
     def watching(*args):
         (part,) = tmp_path.glob(".*.part")
         claimed.append(part.stat().st_blocks * 512 >= 12 * 4 * 256 * 256)
         return decode(*args)
     monkeypatch.setattr(dataset, "decode", watching)
-    dataset.load_images(dataset.read_clips(drawn), tmp_path, num_workers=1)
+    decoding.load_images(dataset.read_clips(drawn), tmp_path, num_workers=1)
     assert claimed[0]
 
 

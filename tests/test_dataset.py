@@ -9,6 +9,7 @@ from conftest import draw_set, save_image, signed_pair
 from PIL import Image
 
 import dataset
+import decoding
 from dataset import Clip, ClipSet
 from util import BadInput
 
@@ -46,7 +47,7 @@ def one_clip(folder, rgb, second, view="RGB_D", encoding="signed", suffix="png",
         save_image(folder / clip.second, second, **options)
     dataset.write_lists(folder, clips, name)
     found = dataset.read_clips(folder, view=view, encoding=encoding)
-    return dataset.decode(found.clips[0], found)
+    return decoding.decode(found.clips[0], found)
 
 
 @pytest.fixture
@@ -188,7 +189,7 @@ def test_luminance_stands_in_for_missing_gray_lists(tmp_path):
     draw_set(tmp_path, 2, 2, size=256)
     found = dataset.read_clips(tmp_path, view="RGB_gray")
     assert found.luminance and found.channels == (3, 1)
-    image = dataset.decode(found.clips[0], found).astype(float)
+    image = decoding.decode(found.clips[0], found).astype(float)
     assert np.abs(image[3] - np.tensordot([0.299, 0.587, 0.114], image[:3], 1)).max() <= 0.5001
 
 
@@ -199,7 +200,7 @@ def test_luminance_of_wrap_is_that_of_the_differences(tmp_path):
     change = np.full((256, 256, 3), (-3, 2, -2))  # luminance 0.05
     change[0] = (-5, -5, -5)
     save_image(tmp_path / found.clips[0].rgb, (change % 256).astype(np.uint8))
-    grey = dataset.decode(found.clips[0], found)[3]
+    grey = decoding.decode(found.clips[0], found)[3]
     assert (grey[0] == 251).all() and (grey[1:] == 0).all()
 
 
@@ -216,7 +217,7 @@ def test_another_second_view_has_one_or_three_channels(tmp_path, channels):
     found = dataset.read_clips(tmp_path, view="RGB_flow")
     assert found.channels == (3, channels)
     assert [clip.key for clip in found.clips[:3]] == ["s1-a-0", "s1-b-1", "s1-c-2"]
-    image = dataset.decode(found.clips[0], found)
+    image = decoding.decode(found.clips[0], found)
     assert image.shape == (3 + channels, 256, 256)
     if channels == 3:
         assert (image[3] != image[4]).any()
@@ -279,24 +280,24 @@ def test_wrap_is_taken_as_it_is_but_never_resized(tmp_path, images):
 
 def test_blank_clips_are_those_without_any_change_in_rgb(drawn):
     clips = dataset.read_clips(drawn)
-    pixels, _ = dataset.load_images(clips)
-    found = dataset.blank(pixels, clips.encoding)
+    pixels, _ = decoding.load_images(clips)
+    found = decoding.blank(pixels, clips.encoding)
     assert [c.key for c, is_blank in zip(clips.clips, found) if is_blank] == ["s2-a-10"]
     for encoding, level in (("signed", 128), ("wrap", 0), ("absolute", 0)):
         flat = np.full((2, 4, 8, 8), level, np.uint8)
         flat[1, 2, 3, 4] += 1
-        assert dataset.blank(flat, {"difference": encoding}).tolist() == [True, False]
+        assert decoding.blank(flat, {"difference": encoding}).tolist() == [True, False]
 
 
 # ---------------------------------------------------------------- the cache
 
 def test_cache_holds_what_decoding_gives_and_is_read_again(drawn, tmp_path, monkeypatch):
     clips = dataset.read_clips(drawn)
-    plain, digest = dataset.load_images(clips, "off")
-    first, first_digest = dataset.load_images(clips, tmp_path)
+    plain, digest = decoding.load_images(clips, "off")
+    first, first_digest = decoding.load_images(clips, tmp_path)
     assert (first == plain).all() and first_digest == digest
     monkeypatch.setattr(dataset, "decode", None)
-    again, again_digest = dataset.load_images(clips, tmp_path)
+    again, again_digest = decoding.load_images(clips, tmp_path)
     assert isinstance(again, np.memmap)
     assert (again == plain).all() and again_digest == digest
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".npy"]
@@ -304,10 +305,10 @@ def test_cache_holds_what_decoding_gives_and_is_read_again(drawn, tmp_path, monk
 
 def test_a_changed_image_is_noticed(fresh, tmp_path):
     clips = dataset.read_clips(fresh)
-    before, digest = dataset.load_images(clips, tmp_path / "cache")
+    before, digest = decoding.load_images(clips, tmp_path / "cache")
     path = fresh / clips.clips[4].second
     save_image(path, 255 - np.asarray(Image.open(path)))
-    after, new_digest = dataset.load_images(clips, tmp_path / "cache")
+    after, new_digest = decoding.load_images(clips, tmp_path / "cache")
     assert new_digest != digest
     assert [i for i in range(len(clips)) if (before[i] != after[i]).any()] == [4]
 

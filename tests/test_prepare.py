@@ -14,7 +14,11 @@ import raw_tree
 from conftest import LISTS, ROOT, finetune, pretrain, probe, script
 from PIL import Image
 
+import annotation
+import audit
+import cutting
 import dataset
+import detection
 import util
 
 BLANK = "apex equal to onset: blank"
@@ -37,10 +41,17 @@ def manifest(folder):
     return json.loads((folder / "manifest.json").read_text())
 
 
-def digests(folder):
-    """File → SHA-256 of everything in a prepared set."""
+def digests(folder, but="audit"):
+    """File → SHA-256 of everything in a prepared set but one folder."""
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
-            for p in folder.rglob("*") if p.is_file()}
+            for p in folder.rglob("*") if p.is_file() and but not in p.parts}
+
+
+@pytest.fixture(autouse=True)
+def few_pictures(request, monkeypatch):
+    """Pictures are drawn where a test's name says so: they take most of a small run's time."""
+    if "pictures" not in request.node.name:
+        monkeypatch.setattr(audit, "draw_all", lambda *args: None)
 
 
 def refusal(capsys, *argv):
@@ -187,7 +198,7 @@ def test_a_missing_apex_is_replaced_by_its_neighbour(cut):
     """spNO.5 a: 17 for 18, so the change is that of 7 frames; b: 19 for 20, of 9."""
     for clip, frames in ((KEPT[10], 7), (KEPT[11], 9)):
         (row,) = [c for c in dataset.read_clips(cut).clips if c.key == clip]
-        assert level_change(cut, row.second) == pytest.approx(-12.7 * 0.4 * frames, rel=0.04)
+        assert level_change(cut, row.second) == pytest.approx(-12.7 * 0.4 * frames, rel=0.06)
 
 
 def test_blank_clips_are_no_change(cut):
@@ -251,11 +262,14 @@ def test_counts_are_printed_beside_the_published_ones(raw, tmp_path, capsys):
 
 # ---------------------------------------------------------------- bytes and stops
 
-def test_second_run_changes_nothing(raw, cut):
-    before = digests(cut)
+def test_second_run_changes_nothing_pictures_included(raw, cut):
+    before = digests(cut, but="none")
+    assert {n for n in before if n.startswith("audit/")} == {
+        f"audit/{n}.png" for n in ("negative", "others", "positive", "surprise", "worst",
+                                   "histograms")}
     times = {p: p.stat().st_mtime_ns for p in cut.rglob("*_diff*.png")}
     prepare("--raw", raw, "--annotation", raw / "labels.csv", "--data_folder", cut, *PLAIN)
-    assert digests(cut) == before
+    assert digests(cut, but="none") == before
     assert {p: p.stat().st_mtime_ns for p in cut.rglob("*_diff*.png")} == times  # not cut again
 
 
@@ -312,14 +326,11 @@ def test_kept_crops_serve_another_difference(raw, tmp_path, monkeypatch):
     argv = ["--raw", raw, "--annotation", raw / "labels.csv", *PLAIN]
     prepare(*argv, "--data_folder", tmp_path / "set", "--save_crops")
     prepare(*argv, "--data_folder", tmp_path / "other", "--difference", "absolute")
-    cutting = sys.modules["cutting"]
-    decoded = []
-    monkeypatch.setattr(cutting, "read_frame", lambda path: decoded.append(path))
-    with pytest.raises(SystemExit):  # the clip that is no image is not kept, and tried again
-        monkeypatch.setattr(cutting, "_open", None)
-        prepare(*argv, "--data_folder", tmp_path / "set", "--save_crops", "--difference",
-                "absolute")
-    assert decoded == []
+    decoded, read = [], cutting.read_frame
+    monkeypatch.setattr(cutting, "read_frame", lambda path: decoded.append(path) or read(path))
+    prepare(*argv, "--data_folder", tmp_path / "set", "--save_crops", "--difference", "absolute")
+    # the clip whose apex is no image was not kept: it alone is tried again
+    assert {os.path.dirname(os.path.dirname(path))[-8:] for path in decoded} == {"spNO.5/f"}
     found, expected = digests(tmp_path / "set"), digests(tmp_path / "other")
     images = {k for k in expected if "_diff" in k}
     assert images and {k: found[k] for k in images} == {k: expected[k] for k in images}
@@ -371,14 +382,16 @@ def test_lists_lose_the_rows_that_cannot_be_cut_and_nothing_else(cut, raw, tmp_p
     for view in ("v_rgb", "v_depth"):
         (lists / view).mkdir(parents=True)
         for path in (cut / view).iterdir():
-            text = path.read_text().replace("spNO.1-a-38-spNO.1-a-30", "spNO.1-a-38-spNO.1-a-60")
+            text = path.read_text().replace("spNO.1-a-38-spNO.1-a-30", "spNO.1-a-66-spNO.1-a-60")
             (lists / view / path.name).write_bytes(text.replace("\n", "\r\n").encode())
     prepare("--raw", raw, "--annotation", lists, "--data_folder", tmp_path / "set", *PLAIN)
     for path in lists.rglob("*.txt"):
-        rows = [line for line in path.read_bytes().splitlines(keepends=True) if b"-a-60" not in line]
+        lines = path.read_bytes().splitlines(keepends=True)
+        rows = [line for line in lines if b"-a-60" not in line]
         assert (tmp_path / "set" / path.relative_to(lists)).read_bytes() == b"".join(rows)
     (lost,) = manifest(tmp_path / "set")["dropped"]
-    assert lost["clip"] == key("spNO.1", "a", 60, 38) or "missing" in lost["reason"]
+    assert lost == {"clip": key("spNO.1", "a", 60, 66),
+                    "reason": "onset 60 is missing, the nearest frame is 47"}
 
 
 def test_workbook_says_the_same_as_csv(cut, raw, tmp_path):
@@ -401,7 +414,6 @@ def test_workbook_says_the_same_as_csv(cut, raw, tmp_path):
 def test_old_workbook_says_the_same_as_csv(tmp_path):
     pytest.importorskip("xlrd")
     xlwt = pytest.importorskip("xlwt")
-    annotation = sys.modules.get("annotation") or __import__("annotation")
     book = xlwt.Workbook()
     sheet = book.add_sheet("label")
     for i, row in enumerate([raw_tree.HEADER, *((*r[:-1], "I", r[-1]) for r in ROWS)]):
@@ -473,14 +485,15 @@ def test_missing_detector_is_named(raw, tmp_path, monkeypatch, capsys):
 
 
 def test_detected_faces(raw, tmp_path, monkeypatch):
-    """A stand-in for the detector: sees no face on frame 10, none at all in spNO.2."""
-    detection = sys.modules.get("detection") or __import__("detection")
-    blind = {detection_sum(raw_tree.texture(f"spNO.2{v}")) for v in "aj"}
-    asked = []
+    """A stand-in for the detector sees no face on frame 10 of one video, so that frame 11 is
+    tried, and none at all in another video."""
+    still = raw_tree.frame("spNO.1a", 1.0)[0].astype(float)
+    blind = raw_tree.frame("spNO.2a", 0.0)[0].astype(float)
+    middle = np.s_[80:88, 76:84]  # a frame makes the mouth brighter by 4 levels
 
     def find_face(frame, roll):
-        asked.append(frame)
-        if detection_sum(frame[..., 0].astype(float)) in blind or len(asked) % 2:
+        same = abs(frame - still)[:60].mean() < 3 and abs((frame - still)[middle].mean()) < 2
+        if same or abs(frame - blind)[:60].mean() < 3:
             return None
         return detection.Box(40.0, 20.0, 70.0, 80.0, 5.0 if roll else 0.0)
     monkeypatch.setattr(detection, "find_face", find_face)
@@ -489,14 +502,9 @@ def test_detected_faces(raw, tmp_path, monkeypatch):
             "--roll", *PLAIN[2:])
     lines = (tmp_path / "set" / "boxes.csv").read_text().splitlines()
     assert lines[1] == "casme3,spNO.1,a,10,40.000,20.000,70.000,80.000,5.000,11.jpg,160,120"
+    assert lines[2] == "casme3,spNO.1,a,30,40.000,20.000,70.000,80.000,5.000,30.jpg,160,120"
     dropped = {d["clip"]: d["reason"] for d in manifest(tmp_path / "set")["dropped"]}
     assert dropped[KEPT[4]] == "no face found on the onset frame nor on the next 5"
-
-
-def detection_sum(grey):
-    """What tells the drawn videos apart whatever the compression: the brightest corner."""
-    parts = grey[:60, :80], grey[:60, 80:], grey[60:, :80], grey[60:, 80:]
-    return tuple(round(float(p.mean()) / 12) for p in parts)
 
 
 # ---------------------------------------------------------------- bad input

@@ -7,6 +7,7 @@ import torch
 from conftest import draw_set
 
 import dataset
+import evaluation
 import probing
 import transforms
 import util
@@ -274,7 +275,7 @@ def test_a_random_encoder_follows_from_the_seed(tmp_path):
     found = []
     for seed in (0, 0, 1):
         opt = SimpleNamespace(model="resnet18v1", seed=seed)
-        model, about = probing.load_encoder(opt, "random", clips)
+        model, about = evaluation.load_encoder(opt, "random", clips)
         assert about["normalization"]["std"] == [8 / 255] * 3 + [4 / 255]
         found.append(model.rgb_to_d.conv1.weight)
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])

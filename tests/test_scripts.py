@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import checkpoint
 import dataset
+import decoding
 import transforms
 import util
 
@@ -473,7 +474,7 @@ def test_subject_all_makes_one_model_for_prediction(drawn, quick, pretrained, tm
     head = module.create_classifier("resnet18v1", 6, 2)
     head.load_state_dict(state["classifier"])
     clips = dataset.read_clips(drawn)
-    images, _ = dataset.load_images(clips)
+    images, _ = decoding.load_images(clips)
     opt, device = SimpleNamespace(batch_size=8, layer=6, amp=False), torch.device("cpu")
     found = module.validate(opt, images, np.arange(12), state["normalization"], model, head,
                             util.mixed_precision(opt, device)[0], device)

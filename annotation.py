@@ -1,0 +1,326 @@
+"""What says where the clips are: workbooks, CSV files, published lists, clips.csv → one Table.
+
+Every source ends as a list of Row, with what was repaired or dropped on the way, by rule.
+"""
+import csv
+import hashlib
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from dataset import DATABASES, _lines, _read_view, natural
+from util import BadInput
+
+COLUMNS = ("subject", "filename", "onset", "apex", "offset", "au", "objective class", "emotion")
+CLIP_COLUMNS = ("database", "subject", "clip", "onset", "apex", "label")
+NO_OFFSET = 15  # frames after the onset that stand in for an offset of 0: half a second
+# Labels as the databases write them → the four classes of the published lists.
+CLASS_OF = {
+    **dict.fromkeys(("anger", "disgust", "fear", "sad", "sadness", "contempt", "repression",
+                     "negative"), "negative"),
+    **dict.fromkeys(("happy", "happiness", "positive"), "positive"),
+    "surprise": "surprise", **dict.fromkeys(("others", "other"), "others"),
+}
+CLASSES = {3: ("negative", "positive", "surprise"),
+           4: ("negative", "others", "positive", "surprise")}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One clip. subject, video: as file names write them; onset, apex, offset: frame numbers
+    (offset None where unknown); emotion: the label's name, '' unlabelled; label: its id; blank:
+    onset and apex are one; files: (onset, apex, depth onset, depth apex) where the annotation
+    names them; rgb, depth: paths of the difference images below the data folder; listed: the
+    subject's name in lists that are copied."""
+    database: int
+    subject: str
+    video: str
+    onset: int
+    apex: int
+    offset: int | None
+    units: str
+    emotion: str
+    key: str
+    label: int = -1
+    blank: bool = False
+    files: tuple = ()
+    rgb: str = ""
+    depth: str = ""
+    listed: str = ""
+
+    @property
+    def person(self):
+        """The subject as lists name it: spNO10 for spNO.10."""
+        return self.listed or re.sub(r"(?i)^(spno)\.", r"\1", self.subject)
+
+
+@dataclass
+class Table:
+    """The clips that stay; annotated: all that could be read; repairs: rule → keys; dropped:
+    (key, reason); classes: names in id order; source: name and digest of the annotation; lists:
+    the folder to copy lists from, or None."""
+    rows: list
+    source: dict
+    classes: tuple = ()
+    repairs: dict = field(default_factory=dict)
+    dropped: list = field(default_factory=list)
+    lists: Path | None = None
+    annotated: tuple = ()
+
+    def repaired(self, rule, key):
+        self.repairs.setdefault(rule, []).append(key)
+
+
+def clip_key(subject, video, onset, apex):
+    """Name of a clip, as published."""
+    return f"{subject}-{video}-{apex}-{subject}-{video}-{onset}"
+
+
+def read_annotation(path):
+    """Table of a workbook, a CSV file or a folder of published lists; raises BadInput."""
+    path = Path(path)
+    if path.is_dir():
+        return _read_lists(path)
+    if not path.is_file():
+        raise BadInput(f"{path}: missing; --annotation names a workbook (.xlsx, .xls), a .csv or "
+                       f"a folder with v_rgb and v_depth")
+    readers = {".xlsx": _xlsx_rows, ".xls": _xls_rows, ".csv": _csv_rows}
+    if path.suffix.lower() not in readers:
+        raise BadInput(f"{path}: --annotation takes .xlsx, .xls, .csv or a folder of lists")
+    cells = readers[path.suffix.lower()](path)
+    table = Table([], {"name": path.name,
+                       "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
+    places = _header(path, cells, COLUMNS)
+    known = set()
+    for number, line in enumerate(cells[1:], 2):
+        values = {name: _text(line[i]) if i < len(line) else "" for name, i in places.items()}
+        if any(values.values()):
+            _add_row(table, values, f"row {number}", known)
+    if not table.rows:
+        raise BadInput(f"{path}: no clip in it; the rows below the header name one each")
+    table.source["rows"] = len(table.rows) + len(table.dropped)
+    return table
+
+
+def _text(cell):
+    """A cell as text: numbers without the .0 that spreadsheets add."""
+    text = "" if cell is None else str(cell).strip()
+    return text[:-2] if re.fullmatch(r"\d+\.0", text) else text
+
+
+def _xlsx_rows(path):
+    try:
+        import openpyxl
+    except ImportError:
+        raise BadInput(f"{path}: reading .xlsx takes openpyxl; pip install -r "
+                       f"requirements-prepare.txt, or save the sheet as .csv") from None
+    try:
+        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+    except Exception as error:  # openpyxl raises whatever its parsers do
+        raise BadInput(f"{path}: not a workbook ({error}); save it as .xlsx again") from None
+    sheet = book["label"] if "label" in book.sheetnames else book.worksheets[0]
+    return [list(row) for row in sheet.iter_rows(values_only=True)]
+
+
+def _xls_rows(path):
+    try:
+        import xlrd
+    except ImportError:
+        raise BadInput(f"{path}: reading .xls takes xlrd; pip install -r "
+                       f"requirements-prepare.txt, or save the sheet as .csv") from None
+    try:
+        book = xlrd.open_workbook(path)
+    except Exception as error:  # likewise
+        raise BadInput(f"{path}: not a workbook ({error}); save it as .xls again") from None
+    names = book.sheet_names()
+    sheet = book.sheet_by_name("label" if "label" in names else names[0])
+    return [sheet.row_values(i) for i in range(sheet.nrows)]
+
+
+def _csv_rows(path):
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            return list(csv.reader(file))
+    except UnicodeDecodeError:
+        raise BadInput(f"{path}: not text in UTF-8; save it as UTF-8") from None
+
+
+def _header(path, cells, columns):
+    """dict column → place; raises BadInput for a missing one."""
+    names = [_text(cell).lower() for cell in cells[0]] if cells else []
+    missing = [name for name in columns if name not in names and name != "objective class"]
+    if missing:
+        raise BadInput(f"{path}:1: no column {', '.join(missing)}; the header is "
+                       f"{', '.join(columns)}")
+    return {name: i for i, name in enumerate(names) if name}
+
+
+def _add_row(table, values, where, known):
+    """One row of the annotation, repaired where the rules say how; see the report for them."""
+    name = re.fullmatch(r"(?i)spno\.?(\d+)", values["subject"])
+    subject = f"spNO.{int(name[1])}" if name else values["subject"]
+    video, numbers = values["filename"], []
+    for column in ("onset", "apex", "offset"):
+        if not re.fullmatch(r"\d+", values[column]):
+            table.dropped.append((f"{subject}-{video} {where}",
+                                  f"{column} {values[column]!r} is not a frame number"))
+            return
+        numbers.append(int(values[column]))
+    onset, apex, offset = numbers
+    key = clip_key(subject, video, onset, apex)
+    emotion = values["emotion"].lower()
+    if emotion not in CLASS_OF:
+        table.dropped.append((key, f"{where}: emotion {values['emotion']!r} is not known"))
+        return
+    identity = (subject, video.lower(), onset)
+    if identity in known:
+        table.dropped.append((key, f"{where}: a second row for this subject, video and onset"))
+        return
+    known.add(identity)
+    if values["subject"] != subject:
+        table.repaired("subject spelled otherwise than spNO.<i>", key)
+    if values["emotion"] != emotion:
+        table.repaired("emotion with capitals (Others)", key)
+    if offset == 0:
+        offset = onset + NO_OFFSET
+        table.repaired(f"offset 0: onset + {NO_OFFSET}", key)
+    table.rows.append(_blank_checked(
+        table, Row(0, subject, video, onset, apex, offset, values["au"], emotion, key)))
+
+
+def _blank_checked(table, row):
+    """The row, marked blank where its apex is its onset, or lies outside onset to offset."""
+    outside = row.apex < row.onset or row.offset is not None and row.apex > row.offset
+    if outside:
+        table.repaired("apex outside onset to offset: blank", row.key)
+    elif row.apex == row.onset:
+        table.repaired("apex equal to onset: blank", row.key)
+    return replace(row, blank=outside or row.apex == row.onset)
+
+
+# ---------------------------------------------------------------- published lists
+
+def _read_lists(folder):
+    """The clips that published lists name; their file names carry subject, video, apex, onset."""
+    subjects = [line for _, line in _lines(folder / "v_rgb" / "subName.txt")]
+    views = [_read_view(folder / view, subjects, ("rgb", "depth")) for view in ("v_rgb", "v_depth")]
+    if views[0].keys() != views[1].keys():
+        alone = sorted(views[0].keys() ^ views[1].keys())
+        raise BadInput(f"{folder}: {len(alone)} clips are in one view's lists only, such as "
+                       f"{alone[0]}; both views must hold the same clips")
+    digest, table, names = hashlib.sha256(), Table([], {"name": folder.name}, lists=folder), {}
+    for path in sorted(folder.glob("v_*/*.txt")):
+        digest.update(f"{path.parent.name}/{path.name}\n".encode() + path.read_bytes())
+    for key, (rgb, label, database, subject, where) in views[0].items():
+        found = re.fullmatch(r"(.+)-([A-Za-z]+)-(\d+)-\1-\2-(\d+)", key)
+        if not found or database:
+            raise BadInput(f"{where}: {key} does not tell subject, video, apex and onset of a clip "
+                           f"of casme3; other sets are named with --clips")
+        depth = views[1][key][0]
+        for name in (rgb, depth):
+            if name.startswith("/") or ".." in name.split("/"):
+                raise BadInput(f"{where}: {name} leads outside the data folder")
+        emotion = names.setdefault(label, rgb.split("/")[-2] if "/" in rgb else str(label))
+        row = Row(0, found[1], found[2], int(found[4]), int(found[3]), None, "", emotion, key,
+                  label, rgb=rgb, depth=depth, listed=subject)
+        table.rows.append(_blank_checked(table, row))
+    table.classes = tuple(names[i] for i in sorted(names))
+    table.source.update(sha256=digest.hexdigest(), rows=len(table.rows))
+    return table
+
+
+def copy_lists(table, target, kept):
+    """(path, text) of the published lists, byte for byte but for the rows whose path is not in
+    `kept` (a set); all rows kept: byte for byte. Subjects without a clip vanish."""
+    people = {row.person for row in table.rows}
+    for path in sorted(table.lists.glob("v_*/*.txt")):
+        name = re.sub("_(train|test)$", "", path.stem)
+        if name != "subName" and name not in people:
+            continue
+        lines = path.read_bytes().decode("utf-8").splitlines(keepends=True)
+        if name == "subName":
+            lines = [line for line in lines if not line.strip()
+                     or line.strip().lstrip("\ufeff") in people]
+        else:
+            lines = [line for line in lines if not line.strip()
+                     or line.lstrip("\ufeff").rsplit(None, 2)[0].replace("\\", "/") in kept]
+        yield target / path.parent.name / path.name, "".join(lines)
+
+
+# ---------------------------------------------------------------- clips.csv
+
+def read_clips_csv(path, root):
+    """Table of clips.csv: paths of frames relative to `root`; raises BadInput."""
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"{path}: missing; --clips names a CSV file with the columns "
+                       f"{','.join(CLIP_COLUMNS)} and, optional, depth_onset,depth_apex")
+    cells = _csv_rows(path)
+    places, rows, seen = _header(path, cells, CLIP_COLUMNS), [], {}
+    depth = "depth_onset" in places and "depth_apex" in places
+    table = Table(rows, {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                         "rows": len(cells) - 1})
+    for number, line in enumerate(cells[1:], 2):
+        if len(line) != len(cells[0]):
+            raise BadInput(f"{path}:{number}: {len(line)} fields, the header has {len(cells[0])}")
+        values = {name: line[i].strip() for name, i in places.items()}
+        files = [values["onset"], values["apex"]]
+        files += [values["depth_onset"], values["depth_apex"]] if depth else []
+        if values["database"] not in DATABASES or not all(files):
+            raise BadInput(f"{path}:{number}: the database is one of {', '.join(DATABASES)}, and "
+                           f"no path is empty: depth for all clips or without those columns")
+        missing = [name for name in files if not (root / name).is_file()]
+        if missing:
+            raise BadInput(f"{path}:{number}: {missing[0]} is not below --raw {root}")
+        emotion = values["label"].lower()
+        if emotion not in CLASS_OF:
+            raise BadInput(f"{path}:{number}: label {values['label']!r} is not one of "
+                           f"{', '.join(sorted(CLASS_OF))}")
+        subject, video = values["subject"], values["clip"]
+        key = clip_key(subject, video, *(Path(name).stem for name in files[:2]))
+        identity = (values["database"], key)
+        if seen.setdefault(identity, number) != number:
+            raise BadInput(f"{path}:{number}: {key} is in line {seen[identity]} already")
+        row = Row(DATABASES.index(values["database"]), subject, video, 0, int(files[0] != files[1]),
+                  None, "", emotion, key, files=tuple(root / name for name in files))
+        rows.append(_blank_checked(table, row))
+    if not rows:
+        raise BadInput(f"{path}: no clip in it")
+    return table
+
+
+# ---------------------------------------------------------------- classes, paths, bounds
+
+def finish(table, classes, blank_apex, max_gap):
+    """Ids and paths for every row, and what the options drop; changes the table."""
+    if blank_apex == "middle" and any(row.offset is None for row in table.rows):
+        raise BadInput(f"{table.source['name']}: --blank_apex middle takes offsets, which only the "
+                       f"workbooks and their .csv have")
+    if table.lists is None:
+        named = CLASSES.get(classes)
+        table.classes = named or tuple(sorted({row.emotion for row in table.rows}, key=natural))
+    table.annotated, rows = tuple(table.rows), []
+    for row in table.rows:
+        if row.blank and blank_apex == "drop":
+            table.dropped.append((row.key, "blank: apex equal to onset, or outside its clip"))
+        elif not row.blank and row.apex - row.onset > max_gap:
+            table.dropped.append((row.key, f"{row.apex - row.onset} frames from onset to apex, "
+                                           f"more than --max_gap {max_gap}"))
+        elif table.lists:
+            rows.append(row)
+        else:
+            name = row.emotion if classes == 7 else CLASS_OF[row.emotion]
+            if name in table.classes:
+                rows.append(place(replace(row, label=table.classes.index(name)), name, classes))
+            else:
+                table.dropped.append((row.key, f"{name} is not one of the {classes} classes"))
+    table.rows = rows
+
+
+def place(row, folder, classes):
+    """The row with the paths of its difference images, named and sorted into folders as
+    published; folder: the class, or 'unlabelled'."""
+    name = DATABASES[row.database]
+    root = f"{name}_diff_me{classes}/{name}_diff"
+    return replace(row, rgb=f"{root}_imgs_all/{folder}/{row.key}_diff.png",
+                   depth=f"{root}_depth_all/{folder}/{row.key}_diff_depth.png")

@@ -1,0 +1,138 @@
+"""Decoding: difference images of both views to one uint8 array, once, kept in a cache."""
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from util import BadInput, write_json
+
+SIZE = 256  # images are stored with this side, in pixels; training crops 224 of them
+PIXEL_LIMIT = 50_000_000  # an image of more pixels than any camera's frame is an accident
+GREY = (0.299, 0.587, 0.114)  # ITU-R 601 luminance
+NO_CHANGE = {"signed": 128, "wrap": 0, "absolute": 0}  # grey level of an unchanged pixel
+
+
+def open_image(path):
+    """Opens an image lazily, with a limit on its pixels; raises BadInput."""
+    try:
+        image = Image.open(path)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadInput(f"{path}: not a readable image ({error}); replace it") from None
+    if image.width * image.height > PIXEL_LIMIT:
+        raise BadInput(f"{path}: {image.width}x{image.height} pixels; the limit is {PIXEL_LIMIT}")
+    return image
+
+
+def _luminance(rgb, encoding):
+    """uint8 `[H, W, 3]` → `[H, W]`; a difference modulo 256 is unwrapped before it is mixed."""
+    levels = rgb.astype(np.int16)
+    if encoding == "wrap":
+        levels = (levels + 128) % 256 - 128
+    return (levels @ np.array(GREY)).round().astype(np.int16).astype(np.uint8)
+
+
+def _grey8(image, path):
+    """A second view of one channel as 8-bit 'L': 8-bit grey, equal RGB channels, or 16-bit."""
+    if image.mode.startswith("I") or image.mode == "F":
+        levels = np.asarray(image).astype(np.int64)
+        return Image.fromarray(((levels + 128) // 257).clip(0, 255).astype(np.uint8))
+    if image.mode in ("L", "1"):
+        return image.convert("L")
+    rgb = np.asarray(image.convert("RGB"))
+    if (rgb != rgb[..., :1]).any():
+        raise BadInput(f"{path}: a colour image as the second view; it needs 8-bit grey, equal "
+                       f"channels or 16-bit grey")
+    return Image.fromarray(np.ascontiguousarray(rgb[..., 0]))
+
+
+def decode(clip, clips):
+    """Both views of one clip: uint8 `[C1+C2, 256, 256]`.
+
+    The shorter side is brought to 256 pixels, both views alike, and the centre kept. Raises
+    BadInput for an image that cannot be read, views of differing shape, and a 'wrap' image of
+    another size, which resizing would destroy.
+    """
+    path = clips.folder / clip.rgb
+    try:
+        rgb = open_image(path).convert("RGB")
+        if clips.luminance:
+            second = Image.fromarray(_luminance(np.asarray(rgb), clips.encoding["difference"]))
+        else:
+            path = clips.folder / clip.second
+            second = open_image(path)
+            second = second.convert("RGB") if clips.channels[1] == 3 else _grey8(second, path)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadInput(f"{path}: cannot be decoded ({error}); replace it") from None
+    scale = SIZE / min(rgb.size)
+    size = tuple(max(SIZE, round(side * scale)) for side in rgb.size)
+    other = tuple(round(side * SIZE / min(second.size)) for side in second.size)
+    if max(abs(a - b) for a, b in zip(size, other)) > 1:
+        raise BadInput(f"{path}: {second.width}x{second.height}, but {clip.rgb} is "
+                       f"{rgb.width}x{rgb.height}: the views of a clip must have one shape")
+    views = []
+    for image, file in ((rgb, clip.rgb), (second, clip.second)):
+        if image.size != size:
+            if clips.encoding["difference"] == "wrap":
+                raise BadInput(f"{clips.folder / file}: {image.width}x{image.height} pixels; "
+                               f"differences modulo 256 cannot be resized to {SIZE}: prepare them "
+                               f"at that size, or say --encoding signed or absolute")
+            image = image.resize(size, Image.Resampling.BILINEAR)
+        left, top = (size[0] - SIZE) // 2, (size[1] - SIZE) // 2
+        pixels = np.asarray(image)[top:top + SIZE, left:left + SIZE]
+        views.append(pixels.reshape(SIZE, SIZE, -1).transpose(2, 0, 1))
+    return np.concatenate(views)
+
+
+def load_images(clips, cache="off", num_workers=4):
+    """Every clip decoded once: (uint8 `[N, C1+C2, 256, 256]`, digest of the pixels).
+
+    cache: a folder keeps the array as a memory-mapped file, under a name that follows from the
+    paths, sizes and times of the images, and later calls map it; 'off' keeps it in memory.
+    """
+    folder, shape = Path(cache), (len(clips), sum(clips.channels), SIZE, SIZE)
+    stamp = hashlib.sha256(repr((clips.luminance, clips.encoding["difference"], shape)).encode())
+    for clip in clips.clips:
+        for name in (clip.rgb, clip.second):
+            stat = os.stat(clips.folder / name)
+            stamp.update(f"{(clips.folder / name).resolve()} {stat.st_size} {stat.st_mtime_ns}\n"
+                         .encode())
+    path = folder / f"{stamp.hexdigest()[:32]}.npy"
+    if cache != "off" and path.with_suffix(".json").exists() and path.exists():
+        known = json.loads(path.with_suffix(".json").read_text())
+        return np.load(path, mmap_mode="r"), known["sha256"]
+    if cache == "off":
+        part, images = None, np.empty(shape, np.uint8)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        if part:
+            images = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
+            # claimed before it is written: a disk that fills up under a mapping is a bus error
+            with open(part, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
+        with ThreadPoolExecutor(max(num_workers, 1)) as pool:
+            decoded = pool.map(lambda clip: decode(clip, clips), clips.clips)
+            for i, pair in enumerate(tqdm(decoded, "decoding", len(clips), disable=None)):
+                images[i] = pair
+        digest = hashlib.sha256(images.data).hexdigest()
+        if part:
+            images.flush()
+            os.replace(part, path)
+            write_json(path.with_suffix(".json"), {"sha256": digest, "clips": len(clips)})
+            images = np.load(path, mmap_mode="r")
+    finally:
+        if part:
+            part.unlink(missing_ok=True)
+    return images, digest
+
+
+def blank(images, encoding):
+    """bool `[N]`: clips whose RGB difference is 'no change' everywhere (onset = apex)."""
+    level = NO_CHANGE[encoding["difference"]]
+    return np.array([bool((image[:3] == level).all()) for image in images], dtype=bool)

@@ -1,0 +1,301 @@
+"""Held-out persons: which encoder each gets, their run folder and log, heads on a frozen encoder.
+
+What linear probing and fine-tuning share.
+"""
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import dataset
+import decoding
+import distributed
+import metrics
+import options
+import probing
+import transforms
+import util
+from models import MODEL_NAMES, create_classifier, create_model, default_layer, n_layers
+from util import BadInput
+
+
+def add_head_options(parser, stage):
+    """Adds the data and model flags of the scripts that put a head on a pre-trained encoder.
+
+    Returns both groups.
+    """
+    data, model = options.add_data_options(parser), parser.add_argument_group("model")
+    data.add_argument("--dataset", choices=(*dataset.DATABASES, "all"), default="casme3",
+                      help="the database in the lists to evaluate; all: every one of them")
+    model.add_argument("--model_path", required=True, metavar="FILE",
+                       help=f"checkpoint of pre-train_DVSCL.py to {stage}; a {{subject}} or "
+                            f"{{fold}} in it is replaced by the one held out; random: an "
+                            f"untrained encoder")
+    model.add_argument("--model", choices=MODEL_NAMES, default="alexnet", metavar="NAME",
+                       help="its encoder: " + ", ".join(MODEL_NAMES))
+    model.add_argument("--layer", type=options.positive_int,
+                       help="tap of the encoder the head sits on [5 for AlexNet, 6 for ResNet]")
+    model.add_argument("--encoder", choices=("both", "rgb", "depth"), default="both",
+                       help="view whose features the head sees")
+    return data, model
+
+
+def check_layer(parser, opt):
+    """Fills in the model's own layer where none is given; refuses one out of range."""
+    if opt.layer is None:
+        opt.layer = default_layer(opt.model)
+        print(f"heads on layer {opt.layer} of {opt.model}")
+    if opt.layer > n_layers(opt.model):
+        parser.error(f"argument --layer: {opt.layer} is out of range; {opt.model} has taps 1 to "
+                     f"{n_layers(opt.model)} for a head")
+
+
+def read_labelled(opt):
+    """(ClipSet of --dataset, uint8 array `[N, C, 256, 256]`, its digest)"""
+    clips = dataset.read_clips(opt.data_folder, opt.list_folder, opt.view, opt.encoding)
+    if opt.dataset != "all":
+        wanted = dataset.DATABASES.index(opt.dataset)
+        held = sorted({dataset.DATABASES[c.database] for c in clips.clips})
+        if opt.dataset not in held:
+            raise BadInput(f"--dataset {opt.dataset}: the lists hold {', '.join(held)}")
+        if len(held) > 1:
+            print(f"{opt.dataset} alone, of {', '.join(held)}; --dataset all takes every one")
+        clips = clips.subset([c.database == wanted for c in clips.clips])
+    with distributed.in_turn():
+        images, digest = decoding.load_images(clips, opt.cache, opt.num_workers)
+    return clips, images, digest
+
+
+def checkpoint_for(opt, clips, person):
+    """--model_path for one held-out person: {subject} and {fold} filled in."""
+    path = opt.model_path
+    if "{fold}" in path:
+        names, fold_of = dataset.ten_folds(clips)
+        first = next(i for i, clip in enumerate(clips.clips) if clip.person == person)
+        path = path.replace("{fold}", names[fold_of[first]])
+    return path.replace("{subject}", dataset.person_name(person, clips))
+
+
+def load_encoder(opt, path, clips):
+    """(encoder, about) from a checkpoint, on the CPU.
+
+    about: `normalization` (the checkpoint's; the published one where it has none), `people` the
+    encoder saw (None: unknown) and `sha256` of the file. Raises BadInput for a checkpoint of
+    another model, view, encoding or other classes.
+    """
+    encoding = clips.encoding["difference"]
+    if path == "random":
+        torch.manual_seed(opt.seed)
+        about = {"normalization": transforms.fixed_normalization(encoding, clips.channels,
+                                                                 clips.second),
+                 "people": set(), "sha256": None}
+        return create_model(opt.model, in_channels=clips.channels), about
+    state = checkpoint.load(path)
+    old = state.get("encoding", {})
+    for what, ours, theirs in (("--view", opt.view, state["opt"].get("view", opt.view)),
+                               ("difference", encoding, old.get("difference", encoding)),
+                               ("classes", clips.encoding.get("classes"), old.get("classes"))):
+        if ours != theirs and None not in (ours, theirs):
+            raise BadInput(f"{path}: trained with {what} {theirs}, but the data have {ours}")
+    feat_dim = [v.shape[0] for k, v in state["model"].items()
+                if k in ("rgb_to_d.fc8.0.weight", "rgb_to_d.fc.weight")]
+    model = create_model(opt.model, *(feat_dim or [128])[:1], in_channels=clips.channels)
+    checkpoint.load_model(model, state, path, opt.model)
+    seen = state.get("seen")
+    return model, {
+        "normalization": state.get("normalization")
+        or transforms.fixed_normalization("wrap", clips.channels, clips.second),
+        "people": None if seen is None else {tuple(p) for p in seen["people"]},
+        "sha256": file_sha256(path)}
+
+
+def file_sha256(path):
+    """SHA-256 of a file's bytes."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+# ---------------------------------------------------------------- held-out persons and results
+
+class HeldOut:
+    """A run over held-out persons: its folder, its log, who is left to do, and the results.
+
+    stage: 'probe' or 'finetune'; parts: what of the options joins in the run's name; together:
+    whether all persons of one checkpoint are trained in one pass. Raises BadInput.
+    """
+
+    def __init__(self, stage, opt, argv, script, clips, digest, parts, together):
+        self.opt, self.clips, self.seen, self.lengths = opt, clips, {}, {}
+        name = util.head_run_name(stage, opt, parts)
+        self.folder = Path(opt.save_path) / name
+        self.curves = util.curve_folder(opt, opt.save_path, name)
+        self.all = opt.subject == ["all"]
+        wanted = dataset.find_people(opt.subject, clips) if opt.subject and not self.all else \
+            clips.people
+        paths = {person: checkpoint_for(opt, clips, person) for person in wanted}
+        if self.all and "{" in opt.model_path:
+            raise BadInput(f"--model_path {opt.model_path}: --subject all holds nobody out; name "
+                           f"one checkpoint")
+        for path in dict.fromkeys(paths.values()):
+            if path != "random" and not Path(path).is_file():
+                raise BadInput(f"--model_path {path}: no such checkpoint")
+        single = opt.model_path != "random" and "{" not in opt.model_path
+        self.header = util.header(
+            script, opt, argv, list_digest=clips.digest(),
+            data_digest=hashlib.sha256((clips.digest() + digest).encode()).hexdigest(),
+            checkpoint_sha256=file_sha256(opt.model_path) if single else None)
+        done = metrics.open_results(self.folder, opt, self.header)
+        todo = [p for p in wanted if dataset.person_name(p, clips) not in done]
+        if len(todo) < len(wanted):
+            print(f"{len(wanted) - len(todo)} of {len(wanted)} held-out subjects are finished")
+        if opt.resume not in (None, "auto") and not Path(opt.resume).is_file():
+            raise BadInput(f"--resume {opt.resume}: no such checkpoint")
+        number = 0 if distributed.first() else distributed.rank()[0]
+        self.last = self.folder / (f"last_rank{number}.pth" if number else "last.pth")
+        units = self._groups(todo, paths, together) or [(None, [], None)]
+        self.groups = self._groups(distributed.share(todo), paths, together)
+        if self.all:
+            units = self.groups = [(opt.model_path, [], "all")]
+        if self.groups:
+            self.encoder(self.groups[0][0])  # a wrong checkpoint leaves no run folder behind
+        distributed.barrier()
+        self.log = self._open_log({unit for _, _, unit in units}) if todo else None
+
+    def _groups(self, todo, paths, together):
+        """(checkpoint, persons, unit): what is trained in one go, and its name in the log."""
+        if not together:
+            return [(paths[p], [p], dataset.person_name(p, self.clips)) for p in todo]
+        groups = {}
+        for person in todo:
+            groups.setdefault(paths[person], []).append(person)
+        names = {path: ",".join(dataset.person_name(p, self.clips) for p in people)[:80]
+                 for path, people in groups.items()}
+        return [(path, people, None if len(people) == len(self.clips.people) else names[path])
+                for path, people in groups.items()]
+
+    def _open_log(self, units):
+        """The log, cut back to what finished subjects and the last checkpoints account for.
+
+        units: names of what is still to be trained. Rank 0 writes the file, the others append.
+        """
+        done = {state["unit"]: state["epoch"] for state in self.states()}
+        log = None
+        if distributed.first():
+            log = util.Log(self.folder, self.curves, self.header, lambda line: (
+                line.get("subject") not in units
+                or line["epoch"] <= done.get(line.get("subject"), 0)))
+        distributed.barrier()
+        return log or util.Log(self.folder, self.curves, None)
+
+    def states(self):
+        """The checkpoints that --resume means: the file given, or each rank's last."""
+        if not self.opt.resume:
+            return
+        for path in [Path(self.opt.resume)] if self.opt.resume != "auto" else \
+                sorted(self.folder.glob("last*.pth")):
+            state = checkpoint.load(path)
+            checkpoint.check_resumable(path, state, self.opt,
+                                       data_digest=self.header["data_digest"])
+            yield state
+
+    def state(self, unit):
+        """The checkpoint to go on from in `unit`, or None."""
+        for state in self.states():
+            if state["unit"] == unit:
+                print(f"{unit or 'heads'}: goes on after epoch {state['epoch']}")
+                return state
+        return None
+
+    def encoder(self, path):
+        """`load_encoder`'s (encoder, about) of a group; remembers whom the encoder saw."""
+        model, about = load_encoder(self.opt, path, self.clips)
+        self.seen[path] = about
+        return model, about
+
+    def rate_scale(self, path, model, head, images, members, device, autocast):
+        """`rate_scale` of the features of the clips `members`; encodes once per checkpoint."""
+        if path not in self.lengths:
+            features, positions = probing.encode(model, head, images,
+                                                 self.seen[path]["normalization"],
+                                                 self.opt.layer, device, autocast)
+            self.lengths[path] = features[0].square().sum(-1).cpu(), positions
+        lengths, positions = self.lengths[path]
+        return probing.rate_scale(lengths[members].mean().item(), positions)
+
+    def keep(self, path, person, members, probabilities):
+        """Keeps a person's predictions: probabilities `[len(members), C]`."""
+        if not np.isfinite(probabilities).all():
+            raise util.RunFailed(f"the predictions for {dataset.person_name(person, self.clips)} "
+                                 f"are not finite; lower --learning_rate")
+        people = self.seen[path]["people"]
+        transductive = None if people is None else any(dataset.same_person(person, other)
+                                                       for other in people)
+        metrics.write_subject(
+            self.folder, dataset.person_name(person, self.clips),
+            metrics.rows_of(self.clips, members, probabilities), transductive=transductive,
+            checkpoint=None if path == "random" else path, sha256=self.seen[path]["sha256"])
+
+    def finish(self, blank, **about):
+        """Merges everything finished into the result files, and prints figures and places."""
+        clips = self.clips
+        distributed.barrier()  # the other ranks' subjects are finished too
+        if not distributed.first():
+            return
+        if self.all:
+            print(f"checkpoint   {self.last}\nlog          {self.folder / 'log.jsonl'}\n"
+                  f"TensorBoard  tensorboard --logdir {self.curves.parent}")
+            return
+        keys = {(dataset.DATABASES[c.database], c.subject, c.key)
+                for c, is_blank in zip(clips.clips, blank) if is_blank}
+        about["rendered"] = bool(clips.encoding.get("rendered"))
+        results = metrics.write_results(self.folder, {**self.header, **about}, clips.n_label,
+                                        clips.classes, keys)
+        print(metrics.describe(results))
+        for what, place in (("results", "results.json"), ("predictions", "predictions.csv"),
+                            ("confusion", "confusion.png"), ("log", "log.jsonl")):
+            print(f"{what:12s} {self.folder / place}")
+        print(f"TensorBoard  tensorboard --logdir {self.curves.parent}")
+
+
+def train_frozen(opt, held, group, images, names, fold_of, device, loss="crossentropy", views=2):
+    """Encodes every clip with one checkpoint and trains the heads of one of `held.groups`.
+
+    names `[F]`, fold_of `[N]`: the folds. Returns (heads, probabilities `[N, C]`, NaN where none
+    of these heads holds the clip out).
+    """
+    path, people, unit = group
+    clips, (model, about) = held.clips, held.encoder(path)
+    # a fold that no clip has: the head of --subject all holds nothing out
+    held_out = sorted(set(fold_of[clips.members(people)].tolist())) if people else [len(names)]
+    pooling = create_classifier(opt.model, opt.layer, clips.n_label, clips.channels, opt.encoder)
+    model.to(device)
+    with checkpoint.frozen(model):
+        features, positions = probing.encode(
+            model, pooling.to(device), images, about["normalization"], opt.layer, device,
+            util.mixed_precision(opt, device)[0], views)
+    heads = probing.FoldHeads([[*names, "all"][f] for f in held_out], features.shape[-1],
+                              clips.n_label, opt.seed, device)
+    state = held.state(unit)
+    if state:
+        heads.load_state_dict(state["model"])
+    start = state["epoch"] if state else 0
+    bar = tqdm(total=opt.epochs - start, desc="heads", disable=None)
+
+    def on_epoch(epoch, means):
+        means["learning_rate"] = util.learning_rate(opt, epoch)
+        held.log.epoch(epoch, means, unit)
+        bar.update()
+        if epoch % opt.print_freq == 0 or epoch == opt.epochs:
+            tqdm.write(util.epoch_line(opt, epoch, means))
+        if epoch % opt.save_freq == 0 or epoch == opt.epochs:
+            checkpoint.save(held.last, {
+                "opt": vars(opt), "epoch": epoch, "unit": unit, "model": heads.state_dict(),
+                "normalization": about["normalization"], "encoding": clips.encoding,
+                "data_digest": held.header["data_digest"]})
+
+    probing.train_heads(heads, features, positions, clips.labels, fold_of, held_out, opt, loss,
+                        start, on_epoch)
+    bar.close()
+    return heads, probing.predict(heads, features, fold_of, held_out)

@@ -1,0 +1,205 @@
+"""Intensity perception: onset/apex pairs from unlabelled videos.
+
+From OpenFace's per-frame action-unit intensities: within a window, the largest rise of any unit.
+Without them: the change between the ends of each window, measured after registration.
+"""
+import csv
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.ndimage import median_filter
+
+from annotation import Row, clip_key, place
+from frames import subject_number
+from util import BadInput
+
+BLINK = 45
+MEDIAN = 5  # frames
+VIDEO = re.compile(r"(?i)spno\.?(\d+)[/_-]([a-z])(?:[/_-](?:color|frame|rgb))?\.csv$")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A pair of an unlabelled video: its Row, intensity, and the unit that rose (AU12)."""
+    row: Row
+    intensity: float
+    unit: str
+
+
+def find_pairs(tree, opt, table):
+    """(list of Pair, what was found: videos, those stopped with the reason, candidates per unit).
+
+    table: the annotated clips; windows that overlap one are left out. Raises BadInput.
+    """
+    files = find_csv(opt.au) if opt.intensity == "au" else {}
+    labelled, pairs, stopped = labelled_spans(table), [], []
+    videos = tree.videos()
+    for subject, video in videos:
+        rgb, depth, _ = tree.frames(f"spNO.{subject}", video)
+        name = f"spNO.{subject}-{video}"
+        numbers = np.array(sorted(rgb), dtype=np.int64)
+        if not depth or not rgb:
+            stopped.append((name, "no RGB and depth frames"))
+            continue
+        usable = np.isin(numbers, list(depth))
+        for start, end in labelled.get((subject, video), ()):
+            usable &= (numbers < start) | (numbers > end)
+        if opt.intensity == "difference":
+            found = tile(numbers, usable, opt.window)
+        elif (subject, video) not in files:
+            stopped.append((name, "no CSV file of action units"))
+            continue
+        else:
+            try:
+                found = rises(files[subject, video], rgb, numbers, usable, opt)
+            except ValueError as error:
+                stopped.append((name, str(error)))
+                continue
+        pairs += [make_pair(f"spNO.{subject}", video, *one, opt.classes) for one in found]
+    if not pairs:
+        reasons = "; ".join(f"{name}: {why}" for name, why in stopped[:3])
+        raise BadInput(f"{opt.unlabelled}: no pair in {len(videos)} videos"
+                       + (f"; {reasons}" if reasons else f" at --floor {opt.floor:g} or more"))
+    units = sorted({pair.unit for pair in pairs})
+    return pairs, {"videos": len(videos), "stopped": stopped, "per_unit": {
+        unit: sum(pair.unit == unit for pair in pairs) for unit in units}}
+
+
+def make_pair(subject, video, onset, apex, intensity, unit, classes):
+    """A Pair, with the paths of its images; see Pair and Row."""
+    units = unit if unit.startswith("AU") else ""
+    row = Row(0, subject, video, onset, apex, None, units, "",
+              clip_key(subject, video, onset, apex))
+    return Pair(place(row, "unlabelled", classes), intensity, unit)
+
+
+def labelled_spans(table):
+    """(subject number, video) → (first, last frame) of every annotated clip."""
+    spans = {}
+    for row in table.annotated:
+        if not row.files:
+            key = subject_number(row.subject), row.video.lower()
+            spans.setdefault(key, []).append((row.onset, max(row.apex, row.offset or 0)))
+    return spans
+
+
+def find_csv(folder):
+    """(subject number, video) → OpenFace CSV; raises BadInput."""
+    found = {}
+    for path in sorted(Path(folder).rglob("*.csv")):
+        match = VIDEO.search(path.relative_to(folder).as_posix())
+        if match:
+            key = int(match[1]), match[2].lower()
+            if key in found:
+                raise BadInput(f"{path}: a second file for the video of {found[key]}; keep one")
+            found[key] = path
+    if not found:
+        raise BadInput(f"{folder}: no CSV file named after subject and video, such as "
+                       f"spNO.1_a.csv; --au names the folder with OpenFace's output")
+    return found
+
+
+# ---------------------------------------------------------------- OpenFace
+
+def read_openface(path):
+    """Columns of an OpenFace CSV as dict name → float `[N]`; raises BadInput."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file)
+            names = [name.strip() for name in next(reader, [])]
+            table = np.array([[float(v) for v in row] for row in reader if row], dtype=float)
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise BadInput(f"{path}: not a CSV file of numbers below a header ({error})") from None
+    columns = dict(zip(names, table.T)) if len(table) else {}
+    wanted = ("frame", "confidence", "success", "pose_Rx", "pose_Ry", "pose_Rz")
+    missing = [n for n in wanted if n not in columns]
+    if missing or not any(re.fullmatch(r"AU\d+_r", n) for n in names):
+        raise BadInput(f"{path}: no {', '.join(missing) or 'AU.._r columns'}; OpenFace's "
+                       f"FeatureExtraction writes them with -aus -pose")
+    return columns
+
+
+def rows_of(columns, rgb, numbers, how):
+    """Index of the row that belongs to each frame number; raises ValueError with the reason.
+
+    rgb: frame number → path; how: --au_index.
+    """
+    frame = columns["frame"].astype(np.int64)
+    if len(frame) != len(numbers):
+        raise ValueError(f"{len(frame)} rows of action units for {len(numbers)} frames")
+    order = np.argsort(frame, kind="stable")
+    if how == "name":
+        if (frame[order] != numbers).any():
+            raise ValueError("the frame column does not hold the files' numbers; see --au_index")
+        return order
+    if how == "numeric":
+        return order
+    # OpenFace numbers the files in the order of their names as strings: 1 10 100 2.
+    names = sorted(range(len(numbers)), key=lambda i: os.path.basename(rgb[int(numbers[i])]))
+    place_of = np.empty(len(numbers), dtype=np.int64)
+    place_of[names] = np.arange(len(numbers))
+    return order[place_of]
+
+
+def rises(path, rgb, numbers, usable, opt):
+    """(onset, apex, intensity, unit) of the windows of one video, the strongest first chosen,
+    none overlapping, sorted by onset. usable: bool `[N]`, frames that may count; raises
+    ValueError with the reason where the rows do not fit the frames."""
+    columns = read_openface(path)
+    rows = rows_of(columns, rgb, numbers, opt.au_index)
+    units = sorted(int(m[1]) for m in (re.fullmatch(r"AU(\d+)_r", n) for n in columns) if m)
+    units = [u for u in units if (u in opt.aus if opt.aus else u != BLINK)]
+    if not units:
+        raise BadInput(f"{path}: has none of the units of --aus")
+    values = np.stack([columns[f"AU{u:02d}_r"][rows] for u in units], 1)  # [N, U]
+    pose = np.stack([columns[f"pose_R{axis}"][rows] for axis in "xyz"], 1)
+    speed = np.degrees(np.abs(np.diff(pose, axis=0)).max(1, initial=0))
+    steady = np.ones(len(numbers), bool)
+    steady[1:] = (speed <= opt.max_rotation) | (np.diff(numbers) != 1)
+    good = (usable & steady & (columns["confidence"][rows] >= opt.min_confidence)
+            & (columns["success"][rows] == 1))
+    candidates = []
+    for first, last in runs(numbers, good):
+        smooth = median_filter(values[first:last], size=(MEDIAN, 1), mode="nearest")
+        candidates += windows(smooth, first, opt.window, opt.floor)
+    chosen, taken = [], np.zeros(len(numbers), bool)
+    for strength, i, j, unit in sorted(candidates, key=lambda c: (-c[0], *c[1:])):
+        if not taken[i:j + 1].any():
+            taken[i:j + 1] = True
+            chosen.append((int(numbers[i]), int(numbers[j]), strength, f"AU{units[unit]:02d}"))
+    return sorted(chosen)
+
+
+def runs(numbers, good):
+    """[first, last) of the stretches of consecutive frame numbers that are all good."""
+    starts = good.copy()
+    starts[1:] &= ~good[:-1] | (np.diff(numbers) != 1)
+    ends = good.copy()
+    ends[:-1] &= ~good[1:] | (np.diff(numbers) != 1)
+    return [(int(a), int(b) + 1) for a, b in zip(np.flatnonzero(starts), np.flatnonzero(ends))]
+
+
+def windows(values, first, longest, floor):
+    """(rise, i, j, unit) of all windows of `values` `[n, U]` whose largest rise reaches the floor;
+    i, j count from `first` on. A rise is above 0: later minus earlier."""
+    found = []
+    for gap in range(1, min(longest, len(values) - 1) + 1):
+        rise = values[gap:] - values[:-gap]  # [n - gap, U]
+        unit = rise.argmax(1)
+        best = rise[np.arange(len(rise)), unit]
+        for i in np.flatnonzero((best >= floor) & (best > 0)):
+            found.append((float(best[i]), first + int(i), first + int(i) + gap, int(unit[i])))
+    return found
+
+
+def tile(numbers, usable, window):
+    """Windows of `window` frames side by side, as (onset, apex, 0, 'levels'): the change between
+    their ends is measured when they are cut."""
+    found = []
+    for first, last in runs(numbers, usable):
+        for i in range(first, last - window, window + 1):
+            found.append((int(numbers[i]), int(numbers[i + window]), 0.0, "levels"))
+    return found

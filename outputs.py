@@ -1,0 +1,224 @@
+"""What the preparation writes beside the images: lists, boxes, pairs, manifest, report."""
+import csv
+import hashlib
+import io
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+from annotation import copy_lists
+from cutting import RECORDS, record_path
+from dataset import DATABASES, PAIR_COLUMNS, Clip, natural, write_lists
+from detection import BOX_COLUMNS
+from util import BadInput, write_json, write_text
+
+# Clips per class of the published lists and of the two workbooks, to compare with.
+PUBLISHED = {"lists (943)": {"negative": 508, "positive": 64, "surprise": 201, "others": 170},
+             "v1 (921)": {"negative": 496, "positive": 60, "surprise": 199, "others": 166},
+             "v2 (860)": {"negative": 457, "positive": 55, "surprise": 187, "others": 161}}
+PLACES = {"data_folder", "num_workers", "dry_run"}  # options that change nothing in the set
+
+
+def identity(row):
+    """(database, subject, video, onset) of a clip, as boxes.csv writes it."""
+    onset = Path(row.files[0]).stem if row.files else row.onset
+    return DATABASES[row.database], row.subject, row.video, str(onset)
+
+
+def digest_of(content):
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- before the run
+
+def begin(opt, settings, table, folder):
+    """Prepares the folder: nothing half-done of a stopped run stays, and no list that says
+    something of images which this run will replace. Raises BadInput for a folder of others."""
+    if table.lists and table.lists.resolve() == folder.resolve():
+        raise BadInput(f"{folder}: holds the lists given as --annotation; name another "
+                       f"--data_folder")
+    if not (folder / RECORDS).is_dir() and (folder / "v_rgb").exists():
+        raise BadInput(f"{folder}: holds lists that this script did not write; name another "
+                       f"--data_folder")
+    (folder / RECORDS).mkdir(parents=True, exist_ok=True)
+    for part in folder.rglob(".*.part"):
+        part.unlink()
+    try:
+        old = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        same = old["options"] == _options(opt) and old["annotation"] == table.source
+    except (OSError, ValueError, KeyError):
+        same = False
+    if not same:
+        # Training refuses a folder without subName.txt, so that a stopped run cannot be mistaken.
+        for name in ("v_rgb/subName.txt", "pairs.tsv", "encoding.json", "manifest.json"):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _options(opt):
+    """Everything the set depends on, as plain values."""
+    values = {k: v for k, v in vars(opt).items() if k not in PLACES}
+    return json.loads(json.dumps(values))
+
+
+# ---------------------------------------------------------------- after it
+
+def write(opt, settings, table, labelled, unlabelled, pairs, found, folder):
+    """Everything but the images. labelled, unlabelled: (row, task, record) of the clips that
+    stay; pairs: key → Pair of intensity.py; found: what was found in the videos, or None."""
+    remove_others(folder, labelled + unlabelled)
+    for view in ("v_rgb", "v_depth"):
+        shutil.rmtree(folder / view, ignore_errors=True)
+    write_table(folder / "boxes.csv", BOX_COLUMNS, box_rows(labelled + unlabelled))
+    (folder / "pairs.tsv").unlink(missing_ok=True)
+    if unlabelled:
+        write_table(folder / "pairs.tsv", PAIR_COLUMNS, pair_rows(opt, unlabelled, pairs), "\t")
+    encoding = {"difference": opt.difference, "depth_range_mm": opt.depth_range, "size": opt.size,
+                "crop": {"by": opt.crop[0], "margin": opt.margin, "roll": opt.roll},
+                "registration": opt.register}
+    if table.classes:
+        encoding["classes"] = list(table.classes)
+    write_json(folder / "encoding.json", encoding)
+    if labelled:
+        write_lists_of(table, labelled, folder)
+    files = {name: digest for _, _, record in labelled + unlabelled
+             for name, digest in record["files"].items()}
+    write_json(folder / "manifest.json", {
+        "annotation": table.source, "options": _options(opt), "encoding": encoding,
+        "counts": counts(table, labelled), "repairs": table.repairs,
+        "dropped": [{"clip": key, "reason": reason} for key, reason in table.dropped],
+        "unlabelled": found and {**found, "pairs": len(unlabelled)},
+        "digests": {"images": digest_of(sorted(files.items())), **{
+            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in _texts(folder)}},
+        "clips": [_record_of(row, record) for row, _, record in labelled + unlabelled]})
+
+
+def _texts(folder):
+    names = [folder / name for name in ("boxes.csv", "pairs.tsv", "encoding.json")]
+    return [p for p in (*sorted(folder.glob("v_*/*.txt")), *names) if p.exists()]
+
+
+def _record_of(row, record):
+    kept = ("shift", "residual", "registered", "amplitude", "clipped", "invalid", "files")
+    return {"clip": row.key, "label": row.label, "emotion": row.emotion, "units": row.units,
+            "blank": row.blank, **{name: record[name] for name in kept}}
+
+
+def remove_others(folder, kept):
+    """Removes images and records of clips that are no longer in the set."""
+    wanted = {record_path(folder, task) for _, task, _ in kept}
+    names = {name for _, _, record in kept for name in record["files"]}
+    for path in (folder / RECORDS).glob("*.json"):
+        if path not in wanted:
+            for name in json.loads(path.read_text(encoding="utf-8"))["files"]:
+                if name not in names:
+                    (folder / name).unlink(missing_ok=True)
+            path.unlink()
+
+
+def write_lists_of(table, labelled, folder):
+    """v_rgb/ and v_depth/: copies of published lists, or lists of the clips; without depth,
+    v_rgb alone."""
+    if table.lists:
+        names = {row.rgb for row, _, _ in labelled} | {row.depth for row, _, _ in labelled}
+        table.rows = [row for row, _, _ in labelled]
+        for path, text in copy_lists(table, folder, names):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, text)
+        return
+    clips = [Clip(row.database, row.person, row.key, row.label, row.rgb, task.depth or row.rgb)
+             for row, task, _ in labelled]
+    write_lists(folder, clips, "depth" if labelled[0][1].depth else "rgb")
+
+
+def box_rows(clips):
+    for row, _, record in clips:
+        if record["box"]:
+            box = {k: f"{v:.3f}" for k, v in record["box"].items()}
+            width, height = record["frame_size"]
+            yield dict(zip(BOX_COLUMNS, identity(row))) | box | {
+                "frame": record["frame"], "frame_width": width, "frame_height": height}
+
+
+def strength(opt, pair, record):
+    """Intensity of a pair: that of its units, or the change that was measured when it was cut."""
+    return pair.intensity if opt.intensity == "au" else record["amplitude"]
+
+
+def pair_rows(opt, unlabelled, pairs):
+    for row, _, record in unlabelled:
+        pair = pairs[row.key]
+        motion = "" if record["residual"] is None else f"{record['residual']:.3f}"
+        yield dict(zip(PAIR_COLUMNS, (
+            row.rgb, row.depth, DATABASES[row.database], row.person, row.video, row.onset,
+            row.apex, f"{strength(opt, pair, record):.3f}", pair.unit, motion)))
+
+
+def write_table(path, columns, rows, delimiter=","):
+    """Rows (dicts) as CSV with a header, LF, atomically."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, delimiter=delimiter, lineterminator="\n",
+                            restval="", extrasaction="raise")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+# ---------------------------------------------------------------- report
+
+def counts(table, labelled):
+    """Clips per class, per subject, and blank ones per class."""
+    names = [table.classes[row.label] for row, *_ in labelled]
+    blank = [name for name, (row, *_) in zip(names, labelled) if row.blank]
+    people = Counter(row.person for row, *_ in labelled)
+    return {"annotated": table.source["rows"], "clips": len(labelled), "dropped":
+            len(table.dropped), "classes": {name: names.count(name) for name in table.classes},
+            "blank": {name: blank.count(name) for name in table.classes},
+            "subjects": {name: people[name] for name in sorted(people, key=natural)}}
+
+
+def report(table, labelled, unlabelled, pairs, found, folder):
+    """Prints what was written, beside the published counts."""
+    if table.source["rows"]:
+        found_counts = counts(table, labelled)
+        print(f"{table.source['name']}: {found_counts['annotated']} clips annotated, "
+              f"{len(labelled)} cut, {len(table.dropped)} dropped, "
+              f"{len(found_counts['subjects'])} subjects")
+        print_counts(table, found_counts)
+        print_rules(table)
+    if found:
+        print_pairs(found, unlabelled, pairs)
+    print(f"lists, images  {folder}\nmanifest       {folder / 'manifest.json'}\n"
+          f"pictures       {folder / 'audit'}")
+
+
+def print_counts(table, found):
+    print(f"{'class':12}{'here':>8}{'blank':>8}" + "".join(f"{n:>14}" for n in PUBLISHED))
+    for name in table.classes:
+        print(f"{name:12}{found['classes'][name]:8}{found['blank'][name]:8}"
+              + "".join(f"{c.get(name, '-'):>14}" for c in PUBLISHED.values()))
+    empty = [name for name in table.classes if not found["classes"][name]]
+    if empty:
+        print(f"no clip of {', '.join(empty)}: the training scripts take lists whose labels are "
+              f"0 to C-1 without a gap")
+
+
+def print_rules(table):
+    """Repairs and drops, by rule; the manifest names every clip."""
+    for rule, keys in sorted(table.repairs.items()):
+        print(f"  repaired {len(keys):5}  {rule}")
+    for key, reason in table.dropped[:10]:
+        print(f"  dropped  {key}: {reason}")
+    if len(table.dropped) > 10:
+        print(f"  dropped  … and {len(table.dropped) - 10} more, named in manifest.json")
+
+
+def print_pairs(found, unlabelled, pairs):
+    speech = sum(pairs[row.key].unit in ("AU25", "AU26") for row, _, _ in unlabelled)
+    print(f"unlabelled: {found['videos']} videos, {len(unlabelled)} pairs"
+          + (f", {speech} of them by the speech units AU25 and AU26" if speech else ""))
+    for name, reason in found["stopped"][:10]:
+        print(f"  left out {name}: {reason}")
+    if len(found["stopped"]) > 10:
+        print(f"  left out … and {len(found['stopped']) - 10} more videos, see manifest.json")

@@ -1,0 +1,272 @@
+"""Onset and apex frame → aligned crops → difference images. Arrays and plain numbers only.
+
+Coordinates are pixels, x to the right and y down, the centre of the first pixel at (0, 0).
+Matrices are float64 `[2, 3]` and map a point of the crop to the frame it is cut from.
+"""
+from dataclasses import dataclass
+
+import numpy as np
+
+from decoding import NO_CHANGE
+from util import BadInput
+
+try:
+    import cv2
+    cv2.setNumThreads(1)  # the clips are what runs in parallel
+except ImportError:
+    cv2 = None
+
+MARGIN = 256 / 224 - 1  # the training crops keep the central 224 of 256 pixels
+MAX_SHIFT = 0.15  # of the crop's side: what lies beyond is a failed registration
+# Parts that expressions move least, as shares of the face box: (left, top, right, bottom).
+STABLE = (0.22, 0.0, 0.78, 0.2), (0.4, 0.3, 0.6, 0.58)  # forehead; nose bridge
+
+
+@dataclass(frozen=True)
+class Box:
+    """The face on the onset frame, pixels; roll: degrees by which the right eye of the picture
+    lies below the left one."""
+    x: float
+    y: float
+    width: float
+    height: float
+    roll: float = 0.0
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Aligned crops: onset, apex uint8 `[S, S, 3]`; depth in mm float32 `[S, S]`, 0 invalid, or
+    None; shift: motion of the head that was removed, residual: what is left, pixels of the crop
+    (nan where nothing could be followed); registered: whether the registration converged."""
+    onset: np.ndarray
+    apex: np.ndarray
+    depth_onset: np.ndarray | None
+    depth_apex: np.ndarray | None
+    shift: float
+    residual: float
+    registered: bool
+
+
+def require():
+    """Raises BadInput where OpenCV is missing."""
+    if cv2 is None:
+        raise BadInput("opencv-python-headless: not installed, it registers and warps the frames; "
+                       "pip install -r requirements-prepare.txt")
+
+
+# ---------------------------------------------------------------- crop
+
+def crop_matrix(box, size, margin=MARGIN, scale=(1.0, 1.0)):
+    """Matrix `[2, 3]` of the square crop around the face: its longer side fills 1/(1 + margin).
+
+    size: side of the crop; scale: width and height of the frame to cut from, relative to the
+    frame that the box was found on.
+    """
+    step = max(box.width, box.height) * (1 + margin) / size
+    angle = np.radians(box.roll)
+    turn = step * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    centre = np.array([box.x + box.width / 2, box.y + box.height / 2])  # edges at whole numbers
+    offset = centre - turn @ np.full(2, size / 2)
+    # from edges at whole numbers to pixel centres at whole numbers, on both sides
+    scale = np.asarray(scale)
+    offset = (offset + turn @ np.full(2, 0.5)) * scale - 0.5
+    return np.concatenate([turn * scale[:, None], offset[:, None]], 1)
+
+
+def compose(outer, inner):
+    """The matrix that applies `inner` first, then `outer`."""
+    return np.concatenate([outer[:, :2] @ inner[:, :2],
+                           outer[:, :2] @ inner[:, 2:] + outer[:, 2:]], 1)
+
+
+def cut(frame, matrix, size):
+    """Crop uint8 `[S, S, 3]` of a frame uint8 `[H, W, 3]`: smoothed to the crop's resolution,
+    bicubic, the border repeated."""
+    part, matrix = _region(frame, matrix, size)
+    part = part.astype(np.float32)
+    step = np.sqrt(abs(np.linalg.det(matrix[:, :2])))
+    if step > 1:
+        part = cv2.GaussianBlur(part, (0, 0), 0.5 * np.sqrt(step ** 2 - 1))
+    crop = cv2.warpAffine(part, matrix, (size, size), borderMode=cv2.BORDER_REPLICATE,
+                          flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP)
+    return crop.round().clip(0, 255).astype(np.uint8)
+
+
+def cut_depth(depth, matrix, size):
+    """Crop float32 `[S, S]` of a depth frame `[H, W]` (mm, 0 invalid), bilinear; a pixel that
+    would draw on an invalid one, or on what lies outside, is invalid."""
+    part, matrix = _region(depth, matrix, size)
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    valid = cv2.warpAffine((part > 0).astype(np.float32), matrix, (size, size), flags=flags)
+    crop = cv2.warpAffine(part.astype(np.float32), matrix, (size, size), flags=flags)
+    return np.where(valid > 0.999, crop, 0).astype(np.float32)
+
+
+def _region(frame, matrix, size):
+    """The part of the frame a crop draws on, with a border, and the matrix into it."""
+    corners = matrix @ np.array([[0, size, 0, size], [0, 0, size, size], [1, 1, 1, 1]])
+    pad = 8 + 2 * np.sqrt(abs(np.linalg.det(matrix[:, :2])))
+    limit = np.array(frame.shape[1::-1])
+    low = np.floor(corners.min(1) - pad).clip(0, limit - 2).astype(int)
+    high = np.maximum(np.ceil(corners.max(1) + pad).clip(0, limit).astype(int), low + 2)
+    inner = matrix.copy()
+    inner[:, 2] -= low
+    return frame[low[1]:high[1], low[0]:high[0]], inner
+
+
+def _in_crop(box, size, margin):
+    """(left, top, width, height) of the face box in its crop."""
+    per_pixel = size / (max(box.width, box.height) * (1 + margin))
+    width, height = box.width * per_pixel, box.height * per_pixel
+    return (size - width) / 2, (size - height) / 2, width, height
+
+
+def face_mask(box, size, margin=MARGIN):
+    """bool `[S, S]`: the ellipse in the face box."""
+    left, top, width, height = _in_crop(box, size, margin)
+    y, x = np.mgrid[:size, :size] + 0.5
+    return (((x - left) / width - 0.5) ** 2 + ((y - top) / height - 0.5) ** 2) < 0.25
+
+
+def stable_mask(box, size, margin=MARGIN):
+    """bool `[S, S]`: forehead and nose bridge."""
+    left, top, width, height = _in_crop(box, size, margin)
+    mask = np.zeros((size, size), bool)
+    for x0, y0, x1, y1 in STABLE:
+        mask[round(top + y0 * height):round(top + y1 * height),
+             round(left + x0 * width):round(left + x1 * width)] = True
+    return mask
+
+
+# ---------------------------------------------------------------- registration
+
+def register(onset, apex, masks, motion="translation"):
+    """Motion from the onset crop to the apex crop, both uint8 `[S, S, 3]`.
+
+    masks: bool `[S, S]` each, tried in turn; motion: translation or similarity. Returns (matrix
+    `[2, 3]` from onset to apex crop, converged); the identity where it did not converge. The
+    enhanced correlation coefficient is blind to a change of gain and offset.
+    """
+    first, second = (_luminance(image) for image in (onset, apex))
+    for mask in masks:
+        mask = mask.astype(np.uint8)
+        try:
+            warp = np.eye(2, 3, dtype=np.float32)
+            small = [cv2.resize(image, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
+                     for image in (first, second)]
+            coarse = cv2.resize(mask, small[0].shape[::-1], interpolation=cv2.INTER_NEAREST)
+            warp = _ecc(*small, warp, coarse, cv2.MOTION_TRANSLATION, 3)
+            warp[:, 2] *= 4
+            warp = _ecc(first, second, warp, mask, cv2.MOTION_TRANSLATION, 5)
+            if motion == "similarity":
+                warp = _nearest_similarity(
+                    _ecc(first, second, warp, mask, cv2.MOTION_AFFINE, 5), mask)
+        except cv2.error:
+            continue
+        if moved(warp, len(onset)) < MAX_SHIFT * len(onset):
+            return warp.astype(np.float64), True
+    return np.eye(2, 3), False
+
+
+def _luminance(image):
+    return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
+
+
+def _ecc(first, second, warp, mask, motion, blur):
+    criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 100, 1e-6)
+    return cv2.findTransformECC(first, second, warp, motion, criteria, mask, blur)[1]
+
+
+def _nearest_similarity(warp, mask):
+    """The similarity closest to an affine matrix that moves the mask's centre alike."""
+    a, b = (warp[0, 0] + warp[1, 1]) / 2, (warp[1, 0] - warp[0, 1]) / 2
+    turn = np.array([[a, -b], [b, a]])
+    centre = np.argwhere(mask).mean(0)[::-1]
+    offset = warp[:, :2] @ centre + warp[:, 2] - turn @ centre
+    return np.concatenate([turn, offset[:, None]], 1)
+
+
+def moved(warp, size):
+    """How far the motion carries the corners of a crop's central half, on average; pixels."""
+    corners = np.array([[.25, .75, .25, .75], [.25, .25, .75, .75]]) * size
+    shift = warp[:, :2] @ corners + warp[:, 2:] - corners
+    return float(np.linalg.norm(shift, axis=0).mean())
+
+
+def residual_motion(onset, apex, mask):
+    """Median displacement in pixels of points that can be followed within `mask`; nan where fewer
+    than five can. Both crops uint8 `[S, S, 3]`."""
+    first, second = (cv2.GaussianBlur(cv2.cvtColor(i, cv2.COLOR_RGB2GRAY), (0, 0), 1)
+                     for i in (onset, apex))
+    points = cv2.goodFeaturesToTrack(first, 80, 0.02, 4, mask=mask.astype(np.uint8))
+    if points is None or len(points) < 5:
+        return float("nan")
+    found, status, _ = cv2.calcOpticalFlowPyrLK(first, second, points, None, winSize=(15, 15),
+                                                maxLevel=2)
+    good = status.ravel() == 1
+    if good.sum() < 5:
+        return float("nan")
+    shift = (found - points).reshape(-1, 2)[good]
+    return float(np.median(np.linalg.norm(shift, axis=1)))
+
+
+def align(frames, depths, box, size=256, margin=MARGIN, motion="translation"):
+    """Cuts and aligns one pair of frames; returns a Pair.
+
+    frames: onset and apex uint8 `[H, W, 3]`, the box found on the onset frame; depths: the same
+    moments in mm `[H', W']`, 0 invalid, or (None, None); motion: translation, similarity or none.
+    """
+    require()
+    height, width = frames[0].shape[:2]
+
+    def matrix_for(image):
+        return crop_matrix(box, size, margin, (image.shape[1] / width, image.shape[0] / height))
+    onset, apex = (cut(frame, matrix_for(frame), size) for frame in frames)
+    stable, face = stable_mask(box, size, margin), face_mask(box, size, margin)
+    warp, converged = np.eye(2, 3), True
+    if motion != "none":
+        warp, converged = register(onset, apex, (stable, face), motion)
+        apex = cut(frames[1], compose(matrix_for(frames[1]), warp), size)
+    depth = [None, None]
+    if depths[0] is not None:
+        depth = [cut_depth(image, compose(matrix_for(image), by), size)
+                 for image, by in zip(depths, (np.eye(2, 3), warp))]
+    return Pair(onset, apex, *depth, moved(warp, size), residual_motion(onset, apex, stable),
+                converged)
+
+
+# ---------------------------------------------------------------- differences
+
+def rgb_change(onset, apex, face):
+    """apex − onset in grey levels, int16 `[S, S, 3]`, minus its median per channel over the face
+    (bool `[S, S]`): flicker and exposure."""
+    change = apex.astype(np.int16) - onset
+    return change - np.median(change[face], axis=0).round().astype(np.int16)
+
+
+def depth_change(onset, apex, face):
+    """apex − onset in mm, float32 `[S, S]`, minus its median over the face: motion of the head;
+    and where both frames are valid, bool `[S, S]`. 0 where they are not."""
+    valid = (onset > 0) & (apex > 0)
+    inside = valid & face
+    centre = np.median((apex - onset)[inside]) if inside.any() else 0
+    return np.where(valid, apex - onset - centre, 0).astype(np.float32), valid
+
+
+def encode(change, difference):
+    """Grey levels uint8 of a change in levels (int16): signed, wrap or absolute."""
+    if difference == "signed":
+        return ((change + 256) // 2).clip(0, 255).astype(np.uint8)
+    return (change % 256 if difference == "wrap" else abs(change).clip(0, 255)).astype(np.uint8)
+
+
+def encode_depth(change, difference, range_mm=10.0):
+    """Grey levels uint8 of a change in mm: 127 levels are `range_mm`, beyond it is clipped.
+
+    "No change" is the level that the encoding has for it in both views: 128, or 0 for wrap
+    (steps modulo 256) and absolute.
+    """
+    steps = np.round(127 * change / range_mm).clip(-127, 127).astype(np.int16)
+    if difference == "signed":
+        return (NO_CHANGE["signed"] + steps).astype(np.uint8)
+    return encode(steps, difference)
