@@ -27,9 +27,8 @@ def draw_all(settings, table, clips, folder, images=None):
     """
     target, images = Path(folder) / "audit", Path(images or folder)
     target.mkdir(parents=True, exist_ok=True)
-    names = table.classes or ("unlabelled",)
-    for place, name in enumerate(names):
-        members = [c for c in clips if c[0].label == (place if table.classes else -1)]
+    for label, name in (*enumerate(table.classes), (-1, "unlabelled")):
+        members = [c for c in clips if c[0].label == label]
         members = [c for c in members if not c[0].blank] or members
         chosen = [members[i] for i in spread(len(members), PER_CLASS)]
         if chosen:
@@ -120,7 +119,8 @@ def draw_histograms(path, clips):
               ([r["amplitude"] for r in records], "rms change over the face, grey levels"))
     figure, axes = plt.subplots(1, 3, figsize=(14, 3.8), layout="constrained")
     for axis, (values, label) in zip(axes, panels):
-        axis.hist(values, bins=40, color="0.35")
+        axis.hist(values, bins=min(40, 5 + len(values) // 4), color="0.35")
+        axis.yaxis.get_major_locator().set_params(integer=True)
         axis.set_xlabel(label)
         axis.set_ylabel("clips")
         if values:

@@ -65,7 +65,8 @@ class Tree:
             inner = [name for name in _folders(folder) if name.lower() in VIEWS]
             for name in inner:
                 self._collect(os.path.join(folder, name), found)
-            if not inner and self._collect(folder, found) == {"depth"}:
+            if not {"depth"} & {VIEWS[name.lower()] for name in inner} \
+                    and "depth" in self._collect(folder, found):
                 notes.add("depth folder without the inner depth/")
             if found["depth"] and not SUBJECT.fullmatch(Path(folder).parent.name)[1]:
                 notes.add("subject folder without the dot (spNO210)")

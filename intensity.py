@@ -18,7 +18,7 @@ from util import BadInput
 
 BLINK = 45
 MEDIAN = 5  # frames
-VIDEO = re.compile(r"(?i)spno\.?(\d+)[/_-]([a-z])(?:[/_-](?:color|frame|rgb))?\.csv$")
+VIDEO = re.compile(r"(?i)spno\.?(\d+)[/_-]([a-z]+)(?:[/_-](?:color|frame|rgb))?\.csv$")
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,9 @@ def rows_of(columns, rgb, numbers, how):
 
 
 def rises(path, rgb, numbers, usable, opt):
-    """(onset, apex, intensity, unit) of the windows of one video, the strongest first chosen,
-    none overlapping, sorted by onset. usable: bool `[N]`, frames that may count; raises
+    """(onset, apex, intensity, unit) of the windows of one video, the strongest first chosen (of
+    those equal to a tenth, the shortest: noise at rest makes long ones look stronger), none
+    overlapping, sorted by onset. usable: bool `[N]`, frames that may count; raises
     ValueError with the reason where the rows do not fit the frames."""
     columns = read_openface(path)
     rows = rows_of(columns, rgb, numbers, opt.au_index)
@@ -166,7 +167,8 @@ def rises(path, rgb, numbers, usable, opt):
         smooth = median_filter(values[first:last], size=(MEDIAN, 1), mode="nearest")
         candidates += windows(smooth, first, opt.window, opt.floor)
     chosen, taken = [], np.zeros(len(numbers), bool)
-    for strength, i, j, unit in sorted(candidates, key=lambda c: (-c[0], *c[1:])):
+    for strength, i, j, unit in sorted(
+            candidates, key=lambda c: (-round(c[0], 1), c[2] - c[1], -c[0], *c[1:])):
         if not taken[i:j + 1].any():
             taken[i:j + 1] = True
             chosen.append((int(numbers[i]), int(numbers[j]), strength, f"AU{units[unit]:02d}"))

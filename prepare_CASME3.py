@@ -312,7 +312,7 @@ def main(argv=None):
     unlabelled = [clip for clip in unlabelled
                   if outputs.strength(opt, chosen[clip[0].key], clip[2]) >= opt.floor]
     outputs.write(opt, settings, table, labelled, unlabelled, chosen, found, folder)
-    audit.draw_all(settings, table, labelled or unlabelled, folder)
+    audit.draw_all(settings, table, labelled + unlabelled, folder)
     outputs.report(table, labelled, unlabelled, chosen, found, folder)
 
 

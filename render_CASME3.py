@@ -48,9 +48,17 @@ def parse_option(argv=None):
                             "them; instead of --subjects and --clips_per_subject [none]")
     group.add_argument("--unlabelled", type=options.number(int, 0), default=0, metavar="N",
                        help="unlabelled pairs to render too, named in pairs.tsv; total number")
+    group.add_argument("--raw", nargs="?", const="part_A", choices=tuple(ROOTS), metavar="LAYOUT",
+                       help="raw frames, annotation.csv and OpenFace's tables instead of "
+                            "difference images; layout part_A (if none is named), ME_clip (the "
+                            "clips' package), or irregular (part_A with every known "
+                            "irregularity planted once, named in irregularities.csv) [none]")
     group = parser.add_argument_group("picture")
     group.add_argument("--size", type=options.number(int, 32, 1024), default=256,
                        help="side of the images, pixels")
+    group.add_argument("--raw_size", type=options.number(int, 64, 1920), nargs=2,
+                       default=[320, 240], metavar=("W", "H"),
+                       help="width and height of raw frames, pixels")
     group.add_argument("--amplitude", type=options.number(float, 0, 4), default=1.0,
                        help="factor on all expressions; 0: faces without any expression")
     group = parser.add_argument_group("running")
@@ -61,7 +69,11 @@ def parse_option(argv=None):
     group = parser.add_argument_group("output")
     group.add_argument("--preview", metavar="FILE.png",
                        help="also write a sheet of example clips to this file [none]")
-    return parser.parse_args(argv)
+    opt = parser.parse_args(argv)
+    if opt.raw and opt.lists:
+        raise util.BadInput("--raw with --lists: lists name difference images, not frames; drop "
+                            "one of the two")
+    return opt
 
 
 # ---------------------------------------------------------------- which clips
@@ -184,7 +196,7 @@ def render(opt, folder, plan):
 
 
 def in_parallel(opt, function, tasks):
-    """Rows of `function(task)` over all tasks (lists), the longest first, with a progress bar."""
+    """All that `function(task)` lists, over all tasks (lists), with a progress bar."""
     tasks = sorted(tasks, key=len, reverse=True)
     rows = []
     with tqdm(total=sum(map(len, tasks)), desc="rendering", unit="clip", disable=None) as bar:
@@ -247,12 +259,177 @@ def write_set(opt, folder):
             "blank clips": sum(job.blank for _, job in plan), "unlabelled pairs": len(pairs)}
 
 
+# ---------------------------------------------------------------- raw frames
+
+ROOTS = {"part_A": "part_A", "irregular": "part_A_split/part_A", "ME_clip": "part_A"}
+ANNOTATION = ("Subject", "Filename", "Onset", "Apex", "Offset", "AU", "Objective class", "emotion")
+OBJECTIVE = {"happy": "I", "surprise": "II", "anger": "III", "disgust": "IV", "sad": "V",
+             "fear": "VI", "others": "VII"}
+FIRST = 9  # the first frames of a video are missing
+NO_DOT = 210  # a subject whose depth folder is spNO210
+
+
+def plan_videos(opt, folder):
+    """Videos of two labelled clips each, unlabelled expressions dealt out to them: lists of
+    rendering.Video, one list per subject, and the annotation's rows."""
+    subjects, table = [], []
+    numbers = list(range(1, opt.subjects + 1))
+    if opt.raw == "irregular":
+        numbers[-1] = NO_DOT
+    for s, (number, labels) in enumerate(zip(numbers, draw_labels(opt))):
+        kinds = [rendering.CLASSES[label] for label in labels]
+        shown = [kinds[v:v + 2] for v in range(0, len(kinds), 2)]
+        for extra in range(len(range(s, opt.unlabelled, opt.subjects))):
+            shown[extra % len(shown)].append("")
+        subjects.append([])
+        for v, kinds in enumerate(shown):
+            name = "abcdefghijklmnopqrstuvwxyz"[v % 26] * (v // 26 + 1)
+            video, rows = plan_video(opt, folder, f"spNO.{number}", name, kinds)
+            subjects[-1].append(video)
+            table += rows
+    return subjects, table
+
+
+def plan_video(opt, folder, subject, name, kinds):
+    """One video that shows expressions of `kinds`, with rest between; its annotation's rows."""
+    rng = rendering.rng_of(opt.seed, "frames", subject, name)
+    at, events, rows = FIRST + int(rng.integers(6, 12)), [], []
+    person = subject.replace(".", "")
+    for kind in kinds:
+        apex = at + int(rng.choice(GAPS[1:]))
+        offset = apex + int(rng.integers(5, 11))
+        key = f"{subject}-{name}-{apex}-{subject}-{name}-{at}"
+        job = rendering.Job(key, person, kind, amplitude=opt.amplitude, seed=opt.seed)
+        act = rendering.perform(job)
+        events.append(rendering.Event(at, apex, offset, job))
+        if kind:
+            rows.append(dict(zip(ANNOTATION, map(str, (
+                subject, name, at, apex, offset, "+".join(map(str, sorted(act.units))),
+                OBJECTIVE[act.emotion], act.emotion)))))
+        at = offset + int(rng.integers(12, 20))
+    place, tables = folder / ROOTS[opt.raw] / subject / name, folder / "openface"
+    for made in (place / "color", place / "depth", tables):
+        made.mkdir(parents=True, exist_ok=True)
+    return rendering.Video(
+        person, name, str(place / "color"), str(place / "depth"),
+        str(tables / f"{subject}_{name}.csv"), FIRST, at - 6, tuple(events), tuple(opt.raw_size),
+        opt.seed), rows
+
+
+def write_raw(opt, folder):
+    """Renders raw frames, the annotation and OpenFace's tables; returns the counts."""
+    subjects, table = plan_videos(opt, folder)
+    made = in_parallel(opt, rendering.render_videos, subjects)
+    rows = {row["key"]: row for events, _ in made for row in events}
+    boxes = [{"subject": events[0]["key"].split("-")[0], "video": events[0]["key"].split("-")[1],
+              **box} for events, box in made]
+    write_table(folder / "boxes.csv", sorted(boxes, key=lambda b: (natural(b["subject"]),
+                                                                   b["video"])))
+    jobs = [event.job for videos in subjects for video in videos for event in video.events]
+    for job in jobs:
+        if job.emotion:
+            rows[job.key]["label"] = rendering.CLASS_OF[rows[job.key]["emotion"]]
+    write_table(folder / "truth.csv", [rows[job.key] for job in jobs])
+    labels = [rows[job.key]["label"] for job in jobs]
+    root = folder / ROOTS[opt.raw]
+    if opt.raw == "irregular":
+        write_table(folder / "irregularities.csv", plant_irregularities(root, table))
+    if opt.raw == "ME_clip":
+        package_clips(root, folder / "Part_A_ME_clip", table)
+    write_table(folder / "annotation.csv", table)
+    return {"subjects": len(subjects), "videos": sum(map(len, subjects)), "clips": len(table),
+            **{name: labels.count(i) for i, name in enumerate(rendering.CLASSES)},
+            "unlabelled expressions": len(jobs) - len(table)}
+
+
+def package_clips(root, package, table):
+    """Moves the annotated frames into the layout of the "ME clip" package."""
+    for row in table:
+        name = f"{row['Subject']}_{row['Filename']}_{row['Onset']}"
+        for view, inner, extension in (("frame", "color", "jpg"), ("depth", "depth", "png")):
+            place = package / view / name
+            place.mkdir(parents=True)
+            for number in range(int(row["Onset"]), int(row["Offset"]) + 1):
+                file = root / row["Subject"] / row["Filename"] / inner / f"{number}.{extension}"
+                file.rename(place / file.name)
+    shutil.rmtree(root)
+
+
+def plant_irregularities(root, table):
+    """Plants every irregularity in a clip of its own, in the files below `root` and the rows of
+    the annotation; returns a row per irregularity that says where."""
+    free, done = list(table), []
+    for name, fits, plant in IRREGULARITIES:
+        row = next((row for row in free if fits(row)), None)
+        if row is None:
+            raise util.BadInput(f"--raw irregular: no clip is left for '{name}'; ask for more "
+                                f"--subjects or --clips_per_subject")
+        free = [r for r in free if r is not row]
+        done.append({"irregularity": name, **row})
+        plant(row, root / row["Subject"] / row["Filename"])
+    return done
+
+
+def _dotted(row):
+    return row["Subject"] != f"spNO.{NO_DOT}"
+
+
+def _slow(row):
+    return _dotted(row) and int(row["Apex"]) - int(row["Onset"]) >= 4
+
+
+def _remove(row, video, near=0, views=("color", "depth")):
+    """Deletes the apex frame, and as many neighbours on both sides as `near` says."""
+    for number in range(int(row["Apex"]) - near, int(row["Apex"]) + near + 1):
+        for view in views:
+            next((video / view).glob(f"{number}.*")).unlink()
+
+
+def _flatten(row, video):
+    for file in (video / "depth").iterdir():
+        file.rename(video / file.name)
+    (video / "depth").rmdir()
+
+
+def _lose_dot(row, video):
+    for depth in list(video.parent.glob("*/depth")):
+        place = video.parent.with_name(f"spNO{NO_DOT}") / depth.parent.name
+        place.mkdir(parents=True)
+        depth.rename(place / "depth")
+
+
+# What is irregular in the data as received: name, the rows it can be planted in, how.
+IRREGULARITIES = [
+    ("subject without the dot in the depth tree", lambda row: not _dotted(row), _lose_dot),
+    ("Others beside others", lambda row: row["emotion"] == "others",
+     lambda row, video: row.update(emotion="Others")),
+    ("apex frame missing", _slow, _remove),
+    ("apex frame missing in depth", _slow,
+     lambda row, video: _remove(row, video, views=("depth",))),
+    ("apex frame and its neighbours missing", _dotted,
+     lambda row, video: _remove(row, video, near=2)),
+    ("depth folder without the inner depth/", _dotted, _flatten),
+    ("apex equal to onset", _dotted, lambda row, video: row.update(Apex=row["Onset"])),
+    ("apex outside onset to offset", _dotted,
+     lambda row, video: row.update(Apex=str(int(row["Offset"]) + 3))),
+    ("offset 0", _dotted, lambda row, video: row.update(Offset="0")),
+    ("onset and apex 0", _dotted, lambda row, video: row.update(Onset="0", Apex="0")),
+    ("clip of several seconds", _dotted, lambda row, video: row.update(
+        Apex=str(int(row["Onset"]) + 150), Offset=str(int(row["Onset"]) + 170))),
+    ("subject in another case", _dotted,
+     lambda row, video: row.update(Subject=row["Subject"].replace("spNO", "spNo"))),
+    ("video letter in another case", _dotted,
+     lambda row, video: row.update(Filename=row["Filename"].upper())),
+]
+
+
 # ---------------------------------------------------------------- the folder
 
 def asked_for(opt):
     """What the content of the folder depends on, as it is recorded in rendered.json."""
     asked = {name: getattr(opt, name) for name in
-             ("subjects", "clips_per_subject", "unlabelled", "size", "amplitude", "seed")}
+             ("subjects", "clips_per_subject", "unlabelled", "raw", "amplitude", "seed")}
+    asked["size"] = opt.raw_size if opt.raw else opt.size
     if opt.lists:
         digest = hashlib.sha256()
         for path in sorted(Path(opt.lists).glob("v_*/*.txt")):
@@ -300,7 +477,7 @@ def main(argv=None):
         part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
         part.mkdir(parents=True)
         try:
-            counts = write_set(opt, part)
+            counts = (write_raw if opt.raw else write_set)(opt, part)
             util.write_json(part / "rendered.json", {"note": NOTE, "options": asked,
                                                      "counts": counts})
             if folder.exists():

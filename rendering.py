@@ -9,7 +9,7 @@ moved relief (Lambert). `photograph` and `measure_depth` are the two sensors, `r
 import functools
 import io
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -64,6 +64,11 @@ class Pose:
         """The pose after the small motion `by`."""
         return Pose(self.x + by.x, self.y + by.y, self.roll + by.roll, self.yaw + by.yaw,
                     self.pitch + by.pitch, self.scale * by.scale)
+
+    def to(self, other):
+        """The motion that leads from this pose to `other`."""
+        return Pose(other.x - self.x, other.y - self.y, other.roll - self.roll,
+                    other.yaw - self.yaw, other.pitch - self.pitch, other.scale / self.scale)
 
 
 @dataclass(frozen=True)
@@ -489,8 +494,10 @@ EMOTIONS = {
     "sad": [(4, 15), (1, 4), (15, 17), (15,)],
     "happy": [(12,), (6, 12), (6, 12, 25), (12, 25)],
     "surprise": [(1, 2), (1, 2, 5), (1, 2, 26), (2,), (1, 2, 5, 26), (1, 2, 25, 26)],
-    "others": [(14,), (17,), (14, 17), (24,), (4, 14), (17, 24), (7,), (4,), (20,), (12, 14)],
+    "others": [(14,), (17,), (14, 17), (24,), (4, 14), (12,), (17, 24), (4,), (7,), (20,), (12, 14)],
 }
+# Raised brows move further than anything else in a small expression.
+STRENGTH = {"surprise": 1.4}
 # How often each emotion makes up the class "negative".
 SHARE = {"anger": 0.3, "disgust": 0.4, "fear": 0.1, "sad": 0.2}
 
@@ -553,7 +560,7 @@ class Performance:
 
 def expressiveness(subject, seed):
     """Factor by which a subject's expressions are stronger or weaker than the average."""
-    return float(np.clip(np.exp(0.6 * rng_of(seed, "expressive", subject).standard_normal()),
+    return float(np.clip(np.exp(0.5 * rng_of(seed, "expressive", subject).standard_normal()),
                          0.3, 3))
 
 
@@ -564,8 +571,9 @@ def perform(job):
     usual = EMOTIONS[emotion]
     common = 1 / np.arange(1, len(usual) + 1)
     combination = usual[rng.choice(len(usual), p=common / common.sum())]
-    typical = 0.65 * np.exp(0.8 * rng.standard_normal()) * expressiveness(job.subject, job.seed)
-    size = np.clip(typical, 0.1, 2.5) if job.emotion else np.clip(2 * typical ** 2, 0.05, 5)
+    typical = STRENGTH.get(emotion, 1) * 0.5 * np.exp(0.7 * rng.standard_normal())
+    typical *= expressiveness(job.subject, job.seed)
+    size = 2.5 * np.tanh(typical / 2.5) if job.emotion else 5 * np.tanh(typical / 4)
     weight = rng.uniform(0.6, 1, len(combination))
     weight = job.amplitude * size * weight / weight.max()
     others = [unit for unit in ACTION_UNITS if unit not in combination and unit != 45]
@@ -580,7 +588,7 @@ def perform(job):
     return Performance(
         emotion, dict(zip(combination, weight.tolist())),
         {stray: float(job.amplitude * stray_size)} if stray_size else {}, float(blink),
-        float(0.2 * np.clip(rng.standard_normal(), -2, 2)), pose, motion,
+        float(0.3 * np.clip(rng.standard_normal(), -2, 2)), pose, motion,
         Light(0.45 * c[0], 0.55 + 0.15 * c[1], 0.85 + 0.1 * c[2], 0.3 + 0.06 * c[3]),
         float(0.02 * c[4]), float(0.01 * c[5]))
 
@@ -635,22 +643,133 @@ def render_clip(job):
 
 def truth(job, act):
     """What is known of a clip, as a dict of column → value."""
-    still = job.blank
+    def known(value, digits=3):
+        return 0.0 if job.blank else round(float(value), digits) + 0.0  # no -0.0
     return {
         "key": job.key, "subject": job.subject, "label": "", "emotion": act.emotion,
         "action_units": "+".join(map(str, sorted(act.units))),
-        "amplitude_px": 0.0 if still else round(act.strongest[1], 3),
-        "unit": f"AU{act.strongest[0]:02d}",
+        "amplitude_px": known(act.strongest[1]), "unit": f"AU{act.strongest[0]:02d}",
         "unrelated_unit": "+".join(map(str, act.unrelated)),
-        "unrelated_px": 0.0 if still else round(sum(act.unrelated.values()), 3),
-        "blink_px": 0.0 if still else round(act.blink, 3),
-        "head_motion_px": 0.0 if still else round(act.head_motion(), 3),
-        "light_change": 0.0 if still else round(act.light_gain, 4),
-        "light_turn_deg": 0.0 if still else round(float(np.degrees(act.light_turn)), 3),
-        "blank": int(still),
+        "unrelated_px": known(sum(act.unrelated.values())), "blink_px": known(act.blink),
+        "head_motion_px": known(act.head_motion()), "light_change": known(act.light_gain, 4),
+        "light_turn_deg": known(np.degrees(act.light_turn)), "blank": int(job.blank),
     }
 
 
 def render_subject(jobs):
     """All clips of one subject, so that its face is built once; rows of truth.csv."""
     return [render_clip(job) for job in jobs]
+
+
+# ---------------------------------------------------------------- a video
+
+OPENFACE_UNITS = (1, 2, 4, 5, 6, 7, 9, 10, 12, 14, 15, 17, 20, 23, 25, 26, 45)
+OPENFACE_COLUMNS = ("frame", "confidence", "success", "pose_Rx", "pose_Ry", "pose_Rz",
+                    *(f"AU{unit:02d}_r" for unit in OPENFACE_UNITS))
+
+
+@dataclass(frozen=True)
+class Event:
+    """One expression of a video: its frame numbers, and the clip (Job) that names it."""
+    onset: int
+    apex: int
+    offset: int
+    job: Job
+
+    def level(self, frame):
+        """Share of the full expression, 0 at onset and offset, 1 at the apex."""
+        if not self.onset < frame < self.offset:
+            return 0.0
+        first, last = ((self.onset, self.apex) if frame <= self.apex
+                       else (self.offset, self.apex))
+        return float(np.sin(np.pi / 2 * (frame - first) / (last - first)) ** 2)
+
+
+@dataclass(frozen=True)
+class Video:
+    """Raw frames to render: numbers `first` to `last` into two existing folders."""
+    subject: str
+    name: str
+    color: str
+    depth: str
+    openface: str
+    first: int
+    last: int
+    events: tuple
+    size: tuple = (320, 240)
+    seed: int = 0
+
+
+def render_video(video):
+    """Writes the frames of one video and its OpenFace table. Returns the rows of truth.csv, one
+    per event, and the box of the face in the first frame (x, y, width, height in pixels)."""
+    rng = rng_of(video.seed, "video", video.subject, video.name)
+    numbers = range(video.first, video.last + 1)
+    acts = [perform(event.job) for event in video.events]
+    poses, lights, blinks = _course(rng, acts[0], video)
+    width, height = video.size
+    mm_per_px = 290 / height  # the head fills two thirds of the height
+    face = face_of(video.subject, video.seed, mm_per_px)
+    holes, table = noise(rng, (height, width), 2.5), {}
+    for i, number in enumerate(numbers):
+        units = {45: (blinks[i], blinks[i])} if blinks[i] > 0.05 else {}
+        for event, act in zip(video.events, acts):
+            level = event.level(number)
+            units.update(act.sides(level) if level else {})
+        image, z, body, absorb = shade(face, poses[i], lights[i], units, width, height, mm_per_px)
+        _, jpeg = photograph(image, rng, 1.2, 95)
+        with open(f"{video.color}/{number}.jpg", "wb") as file:
+            file.write(jpeg)
+        depth = measure_depth(z, body, absorb, rng, holes, step=1.0)
+        Image.fromarray(depth.astype(np.uint16)).save(f"{video.depth}/{number}.png",
+                                                      compress_level=3)
+        table[number] = _openface(rng, units, poses[i])
+    _write_openface(video.openface, table)
+    rows = []
+    for event, act in zip(video.events, acts):
+        a, b = event.onset - video.first, event.apex - video.first
+        rows.append(truth(event.job, replace(
+            act, pose=poses[a], motion=poses[a].to(poses[b]), blink=blinks[b] - blinks[a],
+            light_gain=lights[b].key / lights[a].key - 1, light_turn=0.0)))
+    first, px = poses[0], 1 / mm_per_px
+    box = ((width - 1) / 2 + (first.x - 75) * px, (height - 1) / 2 + (first.y + 13 - 95) * px,
+           150 * px, 185 * px)
+    return rows, dict(zip(("x", "y", "width", "height"), (round(v, 1) for v in box)))
+
+
+def _course(rng, act, video):
+    """Pose, light and blink (mm) of every frame: slow drift, flicker, blinks between events."""
+    n = video.last - video.first + 1
+    drift = noise(rng, (6, n), (0, 10)).astype(float)
+    x, y, roll, yaw, pitch, scale = drift * np.array([[1, 1, 0.006, 0.01, 0.01, 0.002]]).T
+    poses = [act.pose.moved(Pose(*change, 1 + s))
+             for *change, s in zip(x, y, roll, yaw, pitch, scale)]
+    lights = [act.light.changed(float(gain), 0.0) for gain in 0.008 * noise(rng, (n,), 1.5)]
+    blinks = np.zeros(n)
+    for event in video.events:
+        middle = event.offset + 4 - video.first
+        blinks += 6 * np.exp(-0.5 * ((np.arange(n) - middle) / 1.2) ** 2) * (rng.random() < 0.5)
+    return poses, lights, blinks.tolist()
+
+
+def _openface(rng, units, pose):
+    """One row of OpenFace's output: 0-5 per unit, one level per mm, a little noise."""
+    level = {unit: sum(sides) / 2 for unit, sides in units.items()}
+    level[23] = level.get(24, 0)  # OpenFace knows the lip tightener, not the lip presser
+    values = [level.get(unit, 0) + 0.04 * rng.standard_normal() for unit in OPENFACE_UNITS]
+    return [0.98, 1, round(pose.pitch, 4), round(pose.yaw, 4), round(pose.roll, 4),
+            *(round(float(np.clip(v, 0, 5)), 2) for v in values)]
+
+
+def _write_openface(path, table):
+    """The table as OpenFace writes it: rows follow the file names sorted as strings (1, 10, 2),
+    `frame` counts them from 1, and the header carries spaces."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        file.write(", ".join(OPENFACE_COLUMNS) + "\n")
+        for count, number in enumerate(sorted(table, key=str), 1):
+            file.write(", ".join(map(str, [count, *table[number]])) + "\n")
+
+
+def render_videos(videos):
+    """What render_video returns, for all videos of one subject."""
+    return [render_video(video) for video in videos]

@@ -2,8 +2,8 @@
 
 CMC (Tian, Krishnan, Isola 2020) on the memory bank of Wu et al. 2018, section 3.1. Training
 spends its time in the encoder only if a step of the bank never builds a `[B, K+1, d]` tensor:
-scores come from a dense product or from chunks, gradients from `embedding_bag`, a fused gather
-and weighted sum.
+scores and gradients come from dense products with a small bank, else the scores from chunks and
+the gradients from `embedding_bag`, a fused gather and weighted sum.
 """
 
 from contextlib import contextmanager
@@ -76,15 +76,15 @@ class _Scores(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         idx, = ctx.saved_tensors
-        with _as_before(ctx.bank, ctx.change):
+        with _as_before(ctx.bank, ctx.change), torch.autocast(grad.device.type, enabled=False):
             return _weighted_rows(ctx.bank, idx, grad), None, None, None
 
 
 def _weighted_rows(bank, idx, weight, bag=256):
-    """Sum over w of weight[:, w] * bank[idx[:, w]] → `[B, d]`.
-
-    Long sums are split: a GPU gives each bag to few threads, which walk through it in sequence.
-    """
+    """Sum over w of weight[:, w] * bank[idx[:, w]] → `[B, d]`."""
+    if len(bank) <= idx.shape[1]:
+        return weight.new_zeros(len(idx), len(bank)).scatter_add_(1, idx, weight) @ bank
+    # a GPU gives each bag to few threads that walk through it in sequence, hence many small bags
     size = min(bag, idx.shape[1])
     pad = -idx.shape[1] % size
     parts = F.embedding_bag(F.pad(idx, (0, pad)).view(-1, size), bank, mode="sum",

@@ -615,7 +615,7 @@ def test_the_cache_claims_its_space_before_it_is_written(drawn, tmp_path, monkey
         (part,) = tmp_path.glob(".*.part")
         claimed.append(part.stat().st_blocks * 512 >= 12 * 4 * 256 * 256)
         return decode(*args)
-    monkeypatch.setattr(dataset, "decode", watching)
+    monkeypatch.setattr(decoding, "decode", watching)
     decoding.load_images(dataset.read_clips(drawn), tmp_path, num_workers=1)
     assert claimed[0]
 

@@ -296,7 +296,7 @@ def test_cache_holds_what_decoding_gives_and_is_read_again(drawn, tmp_path, monk
     plain, digest = decoding.load_images(clips, "off")
     first, first_digest = decoding.load_images(clips, tmp_path)
     assert (first == plain).all() and first_digest == digest
-    monkeypatch.setattr(dataset, "decode", None)
+    monkeypatch.setattr(decoding, "decode", None)
     again, again_digest = decoding.load_images(clips, tmp_path)
     assert isinstance(again, np.memmap)
     assert (again == plain).all() and again_digest == digest

@@ -7,12 +7,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import raw_tree
-from conftest import pretrain, script
+import torch
+from conftest import draw_pairs, draw_set, pretrain, script
 
+import audit
 import dataset
 import intensity
 
 UNITS = (1, 4, 12, 25, 45)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """They take most of a small run's time, and are tried elsewhere."""
+    monkeypatch.setattr(audit, "draw_all", lambda *args: None)
 
 
 def prepare(*argv):
@@ -189,7 +197,7 @@ def test_pairs_of_unlabelled_videos(videos, tmp_path, capsys):
 def test_windows_over_labelled_clips_are_left_out(videos, tmp_path):
     prepare("--unlabelled", videos / "raw", "--au", videos / "au", "--au_index", "numeric",
             "--raw", videos / "raw", "--annotation", videos / "labels.csv",
-            "--data_folder", tmp_path / "set", *FLAGS)
+            "--classes", 7, "--data_folder", tmp_path / "set", *FLAGS)
     rows = read_rows(tmp_path / "set")
     spans = [(int(r["onset"]), int(r["apex"])) for r in rows if r["subject"] == "spNO1"]
     assert len(spans) >= 2 and all(apex < 55 or onset > 64 for onset, apex in spans)
@@ -241,3 +249,34 @@ def test_help_says_that_the_threshold_is_not_known(capsys):
         prepare("--help")
     text = " ".join(capsys.readouterr().out.split())
     assert "The paper's own intensity threshold is not public knowledge here" in text
+
+
+@pytest.mark.slow
+def test_sweep_over_thresholds(tmp_path, monkeypatch, capsys):
+    """Pairs of intensity 0 to 11, dealt out to s1 to s4; s4 is held out altogether."""
+    drawn = tmp_path / "data"
+    draw_set(drawn, subjects=5)
+    draw_pairs(drawn, 12)
+    script("pre-train_DVSCL")
+    monkeypatch.setattr(sys.modules["transforms"], "CROP", 64)
+    argv = ["--data_folder", drawn, "--pairs", drawn / "pairs.tsv", "--subject", "s4",
+            "--thresholds", 0, 2, 11, "--inner_folds", 2, "--model", "resnet18v1", "--epochs", 1,
+            "--epochs_probe", 2, "--batch_size", 4, "--save_path", tmp_path / "sweep"]
+    script("sweep_intensity").main(argv)
+    with open(tmp_path / "sweep" / "threshold.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    # without those of s4: 9 from 0 on, 7 from 2 on, none from 11 on
+    assert [(r["threshold"], r["pairs"]) for r in rows] == [("0", "9"), ("2", "7")]
+    assert all(0 <= float(r["uf1"]) <= 1 for r in rows)
+    assert (tmp_path / "sweep" / "threshold.png").stat().st_size > 5000
+    assert "threshold 11: 0 pairs, too few" in capsys.readouterr().out
+    runs = list((tmp_path / "sweep").glob("threshold_*/*/runs/memory_*/last.pth"))
+    assert len(runs) == 4
+    for run in runs:
+        state = torch.load(run, weights_only=True)
+        seen = {name for _, name in state["seen"]["people"]}
+        tested = run.parents[2] / "results"
+        (table,) = tested.glob("*/predictions.csv")
+        with open(table, newline="") as file:
+            held_out = {row["subject"] for row in csv.DictReader(file)}
+        assert held_out and "s4" not in seen | held_out and not seen & held_out

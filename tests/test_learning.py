@@ -1,7 +1,7 @@
 """Does contrasting learn what the two views share, for clips of people it never saw?
 
-The quick tests use drawn blobs that both views show, on small crops. The slow one uses rendered
-faces and the demo's own settings, and takes minutes.
+The quick tests use drawn blobs that both views show, on small crops; rendered faces with the
+demo's own settings take minutes.
 """
 import json
 import math
@@ -13,6 +13,7 @@ from conftest import draw_set, pretrain, script
 
 import checkpoint
 import dataset
+import decoding
 import transforms
 import util
 from models import create_model
@@ -28,8 +29,8 @@ def train(data, out, cache, model, *flags):
 def scores(state, model, data):
     """Cosines of every clip's RGB with every clip's depth features `[N, N]`, and the subjects."""
     clips = dataset.read_clips(data)
-    images, _ = dataset.load_images(clips)
-    keep = np.flatnonzero(~dataset.blank(images, clips.encoding))
+    images, _ = decoding.load_images(clips)
+    keep = np.flatnonzero(~decoding.blank(images, clips.encoding))
     encoder = create_model(model)
     encoder.load_state_dict(state["model"])
     with torch.no_grad():
@@ -60,7 +61,7 @@ def fall(lines, view):
 CLIPS = 63  # of `blobs`: 8 subjects with 8 clips each, one of them blank
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def blobs(tmp_path_factory):
     """(clips to learn from, clips of other people): blobs that both views show."""
     folders = [tmp_path_factory.mktemp(name) for name in ("seen", "unseen")]
@@ -73,26 +74,30 @@ def permute(data):
     """Lets every clip's depth path show another clip."""
     clips = dataset.read_clips(data).clips
     pictures = [(data / clip.second).read_bytes() for clip in clips]
-    order = np.roll(np.random.default_rng(0).permutation(len(clips)), 1)
+    order = np.random.default_rng(0).permutation(len(clips))
     for clip, other in zip(clips, order):
         (data / clip.second).write_bytes(pictures[other])
 
 
-FLAGS = ["--batch_size", 8, "--epochs", 12, "--no_flip", "--jitter", 0]
+FLAGS = ["--batch_size", 8, "--epochs", 20, "--no_flip", "--jitter", 0]
 
 
-def test_unseen_pairs_match_after_training_but_not_after_training_on_permuted_pairs(
-        small_crops, blobs, cache, tmp_path):
+def test_views_of_people_never_seen_match_after_training(small_crops, blobs, cache, tmp_path):
     seen, unseen = blobs
-    state, lines = train(seen, tmp_path / "real", cache, "resnet18v1", *FLAGS)
+    state, lines = train(seen, tmp_path, cache, "resnet18v1", *FLAGS)
     found, subjects = scores(state, "resnet18v1", unseen)
     assert fall(lines, "rgb") > 0.2 and fall(lines, "depth") > 0.2
     assert above(found) > 0.7
     assert above(found, subjects) > 0.7
+
+
+@pytest.mark.slow
+def test_nothing_is_learnt_from_permuted_pairs(small_crops, blobs, cache, tmp_path):
+    seen, unseen = blobs
     permute(seen)
-    state, _ = train(seen, tmp_path / "permuted", cache, "resnet18v1", *FLAGS)
-    found, subjects = scores(state, "resnet18v1", unseen)
-    assert above(found) < 0.6
+    state, _ = train(seen, tmp_path, cache, "resnet18v1", *FLAGS)
+    found, _ = scores(state, "resnet18v1", unseen)
+    assert 0.4 < above(found) < 0.6
 
 
 @pytest.mark.parametrize("rate", [0.003, 0.03])

@@ -92,7 +92,7 @@ def test_bank_reproduces_public_implementation(softmax, device, path):
 
 # B, n, K, d, width of the idx given (None: the bank decides)
 SHAPES = [(1, 7, 3, 5, 4), (6, 30, 9, 8, 10), (5, 300, 3, 16, 4), (4, 40, 9, 8, 600),
-          (3, 50, 4, 4, 257), (2, 2, 1, 4, None), (4, 4, 9, 8, None), (1, 6, 5, 3, None),
+          (3, 900, 4, 4, 600), (3, 300, 4, 4, 257), (2, 2, 1, 4, None), (4, 4, 9, 8, None), (1, 6, 5, 3, None),
           (1, 1, 4, 3, None)]
 
 
@@ -274,6 +274,17 @@ def test_half_precision_features_are_scored_in_float32(softmax, path):
         assert view.grad.dtype == torch.bfloat16 and view.grad.abs().max() > 0
     assert contrast.memory_rgb.dtype == torch.float32
     assert torch.allclose(contrast.memory_rgb.norm(dim=1), torch.ones(40), atol=1e-6)
+
+
+def test_autocast_around_backward_keeps_gradients_in_float32():
+    contrast, index = NCEAverage(32, 40, 100, use_softmax=True).eval(), torch.arange(6)
+    feats, grads = (unit(6, 32), unit(6, 32)), []
+    for enabled in (False, True):
+        view = feats[0].clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            NCESoftmaxLoss()(contrast(view, feats[1], index)[0]).backward()
+        grads.append(view.grad)
+    agree(grads[1], grads[0])
 
 
 @softmax_and_nce

@@ -1,4 +1,5 @@
 """prepare_CASME3.py on a raw tree with every known irregularity: rules, counts, bytes, resume."""
+import csv
 import hashlib
 import json
 import os
@@ -97,6 +98,9 @@ def write_raw(root):
     for subject, videos in (("spNO.1", "abc"), ("spNO.2", "abj")):
         for video in videos:
             write(part, subject, video, numbers)
+    for depth in (part / "spNO.2" / "a" / "depth").iterdir():  # beside color/, not in depth/
+        depth.rename(part / "spNO.2" / "a" / depth.name)
+    (part / "spNO.2" / "a" / "depth").rmdir()
     apart = root / "part_A_depth"
     write(part, "spNO.3", "a", numbers, where=(part / "spNo.3" / "a" / "color",
                                                apart / "spNo.3" / "a"))
@@ -153,7 +157,8 @@ def test_every_irregularity_is_counted(cut):
         "subject spelled otherwise than spNO.<i>": [key("spNO.210", "a", 10, 15)],
         "video letter in another case (J, j)": [key("spNO.2", "J", 10, 17)],
         "subject folder in another case (spNo)": [key("spNO.3", "a", 10, 14)],
-        "depth folder without the inner depth/": [key("spNO.3", "a", 10, 14)],
+        "depth folder without the inner depth/": [key("spNO.2", "a", 10, 18),
+                                                  key("spNO.3", "a", 10, 14)],
         "subject folder without the dot (spNO210)": [key("spNO.210", "a", 10, 15)],
     }
     reasons = {d["clip"]: d["reason"] for d in found["dropped"]}
@@ -258,6 +263,59 @@ def test_counts_are_printed_beside_the_published_ones(raw, tmp_path, capsys):
     assert table["positive"] == ["3", "2", "64", "60", "55"]
     assert table["surprise"] == ["2", "0", "201", "199", "187"]
     assert f"  repaired     2  {NEAREST}" in lines
+
+
+@pytest.mark.slow
+def test_every_irregularity_of_rendered_frames(tmp_path):
+    """Rendered faces with each irregularity planted in a clip that is named."""
+    script("render_CASME3").main(["--data_folder", tmp_path / "raw", "--raw", "irregular",
+                                  "--subjects", 4, "--clips_per_subject", 6, "--raw_size", 96, 72])
+    prepare("--raw", tmp_path / "raw", "--annotation", tmp_path / "raw" / "annotation.csv",
+            "--data_folder", tmp_path / "set", "--crop", "none", "--size", 64)
+    with open(tmp_path / "raw" / "irregularities.csv", newline="") as file:
+        planted = {row.pop("irregularity"): row for row in csv.DictReader(file)}
+    found = manifest(tmp_path / "set")
+    reasons = {d["clip"]: d["reason"] for d in found["dropped"]}
+
+    def where(name, onset=None, apex=None):
+        row = planted.pop(name)
+        onset = row["Onset"] if onset is None else onset
+        return row, key(row["Subject"], row["Filename"], onset, apex or row["Apex"])
+    repairs = found["repairs"]
+    for name, rule in (("Others beside others", "emotion with capitals (Others)"),
+                       ("apex frame missing", NEAREST), ("apex frame missing in depth", NEAREST),
+                       ("offset 0", "offset 0: onset + 15"),
+                       ("depth folder without the inner depth/",) * 2,
+                       ("subject without the dot in the depth tree",
+                        "subject folder without the dot (spNO210)"),
+                       ("subject in another case", "subject spelled otherwise than spNO.<i>")):
+        assert where(name)[1] in repairs[rule], name
+    row, clip = where("apex frame and its neighbours missing")
+    assert f"apex {row['Apex']} is missing" in reasons.pop(clip)
+    row = planted["apex equal to onset"]
+    assert where("apex equal to onset", apex=row["Onset"])[1] in repairs[BLANK]
+    row = planted["apex outside onset to offset"]
+    apex = int(row["Offset"]) + 3
+    assert where("apex outside onset to offset", apex=apex)[1] in repairs[OUTSIDE]
+    assert where("onset and apex 0", 0, "0")[1] in repairs[FRAMELESS]
+    row = planted["clip of several seconds"]
+    clip = where("clip of several seconds", apex=int(row["Onset"]) + 150)[1]
+    assert "150 frames" in reasons.pop(clip)
+    row, _ = where("video letter in another case")
+    clip = key(row["Subject"], row["Filename"].upper(), row["Onset"], row["Apex"])
+    assert clip in repairs["video letter in another case (J, j)"]
+    assert not planted and not reasons
+    assert found["counts"]["clips"] == 24 - 2
+
+
+@pytest.mark.slow
+def test_rendered_clip_package(tmp_path):
+    script("render_CASME3").main(["--data_folder", tmp_path / "raw", "--raw", "ME_clip",
+                                  "--subjects", 2, "--clips_per_subject", 4, "--raw_size", 96, 72])
+    prepare("--raw", tmp_path / "raw", "--annotation", tmp_path / "raw" / "annotation.csv",
+            "--data_folder", tmp_path / "set", "--crop", "none", "--size", 64)
+    found = manifest(tmp_path / "set")
+    assert found["counts"]["clips"] == 8 and found["repairs"] == {}
 
 
 # ---------------------------------------------------------------- bytes and stops
