@@ -44,7 +44,8 @@ class ClipSet:
     """The clips of a data set, sorted by (database, subject, key), and what is known of them.
 
     second: name of the second view; luminance: it is computed from the RGB image; channels of
-    both views; encoding: what encoding.json or --encoding says; classes: names in id order.
+    both views; encoding: what encoding.json or --encoding says; classes: names in id order;
+    origin: the set that a subset was taken from.
     """
     clips: list
     folder: Path
@@ -53,6 +54,7 @@ class ClipSet:
     channels: tuple
     encoding: dict
     n_label: int = 0
+    origin: "ClipSet" = None
 
     def __len__(self):
         return len(self.clips)
@@ -79,7 +81,8 @@ class ClipSet:
 
     def subset(self, keep):
         """The clips where `keep` (bool `[N]`) holds."""
-        return replace(self, clips=[clip for clip, k in zip(self.clips, keep) if k])
+        return replace(self, clips=[clip for clip, k in zip(self.clips, keep) if k],
+                       origin=self.origin or self)
 
     def digest(self):
         """SHA-256 of what the lists say (persons, keys, labels), whatever their order."""
@@ -418,8 +421,8 @@ def natural(name):
 # ---------------------------------------------------------------- subjects and folds
 
 def person_name(person, clips):
-    """'spNO1', or 'casme2_sub01' where the data hold several databases."""
-    several = len({database for database, _ in clips.people}) > 1
+    """'spNO1', or 'casme2_sub01' where the lists hold several databases."""
+    several = len({database for database, _ in (clips.origin or clips).people}) > 1
     return f"{DATABASES[person[0]]}_{person[1]}" if several else person[1]
 
 

@@ -73,9 +73,9 @@ def checkpoint_for(opt, clips, person):
     """--model_path for one held-out person: {subject} and {fold} filled in."""
     path = opt.model_path
     if "{fold}" in path:
-        names, fold_of = dataset.ten_folds(clips)
-        first = next(i for i, clip in enumerate(clips.clips) if clip.person == person)
-        path = path.replace("{fold}", names[fold_of[first]])
+        lists = clips.origin or clips  # the folds that pre-training made
+        names, fold_of = dataset.ten_folds(lists)
+        path = path.replace("{fold}", names[fold_of[lists.members([person])[0]]])
     return path.replace("{subject}", dataset.person_name(person, clips))
 
 

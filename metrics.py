@@ -63,6 +63,7 @@ def intervals(labels, predictions, subjects, n_label, seed=0):
     subjects: what each clip's subject is, `[N]`. Returns {uf1, uar, accuracy: [low, high]}.
     """
     names, member = np.unique(np.asarray(subjects), return_inverse=True, axis=0)
+    member = member.ravel()  # numpy 2.0 gives it a second axis
     each = np.stack([confusion_matrix(labels[member == i], predictions[member == i], n_label)
                      for i in range(len(names))]).reshape(len(names), -1)
     rng = np.random.default_rng(seed)
@@ -120,7 +121,8 @@ def write_subject(folder, name, rows, **about):
     write_json(path, {**about, "rows": rows})
 
 
-def _read_subject(path):
+def read_subject(path):
+    """(what is known of the encoder, prediction rows) of a kept subject; raises BadInput."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         return kept, [{c: row[c] for c in (*COLUMNS, "probabilities")} for row in kept["rows"]]
@@ -176,7 +178,7 @@ def write_results(folder, about, n_label, classes, blank_keys=()):
     Returns the content of results.json.
     """
     folder = Path(folder)
-    kept = [_read_subject(path) for path in sorted((folder / "subjects").glob("*.json"))]
+    kept = [read_subject(path) for path in sorted((folder / "subjects").glob("*.json"))]
     rows = [row for _, rows in kept for row in rows]
     rows.sort(key=lambda row: (DATABASES.index(row["database"]), row["subject"], row["key"]))
     known = {subject["transductive"] for subject, _ in kept}

@@ -118,7 +118,7 @@ def add_running_options(parser):
                             "GPU has no bfloat16")
     group.add_argument("--num_workers", type=number(int, 0), default=4,
                        help="threads that decode images")
-    group.add_argument("--seed", type=number(int, 0), default=0,
+    group.add_argument("--seed", type=number(int, 0, 2 ** 62), default=0,
                        help="everything random follows from (seed, epoch, step)")
     group.add_argument("--resume", metavar="FILE|auto",
                        help="go on from this checkpoint; auto: from the run's last.pth, or fresh "

@@ -43,7 +43,7 @@ def parse_option(argv):
     data.add_argument("--pairs", metavar="FILE", help="pairs.tsv with unlabelled pairs")
     data.add_argument("--pool", choices=("labelled", "unlabelled", "both"), default="labelled",
                       help="which clips to contrast")
-    data.add_argument("--min_intensity", type=float, metavar="X",
+    data.add_argument("--min_intensity", type=number(float), metavar="X",
                       help="keep unlabelled pairs of this intensity or more, in the unit of the "
                            "pairs file (OpenFace's 0-5) [all]")
     model = parser.add_argument_group("model")
@@ -95,7 +95,7 @@ def set_loader(opt):
     Returns (ClipSet, uint8 array `[N, C, 256, 256]`, its digest, bool `[N]`).
     """
     labelled = unlabelled = None
-    if opt.pool != "unlabelled" or opt.fold:
+    if opt.pool != "unlabelled":
         labelled = dataset.read_clips(opt.data_folder, opt.list_folder, opt.view, opt.encoding)
     if opt.pairs:
         unlabelled = dataset.read_pairs(opt.pairs, opt.data_folder, opt.view, opt.encoding,
@@ -129,22 +129,29 @@ def _pool(opt, labelled, unlabelled):
 
 def exclusions(opt, clips):
     """(name, persons left out) of every run that --subject and --fold ask for."""
+    if not opt.fold and not opt.subject:
+        return [(None, set())]
+    everyone = clips
+    if opt.pool == "unlabelled":  # who is left out may be in the lists alone
+        lists = dataset.read_clips(opt.data_folder, opt.list_folder, opt.view, opt.encoding)
+        everyone = replace(lists, clips=lists.clips + clips.clips)
     if opt.fold:
-        labelled = dataset.read_clips(opt.data_folder, opt.list_folder, opt.view, opt.encoding)
+        labelled = everyone.subset([clip.label >= 0 for clip in everyone.clips])
         names, fold_of = dataset.ten_folds(labelled)
-        wanted = opt.fold.split("/")
-        if len(wanted) != 2 or f"fold{wanted[0]}of{wanted[1]}" not in names:
+        name = "fold" + opt.fold.replace("/", "of")
+        if name not in names:
             raise BadInput(f"--fold {opt.fold}: the subjects make {len(names)} groups, 1/"
                            f"{len(names)} to {len(names)}/{len(names)}")
-        name = f"fold{wanted[0]}of{wanted[1]}"
         out = {labelled.clips[i].person for i in np.flatnonzero(fold_of == names.index(name))}
         return [(name, out)]
     if opt.subject == "each":
-        return distributed.share([(dataset.person_name(p, clips), {p}) for p in clips.people])
-    if opt.subject:
-        out = dataset.find_people([opt.subject], clips)
-        return [(dataset.person_name(out[0], clips), set(out))]
-    return [(None, set())]
+        return distributed.share([(dataset.person_name(p, everyone), {p})
+                                  for p in everyone.people])
+    out = dataset.find_people([opt.subject], everyone)
+    if len({p for p in out if not dataset.same_person(p, out[0])}):
+        raise BadInput(f"--subject {opt.subject}: several databases have this name; say "
+                       + " or ".join(f"{dataset.DATABASES[d]}/{name}" for d, name in out))
+    return [(dataset.person_name(out[0], everyone), set(out))]
 
 
 def training_clips(clips, blank, out):
@@ -312,7 +319,10 @@ def main(argv=None):
     device = distributed.local_device(util.pick_device(opt.device))
     with distributed.group(device, opt.subject != "each"):
         clips, images, digest, blank = set_loader(opt)
-        for without, out in exclusions(opt, clips):
+        runs = exclusions(opt, clips)
+        for without, _ in runs:  # before the first one trains for an hour
+            checkpoint.find_resume(opt, os.path.join(opt.model_path, util.run_name(opt, without)))
+        for without, out in runs:
             pretrain(opt, argv, device, clips, images, digest, blank, without, out)
 
 

@@ -494,7 +494,8 @@ EMOTIONS = {
     "sad": [(4, 15), (1, 4), (15, 17), (15,)],
     "happy": [(12,), (6, 12), (6, 12, 25), (12, 25)],
     "surprise": [(1, 2), (1, 2, 5), (1, 2, 26), (2,), (1, 2, 5, 26), (1, 2, 25, 26)],
-    "others": [(14,), (17,), (14, 17), (24,), (4, 14), (12,), (17, 24), (4,), (7,), (20,), (12, 14)],
+    "others": [(14,), (17,), (4,), (14, 17), (24,), (12,), (4, 14), (17, 24), (7,), (20,),
+               (12, 14)],
 }
 # Raised brows move further than anything else in a small expression.
 STRENGTH = {"surprise": 1.4}
@@ -571,7 +572,7 @@ def perform(job):
     usual = EMOTIONS[emotion]
     common = 1 / np.arange(1, len(usual) + 1)
     combination = usual[rng.choice(len(usual), p=common / common.sum())]
-    typical = STRENGTH.get(emotion, 1) * 0.5 * np.exp(0.7 * rng.standard_normal())
+    typical = STRENGTH.get(emotion, 1) * 0.43 * np.exp(0.7 * rng.standard_normal())
     typical *= expressiveness(job.subject, job.seed)
     size = 2.5 * np.tanh(typical / 2.5) if job.emotion else 5 * np.tanh(typical / 4)
     weight = rng.uniform(0.6, 1, len(combination))

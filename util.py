@@ -113,7 +113,7 @@ def learning_rate(opt, epoch, base=None):
 
 def announce_dropped(n, batch_size):
     """Says so where `batches` leaves out a last batch of one."""
-    if n > batch_size and n % batch_size == 1:
+    if n > batch_size > 1 and n % batch_size == 1:
         print("the last batch of an epoch would hold one clip; it is dropped")
 
 
@@ -134,7 +134,7 @@ def batches(n, batch_size, rng):
     A last batch of one is left out: batch norm could estimate nothing of it.
     """
     parts = torch.randperm(n, generator=rng).split(min(batch_size, n))
-    return parts[:-1] if len(parts) > 1 and len(parts[-1]) == 1 else parts
+    return parts[:-1] if 1 == len(parts[-1]) < len(parts[0]) else parts
 
 
 def pick_device(name):

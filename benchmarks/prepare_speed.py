@@ -58,15 +58,17 @@ def main():
     prepare = importlib.import_module("prepare_CASME3")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        labels, rates = write_tree(root, opt.clips), []
+        labels, rates, busy = write_tree(root, opt.clips), [], []
         for workers in (0, opt.num_workers):
-            start = time.perf_counter()
+            start, used = time.perf_counter(), sum(os.times()[:4])
             prepare.main(["--raw", root, "--annotation", labels, "--num_workers", workers,
                           "--data_folder", root / f"set_{workers}",
                           "--crop", "box", 440, 160, 400, 400])
             rates.append(opt.clips / (time.perf_counter() - start))
+            busy.append(1000 * (sum(os.times()[:4]) - used) / opt.clips)
     print(f"{opt.clips} clips of {WIDTH}x{HEIGHT}: {rates[0]:.1f} clips/s in one process, "
-          f"{rates[1]:.1f} with {opt.num_workers} ({rates[1] / rates[0]:.2f} times)")
+          f"{rates[1]:.1f} with {opt.num_workers} ({rates[1] / rates[0]:.2f} times); "
+          f"CPU time {busy[0]:.0f} and {busy[1]:.0f} ms a clip")
 
 
 if __name__ == "__main__":

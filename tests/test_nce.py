@@ -92,8 +92,8 @@ def test_bank_reproduces_public_implementation(softmax, device, path):
 
 # B, n, K, d, width of the idx given (None: the bank decides)
 SHAPES = [(1, 7, 3, 5, 4), (6, 30, 9, 8, 10), (5, 300, 3, 16, 4), (4, 40, 9, 8, 600),
-          (3, 900, 4, 4, 600), (3, 300, 4, 4, 257), (2, 2, 1, 4, None), (4, 4, 9, 8, None), (1, 6, 5, 3, None),
-          (1, 1, 4, 3, None)]
+          (3, 900, 4, 4, 600), (3, 300, 4, 4, 257), (2, 2, 1, 4, None), (4, 4, 9, 8, None),
+          (1, 6, 5, 3, None), (1, 1, 4, 3, None)]
 
 
 @on_devices

@@ -349,6 +349,16 @@ def test_damaged_and_stale_images_are_made_anew(raw, cut, tmp_path):
         {k: v for k, v in expected.items() if k != "manifest.json"}
     prepare(*argv, *PLAIN, "--max_gap", 6)
     assert sorted((tmp_path / "set").rglob("*_diff*.png")) == images
+    assert 2 * len(list((tmp_path / "set" / ".prepare").iterdir())) == len(images)
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    def stop(*names):
+        raise OSError("stopped before the file got its name")
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(OSError, match="stopped"):
+        cutting.write_bytes(tmp_path / "a" / "x.png", b"content")
+    assert list((tmp_path / "a").iterdir()) == []
 
 
 def test_stopped_run_goes_on(tmp_path):

@@ -1,0 +1,44 @@
+"""Runs a script of the project with batch norm in evaluation mode: `eval_norm.py NAME ARGV...`.
+
+Batch statistics depend on how a batch is cut; without them two ranks must do what one process does.
+`--die` first makes the last rank end without a word after its second training step.
+"""
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import util  # noqa: F401  sets what protobuf needs
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location("script", ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def die_after_two_steps():
+    steps, plain = [], torch.optim.SGD.step
+
+    def step(self, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == 2 and os.environ.get("RANK") == "1":
+            os._exit(9)
+        return plain(self, *args, **kwargs)
+    torch.optim.SGD.step = step
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    _BatchNorm.train = lambda self, mode=True: torch.nn.Module.train(self, False)
+    argv = sys.argv[1:]
+    if argv[0] == "--die":
+        die_after_two_steps()
+        argv = argv[1:]
+    load(argv[0]).main(argv[1:])

@@ -1,0 +1,78 @@
+"""Two CPU processes (gloo) do what one does."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+DRIVER = ROOT / "tests" / "eval_norm.py"
+
+
+def run(ranks, *argv, folder):
+    """Runs the driver on `ranks` processes; returns the finished process."""
+    launch = [sys.executable]
+    if ranks > 1:
+        launch += ["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", 0,
+                   "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    return subprocess.run([str(a) for a in (*launch, DRIVER, *argv)], cwd=folder, text=True,
+                          capture_output=True, timeout=300, check=False)
+
+
+def assert_close(ours, theirs, relative):
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        if value.is_floating_point():
+            assert (value - theirs[name]).norm() <= relative * value.norm(), name
+
+
+@pytest.mark.parametrize("loss", [
+    "--softmax", pytest.param("--no-softmax", marks=pytest.mark.slow)])
+def test_two_ranks_pretrain_to_the_weights_and_banks_of_one(drawn, tmp_path, loss):
+    # one step of 13 clips, so uneven slices; three negatives of many, drawn for the global batch
+    flags = ["pre-train_DVSCL", "--data_folder", drawn, "--cache", tmp_path / "cache", "--model",
+             "resnet18v1", "--batch_size", 13, "--epochs", 1, "--nce_k", 3, loss]
+    states = []
+    for ranks in (1, 2):
+        done = run(ranks, *flags, "--model_path", tmp_path / str(ranks), folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        (last,) = (tmp_path / str(ranks)).glob("*/last.pth")
+        states.append(checkpoint.load(last))
+    one, two = states
+    assert_close(one["model"], two["model"], 1e-5)
+    assert_close(one["contrast"], two["contrast"], 1e-5)
+    # the momentum after one step is the gradient
+    for ours, theirs in zip(one["optimizer"]["state"].values(),
+                            two["optimizer"]["state"].values()):
+        assert_close({"m": ours["momentum_buffer"]}, {"m": theirs["momentum_buffer"]}, 1e-5)
+
+
+@pytest.mark.parametrize("script, more", [
+    ("LinearProbing_DVSCL_10fold", ["--protocol", "loso"]),
+    pytest.param("fine-tune_DVSCL", ["--subject", "s1", "s2", "s3"], marks=pytest.mark.slow)])
+def test_folds_dealt_to_two_ranks_give_the_predictions_of_one(drawn, tmp_path, script, more):
+    flags = [script, "--data_folder", drawn, "--cache", tmp_path / "cache", "--model",
+             "resnet18v1", "--model_path", "random", "--batch_size", 8, "--epochs", 1, *more]
+    rows = []
+    for ranks in (1, 2):
+        done = run(ranks, *flags, "--save_path", tmp_path / str(ranks), folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        (folder,) = (tmp_path / str(ranks)).glob("[pf]*_*")
+        rows.append([row for path in sorted((folder / "subjects").glob("*.json"))
+                     for row in metrics.read_subject(path)[1]])
+    one, two = rows
+    assert [(r["key"], r["prediction"]) for r in one] == [(r["key"], r["prediction"]) for r in two]
+    ours, theirs = (torch.tensor([r["probabilities"] for r in part]) for part in rows)
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_rank_that_dies_stops_the_others_with_an_error(drawn, tmp_path):
+    done = run(2, "--die", "pre-train_DVSCL", "--data_folder", drawn, "--cache",
+               tmp_path / "cache", "--model", "resnet18v1", "--batch_size", 4, "--epochs", 50,
+               "--model_path", tmp_path / "runs", folder=tmp_path)
+    assert done.returncode != 0
+    assert not list((tmp_path / "runs").glob("*/last.pth"))
