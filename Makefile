@@ -10,7 +10,7 @@ SHARED = --data_folder $(DEMO)/data --cache $(DEMO)/cache --tb_path $(DEMO)/tens
          --resume auto --amp
 HEADS = $(SHARED) --dataset casme3 --model alexnet --save_path $(DEMO)/results
 
-.PHONY: demo test test-slow clean-demo
+.PHONY: demo test test-slow faces clean-demo
 
 demo: .venv/ready
 	$(PY) render_CASME3.py --data_folder $(DEMO)/data --subjects 12 --clips_per_subject 8
@@ -29,6 +29,11 @@ test: .venv/test-ready
 test-slow: .venv/test-ready
 	$(PY) -m pytest -m slow
 
+# the face detector of prepare_CASME3.py; without its pins, which would replace torch
+faces: .venv/ready
+	$(PY) -m pip install --disable-pip-version-check --quiet -r requirements-prepare.txt requests
+	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps facenet-pytorch
+
 clean-demo:
 	rm -rf $(DEMO)
 
@@ -40,6 +45,6 @@ clean-demo:
 	$(PY) -m pip install --disable-pip-version-check --quiet -r requirements.txt
 	touch $@
 
-.venv/test-ready: .venv/ready requirements-test.txt
+.venv/test-ready: .venv/ready requirements-test.txt requirements-prepare.txt
 	$(PY) -m pip install --disable-pip-version-check --quiet -r requirements-test.txt
 	touch $@

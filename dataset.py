@@ -92,7 +92,7 @@ class ClipSet:
 
 # ---------------------------------------------------------------- lists
 
-def _lines(path):
+def read_lines(path):
     """(number, text) of every line that is not blank; raises BadInput."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -110,7 +110,7 @@ def _lines(path):
 def _rows(path):
     """(path, label, database, line number) of a list's rows; paths may hold spaces."""
     rows, seen = [], {}
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         fields = line.rsplit(None, 2)
         if len(fields) != 3:
             raise BadInput(f"{path}:{number}: {line[:80]!r} is not '<path> <label> <database>'")
@@ -162,7 +162,7 @@ def clip_keys(paths, suffixes=()):
     return keys
 
 
-def _read_view(folder, subjects, suffixes):
+def read_view(folder, subjects, suffixes):
     """One view's lists, checked: dict key → (path, label, database, subject, where)."""
     tests = {s: _rows(folder / f"{s}_test.txt") for s in subjects}
     rows, where = {}, {}
@@ -291,7 +291,7 @@ def read_clips(data_folder, list_folder=None, view="RGB_D", encoding=None):
     lists, data_folder = find_list_folder(data_folder, list_folder), Path(data_folder)
     second = second_view(view)
     luminance = view == "RGB_gray" and not (lists / "v_gray").is_dir()
-    subjects = [line for _, line in _lines(lists / "v_rgb" / "subName.txt")]
+    subjects = [line for _, line in read_lines(lists / "v_rgb" / "subName.txt")]
     repeated = {s for s in subjects if subjects.count(s) > 1}
     if repeated:
         raise BadInput(f"{lists / 'v_rgb' / 'subName.txt'}: {_first_ten(repeated)} named twice")
@@ -300,8 +300,8 @@ def read_clips(data_folder, list_folder=None, view="RGB_D", encoding=None):
         raise BadInput(f"{lists / 'v_rgb' / 'subName.txt'}: {_first_ten(folders)}: a subject's "
                        f"name is part of file names and holds no slash")
     suffixes = ("rgb", "gray", "depth", second)
-    first = _read_view(lists / "v_rgb", subjects, suffixes)
-    other = first if luminance else _read_view(lists / f"v_{second}", subjects, suffixes)
+    first = read_view(lists / "v_rgb", subjects, suffixes)
+    other = first if luminance else read_view(lists / f"v_{second}", subjects, suffixes)
     for alone, here, there in ((first.keys() - other.keys(), "rgb", second),
                                (other.keys() - first.keys(), second, "rgb")):
         if alone:

@@ -148,7 +148,7 @@ def exclusions(opt, clips):
         return distributed.share([(dataset.person_name(p, everyone), {p})
                                   for p in everyone.people])
     out = dataset.find_people([opt.subject], everyone)
-    if len({p for p in out if not dataset.same_person(p, out[0])}):
+    if len({database for database, _ in out}) > 1:
         raise BadInput(f"--subject {opt.subject}: several databases have this name; say "
                        + " or ".join(f"{dataset.DATABASES[d]}/{name}" for d, name in out))
     return [(dataset.person_name(out[0], everyone), set(out))]

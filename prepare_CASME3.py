@@ -18,17 +18,19 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import annotation
-import audit
-import cutting
-import detection
-import frames
-import intensity
 import options
-import outputs
-import registration
 import util
 from options import number, positive_int
+from preparation import (
+    annotation,
+    audit,
+    cutting,
+    detection,
+    frames,
+    intensity,
+    outputs,
+    registration,
+)
 from util import BadInput
 
 LOOK_ON = 5  # frames after the onset on which a face is looked for

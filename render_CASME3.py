@@ -27,8 +27,11 @@ import util
 from dataset import PAIR_COLUMNS, Clip, clip_keys, natural, write_lists
 
 NOTE = "rendered stand-in data, not CAS(ME)^3"
-CLASS_SHARE = np.array([508, 170, 64, 201]) / 943  # of the published lists
-UNEVEN = 6.0  # Dirichlet concentration of the class shares per subject, fitted to those lists
+# Square roots of the counts in the published lists (508, 170, 64, 201), so that a small set holds
+# enough clips of the rarest class; per subject as uneven as there (the Dirichlet concentration
+# that fits those lists best).
+CLASS_SHARE = np.sqrt([508, 170, 64, 201]) / np.sqrt([508, 170, 64, 201]).sum()
+UNEVEN = 6.0
 BLANK_SHARE = 62 / 943
 GAPS = (2, 3, 4, 4, 5, 5, 5, 6, 6, 6, 7, 7, 7, 7, 8, 8, 8, 8)  # frames from onset to apex
 ROOT = "casme3_diff_me4"
@@ -79,8 +82,8 @@ def parse_option(argv=None):
 # ---------------------------------------------------------------- which clips
 
 def draw_labels(opt):
-    """Class ids int `[subjects, clips]`: in all as frequent as in the published lists, per subject
-    as uneven, and every class in two subjects at least."""
+    """Class ids int `[subjects, clips]`: CLASS_SHARE over all, uneven per subject, and every class
+    in two subjects at least."""
     total = opt.subjects * opt.clips_per_subject
     if total < 8:
         raise util.BadInput(f"--subjects {opt.subjects} --clips_per_subject "

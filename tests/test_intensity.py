@@ -10,9 +10,8 @@ import raw_tree
 import torch
 from conftest import draw_pairs, draw_set, pretrain, script
 
-import audit
 import dataset
-import intensity
+from preparation import audit, intensity
 
 UNITS = (1, 4, 12, 25, 45)
 

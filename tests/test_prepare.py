@@ -15,12 +15,9 @@ import raw_tree
 from conftest import LISTS, ROOT, finetune, pretrain, probe, script
 from PIL import Image
 
-import annotation
-import audit
-import cutting
 import dataset
-import detection
 import util
+from preparation import annotation, audit, cutting, detection
 
 BLANK = "apex equal to onset: blank"
 OUTSIDE = "apex outside onset to offset: blank"

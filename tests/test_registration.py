@@ -6,8 +6,8 @@ import pytest
 from scipy.ndimage import gaussian_filter
 from scipy.ndimage import shift as move
 
-import registration
-from registration import Box
+from preparation import registration
+from preparation.registration import Box
 
 BOX = Box(200, 80, 200, 220)
 

@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import detection
-import registration
 from decoding import NO_CHANGE, PIXEL_LIMIT
-from registration import Box, Pair
+from preparation import detection, registration
+from preparation.registration import Box, Pair
 from util import write_json
 
 RECORDS = ".prepare"

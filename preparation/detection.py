@@ -6,8 +6,8 @@ import re
 import numpy as np
 import torch
 
-from frames import subject_number
-from registration import Box
+from preparation.frames import subject_number
+from preparation.registration import Box
 from util import BadInput
 
 BOX_COLUMNS = ("database", "subject", "video", "onset", "x", "y", "width", "height", "roll",

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dataset import DATABASES, _lines, _read_view, natural
+from dataset import DATABASES, natural, read_lines, read_view
 from util import BadInput
 
 COLUMNS = ("subject", "filename", "onset", "apex", "offset", "au", "objective class", "emotion")
@@ -202,8 +202,8 @@ def _blank_checked(table, row):
 
 def _read_lists(folder):
     """The clips that published lists name; their file names carry subject, video, apex, onset."""
-    subjects = [line for _, line in _lines(folder / "v_rgb" / "subName.txt")]
-    views = [_read_view(folder / view, subjects, ("rgb", "depth")) for view in ("v_rgb", "v_depth")]
+    subjects = [line for _, line in read_lines(folder / "v_rgb" / "subName.txt")]
+    views = [read_view(folder / view, subjects, ("rgb", "depth")) for view in ("v_rgb", "v_depth")]
     if views[0].keys() != views[1].keys():
         alone = sorted(views[0].keys() ^ views[1].keys())
         raise BadInput(f"{folder}: {len(alone)} clips are in one view's lists only, such as "

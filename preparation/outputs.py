@@ -7,10 +7,10 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-from annotation import copy_lists
-from cutting import RECORDS, record_path
 from dataset import DATABASES, PAIR_COLUMNS, Clip, natural, write_lists
-from detection import BOX_COLUMNS
+from preparation.annotation import copy_lists
+from preparation.cutting import RECORDS, record_path
+from preparation.detection import BOX_COLUMNS
 from util import BadInput, write_json, write_text
 
 # Clips per class of the published lists and of the two workbooks, to compare with.

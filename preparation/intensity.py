@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from scipy.ndimage import median_filter
 
-from annotation import Row, clip_key, place
-from frames import subject_number
+from preparation.annotation import Row, clip_key, place
+from preparation.frames import subject_number
 from util import BadInput
 
 BLINK = 45

@@ -9,9 +9,11 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
-import cutting  # noqa: E402
-import outputs  # noqa: E402
 from decoding import NO_CHANGE  # noqa: E402
+from preparation import (
+    cutting,  # noqa: E402
+    outputs,  # noqa: E402
+)
 
 PER_CLASS = 5  # clips per class on audit/<class>.png
 DRY_CLIPS = 20
