@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import options
@@ -426,6 +427,51 @@ IRREGULARITIES = [
 ]
 
 
+# ---------------------------------------------------------------- the example sheet
+
+def choose_example(opt, row, kind):
+    """A clip of the class that shows its expression well, of a subject of its own."""
+    for i in range(400):
+        job = rendering.Job(f"example-{i}", f"spNO{row + 1 + 4 * (i % 10)}", kind,
+                            seed=opt.seed, amplitude=1.0)
+        act = rendering.perform(job)
+        if 1.4 < act.strongest[1] < 2.4 and not act.blink and len(act.units) > 1:
+            break
+    return replace(job, amplitude=opt.amplitude)
+
+
+def write_preview(opt, file):
+    """Onset, apex and both differences, stretched, of one clip per class, as one picture."""
+    side, gap, head = 256, 6, 30
+    sheet = Image.new("RGB", (4 * side + 5 * gap, head + 4 * (side + head) + head), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(17)
+    for col, title in enumerate(("onset", "apex", "RGB difference, x6",
+                                 "depth difference, x2")):
+        draw.text((gap + col * (side + gap), 6), title, "black", font)
+    for row, kind in enumerate(rendering.CLASSES):
+        job = choose_example(opt, row, kind)
+        act = rendering.perform(job)
+        (onset, depth_onset), (apex, depth_apex) = rendering.film(job, act)
+        pictures = (onset, apex, stretch(rendering.rgb_difference(onset, apex), 6),
+                    stretch(rendering.depth_difference(depth_onset, depth_apex), 2))
+        top = head + row * (side + head)
+        for col, picture in enumerate(pictures):
+            sheet.paste(Image.fromarray(picture).convert("RGB"), (gap + col * (side + gap), top))
+        units = "+".join(map(str, sorted(act.units)))
+        draw.text((gap, top + side + 4), f"{kind}: {act.emotion}, action units {units}, "
+                  f"{act.strongest[1]:.1f} px", "black", font)
+    draw.text((gap, sheet.height - head + 4), NOTE, "black", font)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(file)
+    print(f"example clips: {file}")
+
+
+def stretch(difference, gain):
+    """Contrast about "no change", for the eye."""
+    return (128 + gain * (difference.astype(float) - 128)).clip(0, 255).astype(np.uint8)
+
+
 # ---------------------------------------------------------------- the folder
 
 def asked_for(opt):
@@ -489,6 +535,8 @@ def main(argv=None):
         finally:
             shutil.rmtree(part, ignore_errors=True)
         print_summary(folder, counts, time.time() - start)
+    if opt.preview:
+        write_preview(opt, Path(opt.preview))
 
 
 if __name__ == "__main__":

@@ -572,7 +572,7 @@ def perform(job):
     usual = EMOTIONS[emotion]
     common = 1 / np.arange(1, len(usual) + 1)
     combination = usual[rng.choice(len(usual), p=common / common.sum())]
-    typical = STRENGTH.get(emotion, 1) * 0.43 * np.exp(0.7 * rng.standard_normal())
+    typical = STRENGTH.get(emotion, 1) * 0.37 * np.exp(0.7 * rng.standard_normal())
     typical *= expressiveness(job.subject, job.seed)
     size = 2.5 * np.tanh(typical / 2.5) if job.emotion else 5 * np.tanh(typical / 4)
     weight = rng.uniform(0.6, 1, len(combination))
