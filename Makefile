@@ -3,6 +3,8 @@
 PYTHON ?= python3
 PY = .venv/bin/python
 DEMO = demo
+# threads that spin while they wait cost most of a busy machine
+export OMP_WAIT_POLICY = passive
 # the name pre-train_DVSCL.py gives the demo's run
 RUN = memory_softmax_4096_alexnet_lr_0.003_decay_0.0001_bsz_32_view_RGB_D_amp_seed_0
 PRETRAINED = $(DEMO)/runs/$(RUN)/last.pth
@@ -14,7 +16,7 @@ HEADS = $(SHARED) --dataset casme3 --model alexnet --save_path $(DEMO)/results
 
 demo: .venv/ready
 	$(PY) render_CASME3.py --data_folder $(DEMO)/data --subjects 12 --clips_per_subject 8
-	$(PY) pre-train_DVSCL.py $(SHARED) --model_path $(DEMO)/runs --batch_size 32 --epochs 60
+	$(PY) pre-train_DVSCL.py $(SHARED) --model_path $(DEMO)/runs --batch_size 32 --epochs 50
 	$(PY) LinearProbing_DVSCL_10fold.py $(HEADS) --model_path random --batch_size 16
 	$(PY) LinearProbing_DVSCL_10fold.py $(HEADS) --model_path $(PRETRAINED) --batch_size 16
 	$(PY) fine-tune_DVSCL.py $(HEADS) --model_path $(PRETRAINED) --batch_size 16 --epochs 10 \

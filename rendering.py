@@ -41,13 +41,13 @@ ACTION_UNITS = {
     17: [("chin", 0, -8, 14, 10, 0, -1.0, 0.5), ("lip", 0, 8, 15, 6, 0, -0.5, 0.6),
          ("chin", 0, -18, 14, 2.5, 0, -0.1, -0.5)],
     20: [("corner", 2, 3, 10, 10, 1.0, 0.2, -0.3), ("chin", 18, -6, 12, 12, 0.3, 0.1, -0.1)],
-    24: [("lip", 0, -5, 17, 4, 0, 0.75, -0.5), ("lip", 0, 6, 17, 4, 0, -0.75, -0.5),
+    24: [("lip", 0, -5, 17, 4, 0, 1.0, -0.5), ("lip", 0, 6, 17, 4, 0, -1.0, -0.5),
          ("corner", 0, 0, 6, 6, -0.3, 0, 0.2)],
     25: [("lip", 0, 7, 15, 6, 0, 0.6, 0.1), ("lip", 0, -6, 14, 5, 0, -0.3, 0.1)],
     26: [("chin", 0, -4, 26, 18, 0, 0.9, -0.4), ("lip", 0, 8, 18, 7, 0, 0.4, 0)],
     45: [("eye", 0, -4, 13, 6, 0, 1.0, 0.1)],
 }
-LIPS_PART = {25: 0.7, 26: 0.5}  # half the gap between the lips per mm of the unit
+LIPS_PART = {25: 0.6, 26: 0.3}  # half the gap between the lips per mm of the unit
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class Face:
         outer = np.abs(x / wave) ** 2.3 + np.abs(np.minimum(y + 8, 0) / 104) ** 2.3
         dome = 92 * np.clip(1 - outer, 0, 1) ** 0.5
         line = s["hairline"] + 0.0055 * x ** 2 + s["fringe"] * np.sin(x / 21 + s["tilt"])
-        line = line + 1.5 * noise(rng, x.shape, (0, 3))
+        line = line + 1.5 * noise(rng, x.shape, (0, 5))
         front = np.clip((line - y) / 4, 0, 1)
         side = np.clip((np.abs(x) - s["width"] * jaw + 6) / 4, 0, 1)
         end = s["hair_end"] - 0.35 * (s["width"] + 8 - np.abs(x))
@@ -572,7 +572,7 @@ def perform(job):
     usual = EMOTIONS[emotion]
     common = 1 / np.arange(1, len(usual) + 1)
     combination = usual[rng.choice(len(usual), p=common / common.sum())]
-    typical = STRENGTH.get(emotion, 1) * 0.37 * np.exp(0.7 * rng.standard_normal())
+    typical = STRENGTH.get(emotion, 1) * 0.36 * np.exp(0.7 * rng.standard_normal())
     typical *= expressiveness(job.subject, job.seed)
     size = 2.5 * np.tanh(typical / 2.5) if job.emotion else 5 * np.tanh(typical / 4)
     weight = rng.uniform(0.6, 1, len(combination))
