@@ -16,8 +16,15 @@ FREE_TO_CHANGE = {"data_folder", "list_folder", "model_path", "save_path", "tb_p
 
 
 def save(path, state):
-    """Writes `state` under a temporary name, flushes it to the disk and renames it."""
+    """Writes `state` under a temporary name, flushes it to the disk and renames it.
+
+    Raises RunFailed, and keeps what is there, if a weight is not finite or the disk is full.
+    """
     path = Path(path)
+    for part in ("model", "classifier"):
+        if not all(value.isfinite().all() for value in state.get(part, {}).values()):
+            raise RunFailed(f"{path}: the weights are not finite after epoch {state['epoch']}; the "
+                            f"last checkpoint is kept; lower --learning_rate")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -26,15 +33,16 @@ def save(path, state):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except (RuntimeError, OSError) as error:  # torch.save hides a full disk in a RuntimeError
+        free = shutil.disk_usage(path.parent).free
+        raise RunFailed(f"{path}: cannot be written ({free / 2 ** 20:.0f} MiB free); make room, "
+                        f"then go on with --resume auto") from error
     finally:
         part.unlink(missing_ok=True)
 
 
 def save_epoch(folder, state):
     """Saves `state` as `last.pth` and, sharing its bytes where the disk can, under its epoch."""
-    if not all(value.isfinite().all() for value in state["model"].values()):
-        raise RunFailed(f"{folder}: the weights are not finite after epoch {state['epoch']}; the "
-                        f"last checkpoint is kept; lower --learning_rate")
     last, kept = Path(folder) / "last.pth", Path(folder) / f"ckpt_epoch_{state['epoch']}.pth"
     save(last, state)
     kept.unlink(missing_ok=True)
@@ -57,24 +65,38 @@ def load(path):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
-            reason = str(error)
-            if "Unsupported global" in reason or "GLOBAL" in reason:
-                reason = "it carries code or classes, which are never run"
-            raise BadInput(f"{path}: refused as a checkpoint ({reason.splitlines()[0]}); save "
-                           f"plain types and tensors only") from None
+            # torch's own message advises to switch the check off; it is not passed on
+            if "GLOBAL" in str(error) or "Unsupported" in str(error):
+                raise BadInput(f"{path}: refused: it carries code or classes, which are never run; "
+                               f"save plain types and tensors only") from None
+            raise BadInput(f"{path}: not a checkpoint; name a .pth that these scripts wrote") \
+                from None
         except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError,
-                AttributeError) as error:
-            raise BadInput(f"{path}: not a checkpoint, or truncated "
-                           f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-                           ) from None
-    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise BadInput(f"{path}: not a checkpoint of this method: it holds no 'model'")
-    opt = state.get("opt", {})
-    if not isinstance(opt, (dict, argparse.Namespace)):
-        raise BadInput(f"{path}: not a checkpoint of this method: its 'opt' holds no options")
+                AttributeError):
+            raise BadInput(f"{path}: not a checkpoint, or truncated; name a whole .pth") from None
+    _check(path, state)
+    opt = state.get("opt") or {}
     state["opt"] = vars(opt) if isinstance(opt, argparse.Namespace) else dict(opt)
     state["model"] = {_plain(name): value for name, value in state["model"].items()}
     return state
+
+
+def _check(path, state):
+    """Raises BadInput unless the parts that are read have the types they are read as."""
+    def fits(name, *kinds):
+        return state.get(name) is None or isinstance(state[name], kinds)
+
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        raise BadInput(f"{path}: not a checkpoint of this method: it holds no 'model'")
+    if not all(isinstance(name, str) and torch.is_tensor(value)
+               for name, value in state["model"].items()):
+        raise BadInput(f"{path}: not a checkpoint of this method: its 'model' is no state_dict")
+    if not all(value.isfinite().all() for value in state["model"].values()):
+        raise BadInput(f"{path}: holds weights that are not finite; take an earlier checkpoint")
+    if not (fits("opt", dict, argparse.Namespace) and fits("encoding", dict)
+            and fits("normalization", dict) and fits("seen", dict)):
+        raise BadInput(f"{path}: not a checkpoint of this method: 'opt', 'encoding', "
+                       f"'normalization' and 'seen' must be tables")
 
 
 def _plain(name):
@@ -128,6 +150,8 @@ def check_resumable(path, old, opt, grow=False, **identity):
     if grow and old["opt"].get("epochs", 0) > new["epochs"]:
         differing.append(f"--epochs {old['opt']['epochs']} there, {new['epochs']} here: it may "
                          f"only grow")
+    elif not grow and old["opt"].get("epochs") != new["epochs"]:
+        differing.append("held-out subjects train for a fixed number: give another --tag")
     differing += [f"{k.replace('_', ' ')} differs" for k, v in identity.items() if old.get(k) != v]
     if differing:
         raise BadInput(f"{path}: cannot be resumed with other options or data: "

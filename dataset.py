@@ -445,9 +445,10 @@ def find_people(names, clips):
         hits = [p for p in clips.people if _plain(p[1]) == _plain(subject)
                 and database in ("", DATABASES[p[0]])]
         if not hits:
-            some = ", ".join(sorted((p[1] for p in clips.people), key=natural)[:5])
+            some = sorted((p[1] for p in clips.people), key=natural)
+            some = ", ".join(some[:5]) + ", …" * (len(some) > 5)
             raise BadInput(f"--subject {name}: no such subject; the data hold "
-                           f"{len(clips.people)}: {some}, …")
+                           f"{len(clips.people)}: {some}")
         found += hits
     return found
 

@@ -83,38 +83,41 @@ def load_encoder(opt, path, clips):
     """(encoder, about) from a checkpoint, on the CPU.
 
     about: `normalization` (the checkpoint's; the published one where it has none), `people` the
-    encoder saw (None: unknown) and `sha256` of the file. Raises BadInput for a checkpoint of
-    another model, view, encoding or other classes.
+    encoder saw (None: unknown). Raises BadInput for a checkpoint of another model, view, encoding
+    or other classes.
     """
     encoding = clips.encoding["difference"]
     if path == "random":
         torch.manual_seed(opt.seed)
         about = {"normalization": transforms.fixed_normalization(encoding, clips.channels,
                                                                  clips.second),
-                 "people": set(), "sha256": None}
+                 "people": set()}
         return create_model(opt.model, in_channels=clips.channels), about
     state = checkpoint.load(path)
-    old = state.get("encoding", {})
+    old = state.get("encoding") or {}
     for what, ours, theirs in (("--view", opt.view, state["opt"].get("view", opt.view)),
                                ("difference", encoding, old.get("difference", encoding)),
                                ("classes", clips.encoding.get("classes"), old.get("classes"))):
         if ours != theirs and None not in (ours, theirs):
             raise BadInput(f"{path}: trained with {what} {theirs}, but the data have {ours}")
     feat_dim = [v.shape[0] for k, v in state["model"].items()
-                if k in ("rgb_to_d.fc8.0.weight", "rgb_to_d.fc.weight")]
+                if k in ("rgb_to_d.fc8.0.weight", "rgb_to_d.fc.weight") and v.dim() == 2]
     model = create_model(opt.model, *(feat_dim or [128])[:1], in_channels=clips.channels)
     checkpoint.load_model(model, state, path, opt.model)
-    seen = state.get("seen")
+    normalization = state.get("normalization") or transforms.fixed_normalization(
+        "wrap", clips.channels, clips.second)
+    try:
+        people = {(int(d), str(s)) for d, s in state["seen"]["people"]} \
+            if state.get("seen") else None
+        lengths = {len([float(v) for v in normalization[name]]) for name in ("mean", "std")}
+    except (KeyError, TypeError, ValueError):
+        lengths = set()
+    if lengths != {sum(clips.channels)}:
+        raise BadInput(f"{path}: its 'seen' or 'normalization' cannot be read; take a checkpoint "
+                       f"that pre-train_DVSCL.py wrote")
     return model, {
-        "normalization": state.get("normalization")
-        or transforms.fixed_normalization("wrap", clips.channels, clips.second),
-        "people": None if seen is None else {tuple(p) for p in seen["people"]},
-        "sha256": file_sha256(path)}
-
-
-def file_sha256(path):
-    """SHA-256 of a file's bytes."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        "normalization": normalization,
+        "people": people}
 
 
 # ---------------------------------------------------------------- held-out persons and results
@@ -138,15 +141,19 @@ class HeldOut:
         if self.all and "{" in opt.model_path:
             raise BadInput(f"--model_path {opt.model_path}: --subject all holds nobody out; name "
                            f"one checkpoint")
-        for path in dict.fromkeys(paths.values()):
+        self.sha256 = {"random": None}
+        for path in dict.fromkeys([*paths.values(), *[opt.model_path] * self.all]):
             if path != "random" and not Path(path).is_file():
                 raise BadInput(f"--model_path {path}: no such checkpoint")
-        single = opt.model_path != "random" and "{" not in opt.model_path
+            if path not in self.sha256:
+                self.sha256[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         self.header = util.header(
             script, opt, argv, list_digest=clips.digest(),
             data_digest=hashlib.sha256((clips.digest() + digest).encode()).hexdigest(),
-            checkpoint_sha256=file_sha256(opt.model_path) if single else None)
-        done = metrics.open_results(self.folder, opt, self.header)
+            checkpoint_sha256=self.sha256.get(opt.model_path))
+        done = metrics.open_results(self.folder, opt, self.header,
+                                    {dataset.person_name(p, clips): self.sha256[path]
+                                     for p, path in paths.items()})
         todo = [p for p in wanted if dataset.person_name(p, clips) not in done]
         if len(todo) < len(wanted):
             print(f"{len(wanted) - len(todo)} of {len(wanted)} held-out subjects are finished")
@@ -170,10 +177,15 @@ class HeldOut:
         groups = {}
         for person in todo:
             groups.setdefault(paths[person], []).append(person)
-        names = {path: ",".join(dataset.person_name(p, self.clips) for p in people)[:80]
-                 for path, people in groups.items()}
-        return [(path, people, None if len(people) == len(self.clips.people) else names[path])
-                for path, people in groups.items()]
+        return [(path, people, self._unit(people)) for path, people in groups.items()]
+
+    def _unit(self, people):
+        """Name of a group in the log: None for everybody, else it tells any two groups apart."""
+        names = [dataset.person_name(p, self.clips) for p in people]
+        if len(people) == len(self.clips.people) or len(people) == 1:
+            return names[0] if len(people) == 1 else None
+        digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:8]
+        return f"{names[0]}_and_{len(names) - 1}_more_{digest}"
 
     def _open_log(self, units):
         """The log, cut back to what finished subjects and the last checkpoints account for.
@@ -198,6 +210,9 @@ class HeldOut:
             state = checkpoint.load(path)
             checkpoint.check_resumable(path, state, self.opt,
                                        data_digest=self.header["data_digest"])
+            if state.get("encoder_sha256") not in self.sha256.values():
+                raise BadInput(f"{path}: was trained on another checkpoint than --model_path "
+                               f"{self.opt.model_path}; give another --tag, or remove it")
             yield state
 
     def state(self, unit):
@@ -235,7 +250,7 @@ class HeldOut:
         metrics.write_subject(
             self.folder, dataset.person_name(person, self.clips),
             metrics.rows_of(self.clips, members, probabilities), transductive=transductive,
-            checkpoint=None if path == "random" else path, sha256=self.seen[path]["sha256"])
+            checkpoint=None if path == "random" else path, sha256=self.sha256[path])
 
     def finish(self, blank, **about):
         """Merges everything finished into the result files, and prints figures and places."""
@@ -293,7 +308,8 @@ def train_frozen(opt, held, group, images, names, fold_of, device, loss="crossen
             checkpoint.save(held.last, {
                 "opt": vars(opt), "epoch": epoch, "unit": unit, "model": heads.state_dict(),
                 "normalization": about["normalization"], "encoding": clips.encoding,
-                "data_digest": held.header["data_digest"]})
+                "data_digest": held.header["data_digest"],
+                "encoder_sha256": held.sha256[path]})
 
     probing.train_heads(heads, features, positions, clips.labels, fold_of, held_out, opt, loss,
                         start, on_epoch)

@@ -171,13 +171,13 @@ def tune(opt, held, group, images, device):
         if epoch % opt.print_freq == 0 or epoch == opt.epochs:
             tqdm.write(f"{unit}  {util.epoch_line(opt, epoch, means)}")
         if epoch % opt.save_freq == 0 or epoch == opt.epochs:
-            save(opt, held, about, unit, epoch, model, head, members, optimizer=optimizer,
+            save(opt, held, path, about, unit, epoch, model, head, members, optimizer=optimizer,
                  scaler=mixed[1])
     return validate(opt, images, test, about["normalization"], model, head, mixed[0], device) \
         if people else None
 
 
-def save(opt, held, about, unit, epoch, model, head, members, **states):
+def save(opt, held, path, about, unit, epoch, model, head, members, **states):
     """The run's last.pth: all that prediction and --resume need."""
     clips = held.clips
     people = sorted({clips.clips[i].person for i in members})
@@ -186,6 +186,7 @@ def save(opt, held, about, unit, epoch, model, head, members, **states):
         "classifier": head.state_dict(), "classes": clips.classes, "layer": opt.layer,
         "view": opt.view, "channels": list(clips.channels), "encoding": clips.encoding,
         "normalization": about["normalization"], "data_digest": held.header["data_digest"],
+        "encoder_sha256": held.sha256[path],
         "seen": {"people": [list(p) for p in people], "clips": len(members)},
         **{name: value.state_dict() for name, value in states.items()}})
 
@@ -205,7 +206,7 @@ def tune_frozen(opt, held, group, images, device):
         head = create_classifier(opt.model, opt.layer, clips.n_label, clips.channels, opt.encoder)
         head.classifier.load_state_dict({"weight": heads.weight[0].detach(),
                                          "bias": heads.bias[0].detach()})
-        save(opt, held, about, unit, opt.epochs, model, head, np.arange(len(clips)))
+        save(opt, held, path, about, unit, opt.epochs, model, head, np.arange(len(clips)))
     return probabilities
 
 

@@ -92,11 +92,12 @@ def baselines(labels, n_label, seed=0):
 
 # ---------------------------------------------------------------- result files
 
-def open_results(folder, opt, about):
+def open_results(folder, opt, about, sha256):
     """Enters a run folder of held-out predictions; returns the names already finished.
 
-    about: the log's header with the digests of data and checkpoints. An existing folder takes
-    --resume, or --subject, which adds to it; and the options that made it. Raises BadInput.
+    about: the log's header with the digests of data and checkpoint; sha256: of each wanted
+    subject's checkpoint. An existing folder takes --resume, or --subject, which adds to it; and
+    the options and checkpoints that made it. Raises BadInput.
     """
     old = read_log(folder)
     if old:
@@ -107,7 +108,12 @@ def open_results(folder, opt, about):
                                    checkpoint_sha256=about["checkpoint_sha256"])
     elif Path(folder).exists() and any(Path(folder).iterdir()):
         raise BadInput(f"{folder}: exists, but holds no log.jsonl; remove it or give another --tag")
-    return {path.stem for path in (Path(folder) / "subjects").glob("*.json")}
+    done = {path.stem: path for path in (Path(folder) / "subjects").glob("*.json")}
+    for name in done.keys() & sha256.keys():
+        if read_subject(done[name])[0].get("sha256") != sha256[name]:
+            raise BadInput(f"{done[name]}: comes from another checkpoint than the one --model_path "
+                           f"names now; remove it, or give another --tag")
+    return set(done)
 
 
 def write_subject(folder, name, rows, **about):

@@ -2,6 +2,7 @@
 import argparse
 import math
 import os
+import re
 
 
 class _Help(argparse.HelpFormatter):
@@ -45,12 +46,22 @@ def number(kind, low=None, high=None, low_open=False):
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number of type {kind.__name__}")
-        if (math.isnan(value) or (low is not None and (value < low or low_open and value == low))
+        if (not math.isfinite(value)
+                or (low is not None and (value < low or low_open and value == low))
                 or (high is not None and value > high)):
-            raise argparse.ArgumentTypeError(f"{text} is outside "
-                                             f"{'(' if low_open else '['}{low}, {high}]")
+            wanted = " and ".join(
+                ([f"{'above' if low_open else 'at least'} {low}"] if low is not None else [])
+                + ([f"at most {high}"] if high is not None else [])) or "finite"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {wanted}")
         return value
     return convert
+
+
+def word(text):
+    """An argparse type: letters, digits and .+-_ alone, so that it can be part of a file name."""
+    if not re.fullmatch(r"[\w.+-]*", text) or text.startswith("."):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one word of letters, digits and .+-_")
+    return text
 
 
 positive_int = number(int, 1)
@@ -111,7 +122,7 @@ def add_optimisation_options(parser, batch_size, learning_rate, decay_epochs, de
 def add_running_options(parser):
     """Adds the running group; returns it."""
     group = parser.add_argument_group("running")
-    group.add_argument("--device", default="auto",
+    group.add_argument("--device", default="auto", metavar="NAME",
                        help="auto: cuda where there is one, else cpu; or cpu, cuda, cuda:1")
     group.add_argument("--amp", action="store_true",
                        help="mixed precision: bfloat16, or float16 with a loss scaler where the "
@@ -122,7 +133,7 @@ def add_running_options(parser):
                        help="everything random follows from (seed, epoch, step)")
     group.add_argument("--resume", metavar="FILE|auto",
                        help="go on from this checkpoint; auto: from the run's last.pth, or fresh "
-                            "where there is none")
+                            "where there is none [refuse a run folder that exists]")
     return group
 
 
@@ -133,7 +144,8 @@ def add_output_options(parser, root, root_help, save_freq):
         group.add_argument(root, required=True, metavar="DIR", help=root_help)
     group.add_argument("--tb_path", metavar="DIR",
                        help="folder for TensorBoard curves [tensorboard beside the run folders]")
-    group.add_argument("--tag", default="", help="a word appended to the run's name")
+    group.add_argument("--tag", type=word, default="", metavar="WORD",
+                       help="appended to the run's name [none]")
     group.add_argument("--print_freq", type=positive_int, default=10, help="epochs per line")
     group.add_argument("--save_freq", type=positive_int, default=save_freq,
                        help="epochs per checkpoint")

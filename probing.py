@@ -101,13 +101,14 @@ class FoldHeads:
 
     def state_dict(self):
         return {"weight": self.weight.detach(), "bias": self.bias.detach(),
-                "moments": self.moments}
+                "weight_moment": self.moments[0], "bias_moment": self.moments[1]}
 
     def load_state_dict(self, state):
         with torch.no_grad():
             self.weight.copy_(state["weight"])
             self.bias.copy_(state["bias"])
-        self.moments = [m.to(self.weight.device) for m in state["moments"]]
+        self.moments = [state[name].to(self.weight.device)
+                        for name in ("weight_moment", "bias_moment")]
 
 
 def rate_scale(lengths, positions):
@@ -148,7 +149,7 @@ def train_heads(heads, features, positions, labels, fold_of, held_out, opt, loss
         rng = util.generator(opt.seed, epoch)
         means = {"train_loss": util.AverageMeter(), "train_accuracy": util.AverageMeter()}
         view = torch.randint(len(features), (len(labels),), generator=rng)
-        for index in util.batches(len(labels), opt.batch_size, rng):
+        for step, index in enumerate(util.batches(len(labels), opt.batch_size, rng), 1):
             mask = training[index].to(device)  # [B, F]
             target = labels[index].to(device)[:, None].expand_as(mask)
             logits = heads(features[view[index], index])
@@ -156,8 +157,9 @@ def train_heads(heads, features, positions, labels, fold_of, held_out, opt, loss
             count = mask.sum(0)
             total = (each.sum(0) / count.clamp(min=1)).sum()
             if not torch.isfinite(total):
-                raise util.RunFailed(f"the loss is not finite in epoch {epoch}; lower "
-                                     f"--learning_rate, now {opt.learning_rate:g}")
+                raise util.RunFailed(f"the loss is not finite in epoch {epoch}, step {step}; the "
+                                     f"last checkpoint is kept; lower --learning_rate, now "
+                                     f"{opt.learning_rate:g}")
             heads.step(total, count > 0, util.learning_rate(opt, epoch) * scale, opt.momentum,
                        opt.weight_decay)
             seen = int(mask.sum())

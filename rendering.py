@@ -109,8 +109,8 @@ class Face:
     """One subject: geometry, skin, hair, eyes; drawn from (seed, name).
 
     maps: float32 `[n, n, 7]`, linear skin colour (3), relief in mm, opening of the eyes, the part
-    that belongs to the body, and how badly depth is measured there; eyeball: `[n, n, 3]` colour;
-    fields: where every action unit acts, see `displacement`.
+    that belongs to the body, and how badly depth is measured there (hair, eyes); eyeball: colour
+    `[n, n, 3]`; parallax: smoothed relief `[n/2, n/2]`; anchors: places (mm) of ACTION_UNITS.
     """
 
     def __init__(self, name, seed=0, mm_per_px=1.0):
@@ -282,6 +282,8 @@ class Face:
         ball += disc(6.0) * (s["iris"] * 0.45 - ball)
         ball += disc(5.0) * (s["iris"] - ball)
         ball += disc(2.3) * (0.01 - ball)
+        glint = np.exp(-((self.x - np.sign(self.x) * s["eye_x"] + 1.8) ** 2 + (y + 1.8) ** 2))
+        ball += 0.6 * glint[..., None]
         ball *= np.clip(0.45 + (y + s["eye_up"]) / 7, 0.35, 1)[..., None]  # shadow of the lid
         return ball.astype(np.float32)
 
@@ -423,7 +425,6 @@ def shade(face, pose, light, units, width, height, mm_per_px):
     sheen = 0.02 * np.clip(lambert, 0, 1) ** 14
     lit = light.fill + light.key * np.clip(lambert, 0, None)
     image = colour * lit[..., None] + sheen[..., None]
-    # The catchlight belongs to the light, not to the skin.
     wall = np.float32(0.02) + 0.015 * np.linspace(1, 0, height, dtype=np.float32)[:, None, None]
     image = wall + (image - wall) * body[..., None]
     return image, z, body, maps[..., ABSORB]
@@ -574,16 +575,16 @@ def perform(job):
     combination = usual[rng.choice(len(usual), p=common / common.sum())]
     typical = STRENGTH.get(emotion, 1) * 0.36 * np.exp(0.7 * rng.standard_normal())
     typical *= expressiveness(job.subject, job.seed)
-    size = 2.5 * np.tanh(typical / 2.5) if job.emotion else 5 * np.tanh(typical / 4)
+    size = 2.5 * np.tanh(typical / 2.5) if job.emotion else 5 * np.tanh(typical / 2.5)
     weight = rng.uniform(0.6, 1, len(combination))
     weight = job.amplitude * size * weight / weight.max()
     others = [unit for unit in ACTION_UNITS if unit not in combination and unit != 45]
-    stray, stray_size = int(rng.choice(others)), rng.uniform(0.3, 1.2)
+    stray, stray_size = int(rng.choice(others)), rng.uniform(0.2, 0.9)
     stray_size *= rng.random() < 0.5
     blink = rng.uniform(1, 6) * rng.choice([-1, 1]) * (rng.random() < 0.12)
     a, b = rng.standard_normal(6).clip(-2, 2), rng.standard_normal(6).clip(-2.5, 2.5)
     pose = Pose(3 * a[0], 3 * a[1], 0.03 * a[2], 0.05 * a[3], 0.04 * a[4], 1 + 0.03 * a[5])
-    motion = Pose(0.16 * b[0], 0.16 * b[1], 0.002 * b[2], 0.003 * b[3], 0.003 * b[4],
+    motion = Pose(0.19 * b[0], 0.19 * b[1], 0.002 * b[2], 0.004 * b[3], 0.004 * b[4],
                   1 + 0.001 * b[5])
     c = rng.standard_normal(6).clip(-2, 2)
     return Performance(

@@ -41,7 +41,7 @@ def command_line(main):
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS,
                                    errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR,
-                                   errno.EEXIST):
+                                   errno.EEXIST, errno.EPIPE):
                 raise
             message = f"{error.filename or 'writing'}: {error.strerror}"
             code = 1 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2
@@ -73,7 +73,7 @@ def head_run_name(stage, opt, parts):
         source = f"random_{opt.model}_view_{opt.view}"
     else:
         path = Path(opt.model_path.replace("{", "").replace("}", ""))
-        source = path.parent.name if path.parent.name.startswith("memory_") else ""
+        source = path.parent.name
         source = "_".join(filter(None, [source, "" if path.stem == "last" else path.stem]))
     name = (f"{stage}_{source}_layer_{opt.layer}_lr_{opt.learning_rate:g}"
             f"_decay_{opt.weight_decay:g}_bsz_{opt.batch_size}")
@@ -142,6 +142,8 @@ def pick_device(name):
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu")
                               if name == "auto" else name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are supported")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"--device {name}: not available here ({str(error).splitlines()[0]}); "
@@ -195,9 +197,9 @@ class Log:
         self.path, self.writes = Path(folder) / "log.jsonl", writes
         if not writes:
             return
+        self.writer = self._open_curves(Path(curves))  # a wrong --tb_path leaves no run folder
         if header is not None:
             self._write_header(folder, header, keep)
-        self.writer = self._open_curves(Path(curves))
 
     def _write_header(self, folder, header, keep):
         Path(folder).mkdir(parents=True, exist_ok=True)

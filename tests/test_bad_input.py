@@ -15,6 +15,7 @@ from conftest import finetune, pretrain, probe, save_image, script
 
 import dataset
 import decoding
+import evaluation
 import transforms
 import util
 from NCE.NCECriterion import NCESoftmaxLoss
@@ -628,7 +629,7 @@ def test_an_interrupted_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
         file.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError):
+    with pytest.raises(util.RunFailed, match="last.pth: cannot be written"):
         checkpoint.save(tmp_path / "last.pth", {"model": {}, "epoch": 2})
     monkeypatch.undo()
     assert checkpoint.load(tmp_path / "last.pth")["epoch"] == 1
@@ -638,3 +639,39 @@ def test_an_interrupted_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
 def test_a_half_written_line_of_the_log_is_passed_over(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"opt": {}}\n{"epoch": 1}\n{"epo')
     assert util.read_log(tmp_path) == [{"opt": {}}, {"epoch": 1}]
+
+
+def test_heads_of_other_subjects_are_not_gone_on_from(drawn, quick, pretrained, tmp_path,
+                                                      monkeypatch):
+    """An interrupted probe of some subjects leaves heads; a probe of others must not take them."""
+    flags = ["--data_folder", drawn, *quick, "--model_path", pretrained, "--save_path",
+             tmp_path / "out", "--protocol", "loso", "--epochs", 2, "--save_freq", 1]
+    plain = evaluation.HeldOut.keep
+    monkeypatch.setattr(evaluation.HeldOut, "keep", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        probe(*flags, "--subject", "s1", "s2", "s3")
+    monkeypatch.setattr(evaluation.HeldOut, "keep", plain)
+    probe(*flags, "--subject", "s1", "s2", "s4", "--resume", "auto")
+    (folder,) = (tmp_path / "out").glob("probe_*")
+    mixed = (folder / "subjects" / "s4.json").read_text()
+    probe(*flags, "--subject", "s4", "--tag", "fresh")
+    (fresh,) = (tmp_path / "out").glob("probe_*_fresh")
+    ours, theirs = (json.loads(text)["rows"] for text in
+                    (mixed, (fresh / "subjects" / "s4.json").read_text()))
+    for a, b in zip(ours, theirs):
+        assert a["probabilities"] == pytest.approx(b["probabilities"], abs=1e-4)
+
+
+def test_a_replaced_checkpoint_of_a_template_is_noticed(drawn, quick, pretrained, tmp_path, capsys):
+    for name in ("s1", "s2", "s3", "s4"):
+        shutil.copy(pretrained, tmp_path / f"{name}.pth")
+    flags = ["--data_folder", drawn, *quick, "--model_path", tmp_path / "{subject}.pth",
+             "--save_path", tmp_path / "out", "--protocol", "loso", "--epochs", 1]
+    probe(*flags)
+    state = torch.load(pretrained, weights_only=True)
+    state["model"] = {k: v * 1.5 if v.is_floating_point() else v for k, v in state["model"].items()}
+    torch.save(state, tmp_path / "s2.pth")
+    with pytest.raises(SystemExit) as stop:
+        probe(*flags, "--resume", "auto")
+    assert stop.value.code == 2
+    assert "s2.json: comes from another checkpoint" in capsys.readouterr().err.splitlines()[-1]
