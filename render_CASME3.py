@@ -313,7 +313,7 @@ def plan_video(opt, folder, subject, name, kinds):
             rows.append(dict(zip(ANNOTATION, map(str, (
                 subject, name, at, apex, offset, "+".join(map(str, sorted(act.units))),
                 OBJECTIVE[act.emotion], act.emotion)))))
-        at = offset + int(rng.integers(12, 20))
+        at = offset + int(rng.integers(10, 15))
     place, tables = folder / ROOTS[opt.raw] / subject / name, folder / "openface"
     for made in (place / "color", place / "depth", tables):
         made.mkdir(parents=True, exist_ok=True)
