@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
 import tempfile
 import time
@@ -244,9 +245,24 @@ def read_log(folder):
     return lines
 
 
+def commit(folder=Path(__file__).parent):
+    """The git commit of the code in `folder`, with "-dirty" where a tracked file was changed; None
+    where there is no git, or `folder` is not the top of a repository."""
+    def git(*arguments):
+        return subprocess.run(["git", "-C", str(folder), *arguments], check=True, text=True,
+                              capture_output=True, timeout=60).stdout
+    try:
+        below, head = git("rev-parse", "--show-cdup", "HEAD").splitlines()
+        # somebody else's repository around the folder says nothing of the code
+        return None if below else \
+            head + "-dirty" * bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+
+
 def versions():
     """What a result depends on besides its options."""
-    return {"python": platform.python_version(), "torch": torch.__version__,
+    return {"commit": commit(), "python": platform.python_version(), "torch": torch.__version__,
             "numpy": np.__version__, "platform": platform.platform(),
             "threads": torch.get_num_threads()}
 
