@@ -269,7 +269,8 @@ class HeldOut:
                                         clips.classes, keys)
         print(metrics.describe(results))
         for what, place in (("results", "results.json"), ("predictions", "predictions.csv"),
-                            ("confusion", "confusion.png"), ("log", "log.jsonl")):
+                            ("confusion", "confusion.png"), ("log", "log.jsonl"),
+                            *[("MEGC2019", "megc2019.log")] * (len(results["per_database"]) > 1)):
             print(f"{what:12s} {self.folder / place}")
         print(f"TensorBoard  tensorboard --logdir {self.curves.parent}")
 

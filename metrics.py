@@ -16,6 +16,7 @@ from dataset import DATABASES
 from util import BadInput, read_log, write_json, write_text
 
 DRAWS = 10_000  # of the bootstrap, and of the random baseline
+MEASURES = ("uf1", "uar", "accuracy")
 COLUMNS = ("database", "subject", "key", "label", "prediction")
 
 
@@ -57,17 +58,25 @@ def evaluate(labels, predictions, n_label):
             "confusion": confusion.tolist()}
 
 
+def per_subject(labels, predictions, subjects, n_label):
+    """int64 `[S, C * C]`: the confusion matrix of each subject's clips, flat.
+
+    subjects: what each clip's subject is, `[N]` or `[N, 2]` (database and name).
+    """
+    names, member = np.unique(np.asarray(subjects), return_inverse=True, axis=0)
+    # numpy 2.0 gives `member` a second axis
+    cells = (member.ravel() * n_label + np.asarray(labels)) * n_label + np.asarray(predictions)
+    return np.bincount(cells, minlength=len(names) * n_label ** 2).reshape(len(names), -1)
+
+
 def intervals(labels, predictions, subjects, n_label, seed=0):
     """95 % percentile intervals by resampling subjects, conditional on the trained models.
 
-    subjects: what each clip's subject is, `[N]`. Returns {uf1, uar, accuracy: [low, high]}.
+    subjects: as in `per_subject`. Returns {uf1, uar, accuracy: [low, high]}.
     """
-    names, member = np.unique(np.asarray(subjects), return_inverse=True, axis=0)
-    member = member.ravel()  # numpy 2.0 gives it a second axis
-    each = np.stack([confusion_matrix(labels[member == i], predictions[member == i], n_label)
-                     for i in range(len(names))]).reshape(len(names), -1)
+    each = per_subject(labels, predictions, subjects, n_label)
     rng = np.random.default_rng(seed)
-    times = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), DRAWS)  # [R, S]
+    times = rng.multinomial(len(each), np.full(len(each), 1 / len(each)), DRAWS)  # [R, S]
     f1, recall, accuracy = scores((times @ each).reshape(DRAWS, n_label, n_label))
     return {name: np.percentile(draws, [2.5, 97.5]).tolist()
             for name, draws in (("uf1", f1.mean(-1)), ("uar", recall.mean(-1)),
@@ -88,6 +97,45 @@ def baselines(labels, n_label, seed=0):
         found[name] = {"uf1": float(f1.mean()), "uar": float(recall.mean()),
                        "accuracy": float(accuracy.mean())}
     return found
+
+
+# ---------------------------------------------------------------- comparing systems
+
+def permutation_test(labels, first, second, subjects, n_label, seed=0):
+    """Paired two-sided test of two systems' UF1 on the same clips, by random permutation.
+
+    Under the hypothesis that the systems are exchangeable, the predictions of any subject may as
+    well be swapped between them. first, second: their predictions, `[N]`; subjects: as in
+    `per_subject`. Returns (UF1 of the first minus the second, p), where p is (1 + b) / (1 + DRAWS)
+    and b counts the draws whose difference is at least as large.
+    """
+    one, two = (per_subject(labels, predictions, subjects, n_label)
+                for predictions in (first, second))  # [S, C * C]
+    swap = np.random.default_rng(seed).integers(0, 2, (DRAWS, len(one)))
+    moved = np.vstack([np.zeros_like(one[:1]), swap @ (two - one)])  # the first: as measured
+    uf1 = [scores(flat.reshape(-1, n_label, n_label))[0].mean(-1)
+           for flat in (one.sum(0) + moved, two.sum(0) - moved)]
+    difference = uf1[0] - uf1[1]
+    # equal differences are equal up to rounding
+    extreme = (np.abs(difference[1:]) >= abs(difference[0]) - 1e-12).sum()
+    return float(difference[0]), float((1 + extreme) / (1 + DRAWS))
+
+
+def holm(values):
+    """p values adjusted for their number (Holm, "A simple sequentially rejective multiple test
+    procedure", 1979), in the order given."""
+    adjusted, largest = [0.0] * len(values), 0.0
+    for rank, i in enumerate(sorted(range(len(values)), key=lambda i: values[i])):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def over_seeds(results):
+    """{uf1, uar, accuracy: (mean, standard deviation)} of results (dicts with these figures) that
+    differ in the seed; the deviation is the sample's, with n - 1."""
+    return {name: (float(np.mean(values)), float(np.std(values, ddof=1)))
+            for name in MEASURES for values in [[result[name] for result in results]]}
 
 
 # ---------------------------------------------------------------- result files
@@ -145,6 +193,52 @@ def _write_rows(path, rows):
     write_text(path, text.getvalue())
 
 
+def read_predictions(path, n_label):
+    """The rows of a predictions.csv: dict (database, subject, key) → (label, prediction).
+
+    Raises BadInput for a row that is none, a class outside 0..n_label-1, or a clip named twice.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            lines = [(reader.line_num, row) for row in reader]
+    except FileNotFoundError:
+        raise BadInput(f"{path}: missing; results are compared by the predictions that were "
+                       f"written beside them") from None
+    except (UnicodeDecodeError, csv.Error):
+        raise BadInput(f"{path}: not a table of predictions; run the script that wrote it "
+                       f"again") from None
+    if not lines or not set(COLUMNS) <= set(reader.fieldnames):
+        raise BadInput(f"{path}: needs the columns {','.join(COLUMNS)} and a row per clip; run "
+                       f"the script that wrote it again")
+    found = {}
+    for number, row in lines:
+        clip = row["database"], row["subject"], row["key"]
+        try:
+            found[clip], known = (int(row["label"]), int(row["prediction"])), len(found)
+            assert len(found) > known and all(0 <= i < n_label for i in found[clip])
+        except (ValueError, TypeError, AssertionError):
+            raise BadInput(f"{path}:{number}: a clip takes one row, with label and prediction in "
+                           f"0..{n_label - 1}; run the script that wrote it again") from None
+    return found
+
+
+def write_megc_log(path, rows):
+    """The log that MEGC2019 asks for: for each held-out subject a line `<database> <subject>`,
+    then a line `<file> <truth> <prediction>` per clip.
+
+    rows: sorted by database and subject. A file goes by its key, so that equal file names of
+    several subjects stay apart.
+    """
+    lines, person = [], None
+    for row in rows:
+        if person != (row["database"], row["subject"]):
+            person = row["database"], row["subject"]
+            lines.append("{} {}".format(*person))
+        lines.append(f"{row['key']} {row['label']} {row['prediction']}")
+    write_text(path, "".join(line + "\n" for line in lines))
+
+
 def rows_of(clips, members, probabilities):
     """Prediction rows for the clips `members` (indices) from `probabilities` `[len, C]`."""
     chosen = [clips.clips[i] for i in members]
@@ -166,8 +260,9 @@ def summarise(rows, n_label, blank_keys=()):
              "ci95": intervals(labels, predictions, people, n_label),
              "baselines": baselines(labels, n_label)}
     databases = np.array([database for database, _ in people])
-    found["per_database"] = {
+    found["per_database"] = {  # over all C classes, whether the database holds them or not
         name: {"n": int((databases == name).sum()),
+               "n_subjects": len({person for person in people if person[0] == name}),
                **evaluate(labels[databases == name], predictions[databases == name], n_label)}
         for name in dict.fromkeys(databases.tolist())}
     seen = np.array([(r["database"], r["subject"], r["key"]) not in blank_keys for r in rows])
@@ -178,7 +273,8 @@ def summarise(rows, n_label, blank_keys=()):
 
 
 def write_results(folder, about, n_label, classes, blank_keys=()):
-    """Merges the finished subjects into results.json, predictions.csv and confusion.png.
+    """Merges the finished subjects into results.json, predictions.csv and confusion.png, and for
+    several databases megc2019.log.
 
     about: what results.json says besides the figures (options, versions, digests, protocol).
     Returns the content of results.json.
@@ -192,6 +288,8 @@ def write_results(folder, about, n_label, classes, blank_keys=()):
                "checkpoints": dict(sorted({(str(s["checkpoint"]), s["sha256"]) for s, _ in kept})),
                **summarise(rows, n_label, blank_keys), "classes": classes}
     _write_rows(folder / "predictions.csv", rows)
+    if len(results["per_database"]) > 1:
+        write_megc_log(folder / "megc2019.log", rows)
     draw_confusion(folder / "confusion.png", np.array(results["confusion"]), classes,
                    "rendered stand-in data" if about.get("rendered") else "")
     write_json(folder / "results.json", results)
@@ -207,6 +305,10 @@ def describe(results):
                          for k, v in results["baselines"].items())
         lines.append(f"{title:8s} {results[name]:.3f}  [{ci[name][0]:.3f}, {ci[name][1]:.3f}]  "
                      f"({base})")
+    if len(results["per_database"]) > 1:
+        lines += [f"{name:8s} UF1 {found['uf1']:.3f}, UAR {found['uar']:.3f}  ({found['n']} clips, "
+                  f"{found['n_subjects']} subjects)"
+                  for name, found in results["per_database"].items()]
     known = {True: "yes: the encoder saw held-out subjects, without labels", False: "no",
              None: "unknown: the checkpoint does not say whom it saw"}
     lines.append(f"{results['n']} clips of {results['n_subjects']} held-out subjects, "

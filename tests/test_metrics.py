@@ -81,6 +81,40 @@ def test_intervals_agree_with_a_loop_over_resampled_subjects():
         assert found[name] == pytest.approx(np.percentile(column, [2.5, 97.5]), abs=0.015)
 
 
+def test_intervals_equal_a_loop_over_the_same_resamples(monkeypatch):
+    monkeypatch.setattr(metrics, "DRAWS", 300)
+    labels, predictions, subjects = random_case(2, n=70)
+    names, draws = np.unique(subjects), []
+    for times in np.random.default_rng(5).multinomial(len(names), [1 / len(names)] * len(names),
+                                                      300):
+        chosen = np.concatenate([np.flatnonzero(subjects == s).repeat(t)
+                                 for s, t in zip(names, times)])
+        pair, ids = (labels[chosen], predictions[chosen]), {"labels": range(4), "zero_division": 0}
+        draws.append([sklearn.f1_score(*pair, average="macro", **ids),
+                      sklearn.recall_score(*pair, average="macro", **ids),
+                      sklearn.accuracy_score(*pair)])
+    found = metrics.intervals(labels, predictions, subjects, 4, seed=5)
+    for name, column in zip(("uf1", "uar", "accuracy"), np.array(draws).T):
+        assert found[name] == pytest.approx(np.percentile(column, [2.5, 97.5]))
+
+
+def test_a_class_without_support_in_a_resample_scores_zero():
+    # three subjects, a class each, all right: 3 of 27 resamples hold one class, 18 two, 6 all
+    labels = np.repeat([0, 1, 2], 4)
+    found = metrics.intervals(labels, labels, labels, 3)
+    assert found == {"uf1": pytest.approx([1 / 3, 1]), "uar": pytest.approx([1 / 3, 1]),
+                     "accuracy": [1, 1]}
+
+
+def test_intervals_and_baselines_follow_from_the_seed():
+    case = random_case(1)
+    assert metrics.DRAWS == 10_000
+    assert metrics.intervals(*case, 4) == metrics.intervals(*case, 4, seed=0)
+    assert metrics.intervals(*case, 4) != metrics.intervals(*case, 4, seed=1)
+    assert metrics.baselines(case[0], 4) == metrics.baselines(case[0], 4, seed=0)
+    assert metrics.baselines(case[0], 4) != metrics.baselines(case[0], 4, seed=1)
+
+
 def test_intervals_resample_subjects_not_clips():
     # all clips of a subject are right or all are wrong: four units, not four hundred
     labels = np.zeros(400, int)
@@ -114,6 +148,20 @@ def test_random_baseline_is_near_its_expectation():
     assert found["uar"] == pytest.approx(1 / 4, abs=0.002)
     # F1 of class c at equal numbers of true and predicted clips is about its share
     assert found["uf1"] == pytest.approx(1 / 4, abs=0.003)
+
+
+def test_random_baseline_is_the_mean_of_drawn_predictions():
+    # so few clips that classes go without prediction, and the mean F1 is not the share
+    labels = np.repeat([0, 1, 2], [7, 2, 1])
+    found = metrics.baselines(labels, 3)["stratified_random"]
+    rng, draws = np.random.default_rng(1), []
+    for _ in range(4000):
+        one = metrics.evaluate(labels, rng.choice(labels, len(labels)), 3)
+        draws.append([one["uf1"], one["uar"], one["accuracy"]])
+    for name, values in zip(("uf1", "uar", "accuracy"), np.transpose(draws)):
+        # three standard errors of the two means, of 4,000 and 10,000 draws
+        error = values.std() * (1 / 4000 + 1 / 10_000) ** 0.5
+        assert found[name] == pytest.approx(values.mean(), abs=3 * error)
 
 
 # ---------------------------------------------------------------- result files
