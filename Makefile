@@ -21,7 +21,11 @@ demo: .venv/ready
 	$(PY) LinearProbing_DVSCL_10fold.py $(HEADS) --model_path $(PRETRAINED) --batch_size 16
 	$(PY) fine-tune_DVSCL.py $(HEADS) --model_path $(PRETRAINED) --batch_size 16 --epochs 10 \
 	    --lr_decay_epochs 5 8 --subject spNO1 spNO2 spNO3
-	$(PY) compare_results.py $(DEMO)/results/*/results.json
+	$(PY) compare_results.py $(DEMO)/results/probe_random*/results.json \
+	    $(DEMO)/results/probe_memory*/results.json
+	@echo
+	$(PY) compare_results.py --common $(DEMO)/results/probe_random*/results.json \
+	    $(DEMO)/results/probe_memory*/results.json $(DEMO)/results/finetune*/results.json
 	@echo
 	@echo "curves: .venv/bin/tensorboard --logdir $(DEMO)/tensorboard"
 

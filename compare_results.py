@@ -1,82 +1,269 @@
-"""One table of several results, with the baselines of the clips they were measured on.
+"""Several results side by side: changed options, one table with baselines, paired tests.
 
   python compare_results.py results/A/results.json results/B/results.json
+  python compare_results.py --latex --published results/*/results.json > table.tex
 
-UF1, UAR and accuracy with 95 % intervals over subjects, as Markdown. Seconds.
+UF1, UAR and accuracy with 95 % intervals over subjects; results that differ in the seed alone also
+as mean and standard deviation; for each pair a permutation test of the UF1 difference that swaps
+whole subjects. Figures come from the predictions.csv beside each results.json. Markdown, or LaTeX
+for the package booktabs. Seconds.
 """
+import csv
+import itertools
 import json
+import re
 from pathlib import Path
 
+import checkpoint
+import metrics
 import options
 import util
+from metrics import MEASURES
 from util import BadInput
 
-MEASURES = ("uf1", "uar", "accuracy")
+PUBLISHED = Path(__file__).with_name("published.csv")
+# options that say where and how a run was made, not what it computes
+BOOKKEEPING = checkpoint.FREE_TO_CHANGE - {"model_path", "data_folder", "list_folder", "pairs",
+                                           "subject"}
+HEAD = ("", "clips / subjects", "UF1", "UAR", "accuracy")
 
 
 def parse_option(argv):
     parser = options.ArgumentParser(description=__doc__)
     parser.add_argument("results", nargs="+", metavar="results.json",
-                        help="files that the probing and fine-tuning scripts wrote")
+                        help="files that the probing and fine-tuning scripts wrote, each with its "
+                             "predictions.csv beside it")
+    parser.add_argument("--common", action="store_true",
+                        help="compare on the clips that all results hold; without it, results "
+                             "on differing clips are refused")
+    parser.add_argument("--latex", action="store_true", help="LaTeX instead of Markdown")
+    parser.add_argument("--published", action="store_true",
+                        help=f"add the literature's figures of {PUBLISHED.name}, apart: they are "
+                             f"of other clips and other rules")
     return parser.parse_args(argv)
 
 
+# ---------------------------------------------------------------- reading
+
 def read_results(path):
-    """The content of one results.json; raises BadInput."""
+    """The content of one results.json, with `stage` and `predictions`; raises BadInput."""
+    path = Path(path)
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-        assert all(name in found for name in (*MEASURES, "ci95", "baselines", "n", "opt"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        assert {*MEASURES, "opt", "n_label", "confusion", "protocol"} <= found.keys()
+        assert {"model", "model_path", "encoder", "seed"} <= found["opt"].keys()
     except FileNotFoundError:
         raise BadInput(f"{path}: missing; name a results.json")
-    except (ValueError, AssertionError, TypeError):
+    except (ValueError, AssertionError, TypeError, AttributeError):
         raise BadInput(f"{path}: not a results.json; run the script that wrote it again")
+    found["stage"] = path.resolve().parent.name.split("_")[0]
+    table = path.with_name("predictions.csv")
+    found["predictions"] = metrics.read_predictions(table, found["n_label"])
+    labels, predictions = zip(*found["predictions"].values())
+    if metrics.confusion_matrix(labels, predictions,
+                                found["n_label"]).tolist() != found["confusion"]:
+        raise BadInput(f"{table}: is not what {path} was computed from; run the script that wrote "
+                       f"them again")
     return found
 
 
-def title(path, found):
+def common_clips(paths, results, common):
+    """(database, subject, key) of the clips to compare on, in the first result's order.
+
+    common: take the intersection where they differ. Raises BadInput for differing clips without
+    `common`, for none left, and for other classes or labels.
+    """
+    first = results[0]
+    shared = set.intersection(*(set(found["predictions"]) for found in results))
+    for path, found in zip(paths, results):
+        if found["n_label"] != first["n_label"]:
+            raise BadInput(f"{path}: tells {found['n_label']} classes apart, {paths[0]} "
+                           f"{first['n_label']}; compare results of the same classes")
+        other = [clip for clip in shared
+                 if found["predictions"][clip][0] != first["predictions"][clip][0]]
+        if other:
+            raise BadInput(f"{path}: {len(other)} clips carry another label than in {paths[0]}, "
+                           f"{'/'.join(min(other))} the first; compare results of the same labels")
+    for path, found in zip(paths, results):
+        if not common and found["predictions"].keys() != first["predictions"].keys():
+            raise BadInput(f"{path}: holds {len(found['predictions'])} clips, {paths[0]} "
+                           f"{len(first['predictions'])}, and all results {len(shared)} in "
+                           f"common; --common compares on those")
+    if not shared:
+        raise BadInput(f"{paths[-1]}: has no clip in common with the others; compare results on "
+                       f"the same data")
+    return [clip for clip in first["predictions"] if clip in shared]
+
+
+def rows_on(found, clips):
+    """Prediction rows of the given clips."""
+    return [dict(zip(metrics.COLUMNS, (*clip, *found["predictions"][clip]))) for clip in clips]
+
+
+# ---------------------------------------------------------------- tables: (caption, head, rows)
+
+def title(found):
     """What a result is of, in a few words."""
     opt = found["opt"]
-    stage = Path(path).resolve().parent.name.split("_")[0]
     encoder = "untrained" if opt["model_path"] == "random" else "pre-trained"
     view = "" if opt["encoder"] == "both" else f", {opt['encoder']} alone"
     frozen = ", frozen" if opt.get("freeze_encoder") else ""
-    return f"{stage}, {encoder} {opt['model']}{view}{frozen}, {found['protocol']}" \
-           + (f", {opt['tag']}" if opt["tag"] else "")
+    return f"{found['stage']}, {encoder} {opt['model']}{view}{frozen}, {found['protocol']}" \
+           + (f", {opt['tag']}" if opt.get("tag") else "")
 
 
-def row(name, found, scores, intervals=None):
-    """One line of the Markdown table."""
-    cells = [f"{scores[m]:.3f}" + (f" [{intervals[m][0]:.3f}, {intervals[m][1]:.3f}]"
-                                   if intervals else "") for m in MEASURES]
-    return f"| {name} | {found['n']} / {found['n_subjects']} | " + " | ".join(cells) + " |"
+def row(name, found, cells):
+    """One row of figures; `found` says of how many clips and subjects."""
+    return [name, f"{found['n']} / {found['n_subjects']}", *cells]
 
 
-def table(paths):
-    """Lines of the table: each set of clips with its baselines, then the results on it."""
+def plain(scores):
+    """The cells of figures without intervals."""
+    return [f"{scores[m]:.3f}" for m in MEASURES]
+
+
+def system(found):
+    """What a result was computed with but for seeds, as a comparable text."""
+    same = {k: v for k, v in found["opt"].items()
+            if k not in checkpoint.FREE_TO_CHANGE | {"seed", "seeds"}}
+    encoder = re.sub(r"_seed_\d+", "", found["opt"]["model_path"])
+    return json.dumps([found["stage"], found["protocol"], found.get("data_digest"), encoder, same],
+                      sort_keys=True)
+
+
+def seed_rows(results, figures):
+    """A row of mean and deviation for each system that was run with several seeds."""
     groups = {}
-    for path in paths:
-        found = read_results(path)
-        # the same clips have the same baselines, number and subjects
-        key = json.dumps([found["n"], found["n_subjects"], found["baselines"]])
-        groups.setdefault(key, []).append((path, found))
-    lines = ["| | clips / subjects | UF1 | UAR | accuracy |", "|---|---|---|---|---|"]
-    for members in groups.values():
-        first = members[0][1]
-        for baseline, scores in first["baselines"].items():
-            lines.append(row(f"baseline: {baseline.replace('_', ' ')}", first, scores))
-        for path, found in sorted(members, key=lambda m: m[1]["opt"]["model_path"] != "random"):
-            lines.append(row(title(path, found), found, found, found["ci95"]))
-    return lines, any(found.get("rendered") for group in groups.values() for _, found in group)
+    for number, (found, its) in enumerate(zip(results, figures), 1):
+        seed = found["opt"]["seed"], found["opt"]["model_path"]  # pre-training may have its own
+        groups.setdefault(system(found), {}).setdefault(seed, (number, found, its))
+    rows = []
+    for group in groups.values():
+        if len(group) > 1:
+            numbers, members, its = zip(*group.values())
+            cells = metrics.over_seeds(its)
+            rows.append(row(f"{', '.join(map(str, numbers))}: {title(members[0])}, mean and "
+                            f"standard deviation over {len(group)} seeds", its[0],
+                            ["{:.3f} ± {:.3f}".format(*cells[m]) for m in MEASURES]))
+    return rows
+
+
+def result_table(results, figures, note):
+    """Baselines, then each result with intervals and its databases, then means over seeds."""
+    rows = [row(f"baseline: {name.replace('_', ' ')}", figures[0], plain(scores))
+            for name, scores in figures[0]["baselines"].items()]
+    for number, (found, its) in enumerate(zip(results, figures), 1):
+        ci = its["ci95"]
+        rows.append(row(f"{number}: {title(found)}", its, [
+            f"{its[m]:.3f} [{ci[m][0]:.3f}, {ci[m][1]:.3f}]" for m in MEASURES]))
+        if len(its["per_database"]) > 1:
+            rows += [row(f"{number}: {database} of these", part, plain(part))
+                     for database, part in its["per_database"].items()]
+    return (f"Held-out subjects, {note}; in brackets 95 % intervals, resampling subjects", HEAD,
+            rows + seed_rows(results, figures))
+
+
+def option_table(results):
+    """The options (and stage, protocol, data) that are not the same in all results."""
+    settings = [{"stage": found["stage"], "protocol": found["protocol"],
+                 "data": str(found.get("data_digest"))[:8], **found["opt"]} for found in results]
+    names = dict.fromkeys(name for each in settings for name in each if name not in BOOKKEEPING)
+    values = {name: [json.dumps(each[name]) if name in each else "-" for each in settings]
+              for name in names}
+    rows = [[name, *(v.strip('"').replace("null", "none") for v in values[name])]
+            for name in names if len(set(values[name])) > 1]
+    return "What changed in the options", ("option", *map(str, range(1, len(results) + 1))), rows
+
+
+def test_table(results, figures, clips):
+    """The paired test of every two results."""
+    labels = [found[0] for found in map(results[0]["predictions"].get, clips)]
+    people = [clip[:2] for clip in clips]
+    guesses = [[found["predictions"][clip][1] for clip in clips] for found in results]
+    pairs = list(itertools.combinations(range(len(results)), 2))
+    found = [metrics.permutation_test(labels, guesses[i], guesses[j], people, figures[0]["n_label"])
+             for i, j in pairs]
+    adjusted = metrics.holm([p for _, p in found])
+    return (f"Paired permutation tests: predictions swapped subject by subject, two-sided, "
+            f"{metrics.DRAWS:,} draws; Holm's correction for {len(pairs)} "
+            f"pair{'s' * (len(pairs) > 1)}",
+            ("pair", "UF1 difference", "p", "p (Holm)"),
+            [[f"{i + 1} minus {j + 1}", f"{difference:+.3f}", f"{p:.4f}", f"{holm:.4f}"]
+             for (i, j), (difference, p), holm in zip(pairs, found, adjusted)])
+
+
+def published_table(path=PUBLISHED):
+    """The literature's figures; raises BadInput."""
+    columns = ("method", "year", "source", "database", "n", "classes", "epoch_selection", "uf1",
+               "uar")
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            rows = [[line[column] for column in columns] for line in reader]
+        assert all(all(cells) for cells in rows)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: missing; it belongs beside compare_results.py")
+    except (KeyError, AssertionError, UnicodeDecodeError, csv.Error):
+        raise BadInput(f"{path}: needs the columns {','.join(columns)}, no field empty; 'not "
+                       f"stated' where a paper is silent")
+    return ("Published figures, not comparable with those above: other clips, other splits, and "
+            "mostly no word on how the epoch was chosen",
+            [{"uf1": "UF1", "uar": "UAR"}.get(c, c.replace("_", " ")) for c in columns], rows)
+
+
+# ---------------------------------------------------------------- printing
+
+def markdown(caption, head, rows):
+    """A table as Markdown, under its caption."""
+    lines = [[str(cell).replace("|", r"\|") for cell in line] for line in (head, *rows)]
+    lines.insert(1, ["---"] * len(head))
+    return "\n".join([f"{caption}:", "", *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+LATEX = {"\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
+         "^": r"\textasciicircum{}", "±": r"$\pm$", "<": r"\textless{}", ">": r"\textgreater{}",
+         "|": r"\textbar{}", "[": "{[}", "]": "{]}",
+         **{c: "\\" + c for c in "&%$#_"}}
+
+
+def escape(text):
+    """Text for LaTeX: special characters escaped, minus signs set as such."""
+    text = "".join(LATEX.get(c, c) for c in str(text))
+    return re.sub(r"^-(?=\d)", "$-$", text)
+
+
+def latex(caption, head, rows):
+    """A table as a LaTeX float with booktabs."""
+    lines = [" & ".join(map(escape, line)) + r" \\" for line in (head, *rows)]
+    return "\n".join([r"\begin{table}", r"\centering", rf"\caption{{{escape(caption)}}}",
+                      rf"\begin{{tabular}}{{{'l' * len(head)}}}", r"\toprule", lines[0],
+                      r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}", r"\end{table}"])
 
 
 @util.command_line
 def main(argv=None):
     opt = parse_option(argv)
-    lines, rendered = table(opt.results)
-    if rendered:
-        print("rendered stand-in data, not CAS(ME)^3:\n")
-    print("\n".join(lines))
-    print("\nin brackets: 95 % intervals, resampling subjects")
+    places = [str(Path(path).resolve()) for path in opt.results]
+    for path, place in zip(opt.results, places):
+        if places.count(place) > 1:
+            raise BadInput(f"{path}: named twice; name each result once")
+    results = [read_results(path) for path in opt.results]
+    clips = common_clips(opt.results, results, opt.common)
+    figures = [metrics.summarise(rows_on(found, clips), found["n_label"]) for found in results]
+    note = f"{len(clips)} clips"
+    if any(len(found["predictions"]) > len(clips) for found in results):
+        note = f"on the {len(clips)} clips that all results hold"
+    if any(found.get("rendered") for found in results):
+        note += ", rendered stand-in data, not CAS(ME)^3"
+    tables = [result_table(results, figures, note)]
+    if len(results) > 1:
+        changed = option_table(results)
+        tables = [*([changed] if changed[2] else []), *tables,
+                  test_table(results, figures, clips)]
+    if opt.published:
+        tables.append(published_table())
+    show = latex if opt.latex else markdown
+    print("\n\n".join(show(*table) for table in tables))
 
 
 if __name__ == "__main__":
