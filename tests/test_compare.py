@@ -310,6 +310,14 @@ def test_results_that_differ_in_the_seed_are_also_one_row(make, capsys):
         assert line[:2] == ["40 / 8", f"{mean:.3f} ± {deviation:.3f}"]
 
 
+def test_seeds_of_pre_training_alone_count_and_repeated_runs_do_not(make, capsys):
+    paths = [make(f"probe_{s}", 0.5 + s / 10, model_path=f"m_seed_{s}/last.pth") for s in range(2)]
+    again = make("probe_again", 0.9, model_path="m_seed_0/last.pth", save_path="y")
+    rows = tables(compare(capsys, *paths, again))["Held-out subjects,"]
+    assert [r[0].split(":")[0] for r in rows if "over 2 seeds" in r[0]] == ["1, 2"]
+    assert "deviation" not in compare(capsys, paths[0], again)
+
+
 def test_other_data_or_options_are_not_another_seed(make, capsys):
     paths = [make("probe_a", 0.7), make("probe_b", 0.7, seed=1, learning_rate=0.2),
              make("probe_c", 0.7, seed=2, about={"data_digest": "e" * 64}),
