@@ -4,15 +4,18 @@ import contextlib
 import os
 import pickle
 import shutil
+import time
 from pathlib import Path
 
 import torch
 
-from util import BadInput, RunFailed
+import distributed
+from util import BadInput, RunFailed, Stopped, handled
 
 # Where a run's files lie and how it is watched may change when it is resumed.
 FREE_TO_CHANGE = {"data_folder", "list_folder", "model_path", "save_path", "tb_path", "cache",
-                  "pairs", "num_workers", "device", "print_freq", "save_freq", "resume", "subject"}
+                  "pairs", "num_workers", "device", "print_freq", "save_freq", "save_minutes",
+                  "resume", "subject"}
 
 
 def save(path, state):
@@ -42,14 +45,55 @@ def save(path, state):
 
 
 def save_epoch(folder, state):
-    """Saves `state` as `last.pth` and, sharing its bytes where the disk can, under its epoch."""
+    """Saves `state` under its epoch and, sharing the bytes where the disk can, as `last.pth`.
+
+    In this order: a run that is killed in between goes on from the `last.pth` before.
+    """
     last, kept = Path(folder) / "last.pth", Path(folder) / f"ckpt_epoch_{state['epoch']}.pth"
-    save(last, state)
-    kept.unlink(missing_ok=True)
+    save(kept, state)
+    part = last.with_name(f".{last.name}.{os.getpid()}.part")
     try:
-        os.link(last, kept)
+        os.link(kept, part)
+        os.replace(part, last)
     except OSError:
-        shutil.copyfile(last, kept)
+        save(last, state)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class Keeper:
+    """Saves between two steps: every `minutes`, and on SIGINT or SIGTERM, which then end the run.
+
+    `with Keeper(minutes) as keeper:` around the training; `keeper.step(save)` after each step
+    calls `save()` where it is time. together: the ranks step in unison, and all stop if one is
+    told to. A second signal ends the run at once.
+    """
+
+    def __init__(self, minutes, together=False):
+        self.seconds, self.together, self.signal = 60 * minutes, together, 0
+
+    def __enter__(self):
+        self.handlers = handled(self._note)
+        self.handlers.__enter__()
+        self.saved = time.monotonic()
+        return self
+
+    def __exit__(self, *error):
+        return self.handlers.__exit__(*error)
+
+    def _note(self, number, frame):
+        if self.signal:
+            raise Stopped(number, "stopped at once; go on from the last checkpoint with "
+                                  "--resume auto")
+        self.signal = number
+
+    def step(self, save):
+        number = distributed.highest(self.signal) if self.together else self.signal
+        if number or time.monotonic() - self.saved >= self.seconds:
+            save()
+            self.saved = time.monotonic()
+        if number:
+            raise Stopped(number, "stopped and saved; go on with --resume auto")
 
 
 def load(path):

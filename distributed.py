@@ -90,6 +90,16 @@ def mean(values, count):
     return total[:-1] / total[-1]
 
 
+def highest(number):
+    """The highest of all ranks' integers `number`."""
+    if not active():
+        return number
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    value = torch.tensor(number, device=device)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return int(value)
+
+
 def wrap(model, device):
     """The model over this run's devices: DistributedDataParallel under torchrun, DataParallel
     where one process has several GPUs and --device names none of them, else the model itself."""

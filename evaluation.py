@@ -300,19 +300,24 @@ def train_frozen(opt, held, group, images, names, fold_of, device, loss="crossen
     bar = tqdm(total=opt.epochs - start, desc="heads", disable=None)
 
     def on_epoch(epoch, means):
-        means["learning_rate"] = util.learning_rate(opt, epoch)
-        held.log.epoch(epoch, means, unit)
-        bar.update()
-        if epoch % opt.print_freq == 0 or epoch == opt.epochs:
-            tqdm.write(util.epoch_line(opt, epoch, means))
-        if epoch % opt.save_freq == 0 or epoch == opt.epochs:
+        def save():
             checkpoint.save(held.last, {
                 "opt": vars(opt), "epoch": epoch, "unit": unit, "model": heads.state_dict(),
                 "normalization": about["normalization"], "encoding": clips.encoding,
                 "data_digest": held.header["data_digest"],
                 "encoder_sha256": held.sha256[path]})
 
-    probing.train_heads(heads, features, positions, clips.labels, fold_of, held_out, opt, loss,
-                        start, on_epoch)
+        means["learning_rate"] = util.learning_rate(opt, epoch)
+        held.log.epoch(epoch, means, unit)
+        bar.update()
+        if epoch % opt.print_freq == 0 or epoch == opt.epochs:
+            tqdm.write(util.epoch_line(opt, epoch, means))
+        if epoch % opt.save_freq == 0 or epoch == opt.epochs:
+            save()
+        keeper.step(save)
+
+    with checkpoint.Keeper(opt.save_minutes) as keeper:
+        probing.train_heads(heads, features, positions, clips.labels, fold_of, held_out, opt, loss,
+                            start, on_epoch)
     bar.close()
     return heads, probing.predict(heads, features, fold_of, held_out)

@@ -95,17 +95,23 @@ def draw_order(opt, labels, rng):
     return torch.multinomial(torch.from_numpy(1 / counts[labels]), len(labels), True, generator=rng)
 
 
-def train(epoch, opt, clips, images, members, normalization, model, head, optimizer, mixed, device):
-    """One epoch over the clips `members`; returns {train_loss, train_accuracy}."""
+def train(epoch, opt, clips, images, members, normalization, model, head, optimizer, mixed, device,
+          within, on_step):
+    """One epoch over the clips `members`; returns {train_loss, train_accuracy}.
+
+    within: {step, meters} to go on from inside the epoch; `on_step(within)` is called after every
+    step.
+    """
     (autocast, scaler), encoding = mixed, clips.encoding["difference"]
-    means = {"train_loss": util.AverageMeter(), "train_accuracy": util.AverageMeter()}
+    means = util.Meters(("train_loss", "train_accuracy"), within.get("meters"))
     model.train(opt.train_bn)
     head.train()
     labels = clips.labels[members]
     weights = probing.class_weights(labels, clips.n_label).to(device)
     rng = util.generator(opt.seed, epoch)
     order = draw_order(opt, labels, rng)
-    for step, index in enumerate(util.batches(len(members), opt.batch_size, rng), 1):
+    steps = list(enumerate(util.batches(len(members), opt.batch_size, rng), 1))
+    for step, index in steps[within.get("step", 0):]:
         index = order[index].numpy()
         drawn = transforms.draw(len(index), util.generator(opt.seed, epoch, step), encoding, 0)
         batch = torch.from_numpy(images[members[index]]).to(device)
@@ -123,7 +129,8 @@ def train(epoch, opt, clips, images, members, normalization, model, head, optimi
         scaler.update()
         means["train_loss"].update(loss.detach(), len(index))
         means["train_accuracy"].update((logits.argmax(1) == target).float().mean(), len(index))
-    return {name: meter.avg for name, meter in means.items()}
+        on_step({"step": step, "meters": means.state()})
+    return means.means()
 
 
 def validate(opt, images, members, normalization, model, head, autocast, device):
@@ -153,42 +160,52 @@ def tune(opt, held, group, images, device):
     util.announce_dropped(len(members), opt.batch_size)
     print(f"{unit}: learning rate of the head {opt.learning_rate:g} x {scale:.3g}, of the encoder "
           f"{opt.encoder_lr:g}")
-    optimizer, start, state = set_optimizer(opt, model, head, scale), 0, held.state(unit)
+    optimizer, start, within = set_optimizer(opt, model, head, scale), 0, {}
+    state = held.state(unit)
     if state:
         model.load_state_dict(state["model"])
         head.load_state_dict(state["classifier"])
         optimizer.load_state_dict(state["optimizer"])
         mixed[1].load_state_dict(state["scaler"])
-        start = state["epoch"]
-    bar = tqdm(range(start + 1, opt.epochs + 1), unit, disable=None)
-    for epoch in bar:
-        for part in optimizer.param_groups:
-            part["lr"] = util.learning_rate(opt, epoch, part["base"])
-        means = train(epoch, opt, clips, images, members, about["normalization"], model, head,
-                      optimizer, mixed, device)
-        means["learning_rate"] = util.learning_rate(opt, epoch)
-        held.log.epoch(epoch, means, unit)
-        if epoch % opt.print_freq == 0 or epoch == opt.epochs:
-            tqdm.write(f"{unit}  {util.epoch_line(opt, epoch, means)}")
-        if epoch % opt.save_freq == 0 or epoch == opt.epochs:
-            save(opt, held, path, about, unit, epoch, model, head, members, optimizer=optimizer,
-                 scaler=mixed[1])
+        start, within = state["epoch"], state.get("within") or {}
+
+    def save_last(epoch, within):
+        save(opt, held, path, about, unit, epoch, model, head, members, within,
+             optimizer=optimizer.state_dict(), scaler=mixed[1].state_dict())
+
+    with checkpoint.Keeper(opt.save_minutes) as keeper:
+        for epoch in tqdm(range(start + 1, opt.epochs + 1), unit, disable=None):
+            for part in optimizer.param_groups:
+                part["lr"] = util.learning_rate(opt, epoch, part["base"])
+            means = train(epoch, opt, clips, images, members, about["normalization"], model, head,
+                          optimizer, mixed, device, within, lambda within, done=epoch - 1:
+                          keeper.step(lambda: save_last(done, within)))
+            within, means["learning_rate"] = {}, util.learning_rate(opt, epoch)
+            held.log.epoch(epoch, means, unit)
+            if epoch % opt.print_freq == 0 or epoch == opt.epochs:
+                tqdm.write(f"{unit}  {util.epoch_line(opt, epoch, means)}")
+            if epoch % opt.save_freq == 0 or epoch == opt.epochs:
+                save_last(epoch, {})
     return validate(opt, images, test, about["normalization"], model, head, mixed[0], device) \
         if people else None
 
 
-def save(opt, held, path, about, unit, epoch, model, head, members, **states):
-    """The run's last.pth: all that prediction and --resume need."""
+def save(opt, held, path, about, unit, epoch, model, head, members, within=None, **states):
+    """The run's last.pth: all that prediction and --resume need.
+
+    within: what is done of the epoch after `epoch`.
+    """
     clips = held.clips
     people = sorted({clips.clips[i].person for i in members})
     checkpoint.save(held.last, {
-        "opt": vars(opt), "epoch": epoch, "unit": unit, "model": model.state_dict(),
+        "opt": vars(opt), "epoch": epoch, "within": within or {}, "unit": unit,
+        "model": model.state_dict(),
         "classifier": head.state_dict(), "classes": clips.classes, "layer": opt.layer,
         "view": opt.view, "channels": list(clips.channels), "encoding": clips.encoding,
         "normalization": about["normalization"], "data_digest": held.header["data_digest"],
         "encoder_sha256": held.sha256[path],
         "seen": {"people": [list(p) for p in people], "clips": len(members)},
-        **{name: value.state_dict() for name, value in states.items()}})
+        **states})
 
 
 def tune_frozen(opt, held, group, images, device):

@@ -149,4 +149,6 @@ def add_output_options(parser, root, root_help, save_freq):
     group.add_argument("--print_freq", type=positive_int, default=10, help="epochs per line")
     group.add_argument("--save_freq", type=positive_int, default=save_freq,
                        help="epochs per checkpoint")
+    group.add_argument("--save_minutes", type=number(float, 0), default=10,
+                       help="minutes per checkpoint within an epoch")
     return group

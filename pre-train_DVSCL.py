@@ -192,19 +192,21 @@ def set_optimizer(opt, model):
 
 # ---------------------------------------------------------------- training
 
-def train(epoch, opt, pool, normalization, model, contrast, criterion, optimizer, mixed, bar):
+def train(epoch, opt, pool, normalization, model, contrast, criterion, optimizer, mixed, within,
+          on_step):
     """One epoch of the contrastive step; returns the mean of METERS over the clips.
 
-    pool: (ClipSet, images, indices of the clips to contrast).
+    pool: (ClipSet, images, indices of the clips to contrast); within: {step, meters} to go on
+    from inside the epoch; `on_step(within)` is called after every step.
     """
     clips, images, members = pool
     autocast, scaler = mixed
     device, encoding = contrast.memory_rgb.device, clips.encoding["difference"]
-    means = {name: util.AverageMeter() for name in METERS}
+    means = util.Meters(METERS, within.get("meters"))
     model.train()
     contrast.train()
     order = util.batches(len(members), opt.batch_size, util.generator(opt.seed, epoch))
-    for step, index in enumerate(order, 1):
+    for step, index in list(enumerate(order, 1))[within.get("step", 0):]:
         rng = util.generator(opt.seed, epoch, step)
         drawn = transforms.draw(len(index), rng, encoding, opt.jitter, opt.crop_low,
                                 not opt.no_flip)
@@ -234,8 +236,8 @@ def train(epoch, opt, pool, normalization, model, contrast, criterion, optimizer
         scaler.scale((losses[0] + losses[1]) * share).backward()
         scaler.step(optimizer)
         scaler.update()
-        bar.update()
-    return {name: meter.avg for name, meter in means.items()}
+        on_step({"step": step, "meters": means.state()})
+    return means.means()
 
 
 def announce(opt, n_data):
@@ -254,15 +256,18 @@ def announce(opt, n_data):
 def go_on(path, opt, data_digest, states):
     """Restores `states` (name → module, optimizer or scaler) from a checkpoint of the same run.
 
-    Returns (epochs done, normalization). Raises BadInput for other options or data.
+    Returns (epochs done, normalization, what is done of the next epoch). Raises BadInput for other
+    options or data.
     """
     old = checkpoint.load(path)
     checkpoint.check_resumable(path, old, opt, grow=True, data_digest=data_digest)
     checkpoint.load_model(states["model"], old, path, opt.model)
     for name in ("contrast", "optimizer", "scaler"):
         states[name].load_state_dict(old[name])
-    print(f"{path}: goes on after epoch {old['epoch']}")
-    return old["epoch"], old["normalization"]
+    within = old.get("within") or {}
+    print(f"{path}: goes on after epoch {old['epoch']}"
+          + (f", step {within['step']} of the next" if within else ""))
+    return old["epoch"], old["normalization"], within
 
 
 def pretrain(opt, argv, device, clips, images, digest, blank, without, out):
@@ -279,9 +284,9 @@ def pretrain(opt, argv, device, clips, images, digest, blank, without, out):
     optimizer = set_optimizer(opt, model)
     states = {"model": model, "contrast": contrast, "optimizer": optimizer, "scaler": mixed[1]}
     if resume:
-        start, normalization = go_on(resume, opt, data_digest, states)
+        start, normalization, within = go_on(resume, opt, data_digest, states)
     else:
-        start, normalization = 0, transforms.estimate_normalization(
+        start, within, normalization = 0, {}, transforms.estimate_normalization(
             images, members, clips.encoding["difference"], clips.channels, clips.second)
     distributed.barrier()  # every rank has looked at the folder before rank 0 writes to it
     log = util.Log(folder, curves, util.header(__file__, opt, argv, data_digest=data_digest),
@@ -292,23 +297,38 @@ def pretrain(opt, argv, device, clips, images, digest, blank, without, out):
              "seen": {"people": [list(p) for p in people], "clips": len(members)},
              "data_digest": data_digest, "channels": list(clips.channels)}
     parallel = distributed.wrap(model, device)
-    with tqdm(total=per_epoch * (opt.epochs - start), desc=name[:40], disable=None) as bar:
+
+    def state(epoch, within):
+        return {**fixed, "epoch": epoch, "step": epoch * per_epoch + within.get("step", 0),
+                "within": within, **{name: part.state_dict() for name, part in states.items()}}
+
+    def save_last(epoch, within):
+        if distributed.first():
+            checkpoint.save(os.path.join(folder, "last.pth"), state(epoch, within))
+
+    with tqdm(total=per_epoch * (opt.epochs - start), initial=within.get("step", 0),
+              desc=name[:40], disable=None) as bar, \
+            checkpoint.Keeper(opt.save_minutes, together=True) as keeper:
         for epoch in range(start + 1, opt.epochs + 1):
-            began = time.perf_counter()
+            began, steps = time.perf_counter(), per_epoch - within.get("step", 0)
             rate = util.learning_rate(opt, epoch)
             for group in optimizer.param_groups:
                 group["lr"] = rate
+
+            def on_step(within, done=epoch - 1):
+                bar.update()
+                keeper.step(lambda: save_last(done, within))
+
             means = train(epoch, opt, (clips, images, members), normalization, parallel, contrast,
-                          criterion, optimizer, mixed, bar)
-            means |= {"learning_rate": rate,
-                      "pairs_per_second": len(members) / (time.perf_counter() - began)}
+                          criterion, optimizer, mixed, within, on_step)
+            within, share = {}, steps / per_epoch
+            means |= {"learning_rate": rate, "pairs_per_second":
+                      share * len(members) / (time.perf_counter() - began)}
             log.epoch(epoch, means)
             if epoch % opt.print_freq == 0 or epoch in (start + 1, opt.epochs):
                 tqdm.write(util.epoch_line(opt, epoch, means))
             if distributed.first() and (epoch % opt.save_freq == 0 or epoch == opt.epochs):
-                checkpoint.save_epoch(folder, {
-                    **fixed, "epoch": epoch, "step": epoch * per_epoch,
-                    **{name: part.state_dict() for name, part in states.items()}})
+                checkpoint.save_epoch(folder, state(epoch, {}))
     print(f"checkpoint   {os.path.join(folder, 'last.pth')}\nlog          {log.path}\n"
           f"TensorBoard  tensorboard --logdir {curves.parent}")
 

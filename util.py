@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,12 +30,37 @@ class RunFailed(Exception):
     """Something that happened during a run (loss not finite, disk full). Exit code 1."""
 
 
+class Stopped(KeyboardInterrupt):
+    """SIGINT or SIGTERM; the text says what is kept. Exit code 130 or 143."""
+
+    def __init__(self, number, text="stopped"):
+        super().__init__(text)
+        self.number = number
+
+
+def _raise_stopped(number, frame):
+    raise Stopped(number, "stopped; what was saved is kept: go on with --resume auto")
+
+
+@contextlib.contextmanager
+def handled(handler):
+    """SIGINT and SIGTERM call `handler(number, frame)` for the time of a with block."""
+    before = {number: signal.signal(number, handler)
+              for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
 def command_line(main):
     """Decorate a script's `main(argv=None)`: failures end in one `error:` line, no traceback."""
     @functools.wraps(main)
     def run(argv=None):
         try:
-            return main(sys.argv[1:] if argv is None else [str(a) for a in argv])
+            with handled(_raise_stopped):  # temporary files are removed on the way out
+                return main(sys.argv[1:] if argv is None else [str(a) for a in argv])
         except BadInput as error:
             message, code = error, 2
         except RunFailed as error:
@@ -46,8 +72,8 @@ def command_line(main):
                 raise
             message = f"{error.filename or 'writing'}: {error.strerror}"
             code = 1 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2
-        except KeyboardInterrupt:
-            message, code = "interrupted; go on with --resume auto", 130
+        except Stopped as error:
+            message, code = error, 128 + error.number
         print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(code)
     return run
@@ -94,8 +120,8 @@ def curve_folder(opt, root, run):
 class AverageMeter:
     """Running mean of a quantity over samples."""
 
-    def __init__(self):
-        self.total, self.count = 0.0, 0
+    def __init__(self, total=0.0, count=0):
+        self.total, self.count = total, count
 
     def update(self, value, n=1):
         self.total += float(value) * n
@@ -104,6 +130,19 @@ class AverageMeter:
     @property
     def avg(self):
         return self.total / max(self.count, 1)
+
+
+class Meters(dict):
+    """An AverageMeter per name, going on from a `state()` where one is given."""
+
+    def __init__(self, names, state=None):
+        super().__init__({name: AverageMeter(*(state or {}).get(name, ())) for name in names})
+
+    def state(self):
+        return {name: [meter.total, meter.count] for name, meter in self.items()}
+
+    def means(self):
+        return {name: meter.avg for name, meter in self.items()}
 
 
 def learning_rate(opt, epoch, base=None):
@@ -204,6 +243,8 @@ class Log:
 
     def _write_header(self, folder, header, keep):
         Path(folder).mkdir(parents=True, exist_ok=True)
+        for part in Path(folder).rglob(".*.part"):  # what a killed process left half-written
+            part.unlink(missing_ok=True)
         lines = read_log(folder) if keep else []
         kept = [lines[0] if lines else header] + [line for line in lines[1:] if keep(line)]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -1,0 +1,178 @@
+"""Runs that are stopped or killed anywhere end with the tensors of one that was not."""
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, finetune, pretrain, probe
+from test_scripts import load, only, states_differ
+
+import checkpoint
+import util
+
+pytestmark = pytest.mark.usefixtures("small_crops")
+SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+
+
+def stop_at(monkeypatch, step, number=signal.SIGTERM):
+    """This process gets the signal before the keeper's `step`-th look."""
+    look, count = checkpoint.Keeper.step, []
+
+    def struck(self, save):
+        count.append(1)
+        if len(count) == step:
+            os.kill(os.getpid(), number)
+        look(self, save)
+    monkeypatch.setattr(checkpoint.Keeper, "step", struck)
+
+
+def lines(run):
+    """The log's lines but for the header and the timing."""
+    return [{k: v for k, v in line.items() if k != "pairs_per_second"}
+            for line in util.read_log(run)[1:]]
+
+
+def same_run(a, b):
+    """Checkpoints, curves' values and predictions of two run folders agree bit for bit."""
+    assert states_differ(a / "last.pth", b / "last.pth") == []
+    assert lines(a) == lines(b) and len(lines(a)) > 1
+    if (a / "predictions.csv").exists():
+        assert (a / "predictions.csv").read_bytes() == (b / "predictions.csv").read_bytes()
+    assert not list(b.rglob(".*.part"))
+
+
+@pytest.mark.parametrize("number, code", SIGNALS)
+def test_pretraining_stopped_within_an_epoch_goes_on_from_that_step(drawn, quick, tmp_path,
+                                                                    monkeypatch, capsys, number,
+                                                                    code):
+    flags = ["--data_folder", drawn, *quick, "--batch_size", 4, "--epochs", 2]
+    pretrain(*flags, "--model_path", tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        stop_at(patch, 5, number)
+        pretrain(*flags, "--model_path", tmp_path / "part")
+    assert end.value.code == code
+    assert "error: stopped and saved" in capsys.readouterr().err.splitlines()[-1]
+    part = only(tmp_path / "part")
+    state = load(part / "last.pth")
+    # 11 clips: three steps of 4, 4 and 3 an epoch
+    assert (state["epoch"], state["step"], state["within"]["step"]) == (1, 5, 2)
+    assert state["within"]["meters"]["rgb_loss"][1] == 8
+    pretrain(*flags, "--model_path", tmp_path / "part", "--resume", "auto")
+    same_run(only(tmp_path / "whole"), part)
+
+
+@pytest.mark.parametrize("run, flags, step", [
+    (finetune, ["--batch_size", 4, "--epochs", 2, "--subject", "s1", "s2"], 8),
+    (finetune, ["--freeze_encoder", "--epochs", 5], 3),
+    (probe, ["--protocol", "loso", "--epochs", 5], 3)], ids=["finetune", "frozen", "probe"])
+def test_heads_that_were_stopped_go_on_to_the_same_result(drawn, quick, pretrained, tmp_path,
+                                                          monkeypatch, run, flags, step):
+    flags = ["--data_folder", drawn, *quick, "--model_path", pretrained, *flags]
+    run(*flags, "--save_path", tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        stop_at(patch, step)
+        run(*flags, "--save_path", tmp_path / "part")
+    assert end.value.code == 143
+    run(*flags, "--save_path", tmp_path / "part", "--resume", "auto")
+    same_run(only(tmp_path / "whole"), only(tmp_path / "part"))
+
+
+def test_a_checkpoint_is_written_when_the_minutes_are_over(drawn, quick, tmp_path, monkeypatch):
+    saved, save = [], checkpoint.save
+
+    def counted(path, state):
+        saved.append(state["step"])
+        save(path, state)
+    monkeypatch.setattr(checkpoint, "save", counted)
+    flags = ["--data_folder", drawn, *quick, "--batch_size", 4]
+    pretrain(*flags, "--model_path", tmp_path / "each", "--save_minutes", 0)
+    pretrain(*flags, "--model_path", tmp_path / "last")
+    assert saved == [1, 2, 3, 3, 3]
+
+
+def test_a_second_signal_ends_the_run_at_once():
+    with pytest.raises(util.Stopped), checkpoint.Keeper(10) as keeper:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert keeper.signal == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_before_training_leaves_no_half_written_file(drawn, tmp_path, monkeypatch):
+    import decoding
+    decode, count = decoding.decode, []
+
+    def struck(clip, clips):
+        count.append(1)
+        if len(count) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return decode(clip, clips)
+    monkeypatch.setattr(decoding, "decode", struck)
+    with pytest.raises(SystemExit) as end:
+        pretrain("--data_folder", drawn, "--cache", tmp_path / "cache", "--model_path",
+                 tmp_path / "runs", "--num_workers", 1)
+    assert end.value.code == 143
+    assert not (tmp_path / "runs").exists() and not list((tmp_path / "cache").iterdir())
+
+
+# ---------------------------------------------------------------- killed from outside
+
+def start(name, flags, log):
+    """The script in a process of its own, on small crops like the others here."""
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import transforms, runpy;"
+            f"transforms.CROP = 64; sys.argv[0] = {name!r};"
+            f"runpy.run_path({str(ROOT / name)!r}, run_name='__main__')")
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, flags)], stdout=log, stderr=log)
+
+
+def newest(folder):
+    """When the last checkpoint below `folder` was written, 0 without one."""
+    return max((path.stat().st_mtime for path in folder.glob("*/last*.pth")), default=0)
+
+
+def killed(name, flags, kills, tmp_path, seed):
+    """Kills the run so many times, each between its first new checkpoint and a random moment
+    later, then lets it finish."""
+    draw, done = random.Random(seed), 0
+    with open(tmp_path / "log", "w+") as log:
+        for _ in range(20 * kills):
+            process = start(name, [*flags, "--resume", "auto"], log)
+            began = time.time()
+            while process.poll() is None and newest(tmp_path / "part") <= began:
+                time.sleep(0.01)
+            try:
+                process.wait(draw.uniform(0, 1.5))
+                assert process.returncode == 0, (tmp_path / "log").read_text()[-2000:]
+                break
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                done += 1
+            if done == kills:
+                assert start(name, [*flags, "--resume", "auto"], log).wait() == 0
+                break
+    assert done == kills, f"finished after {done} kills"
+
+
+@pytest.mark.parametrize("kills, epochs", [
+    (2, 8), pytest.param(20, 60, marks=pytest.mark.slow)])
+def test_pretraining_that_was_killed_goes_on_bit_for_bit(drawn, quick, tmp_path, kills, epochs):
+    flags = ["--data_folder", drawn, *quick, "--batch_size", 4, "--epochs", epochs,
+             "--save_minutes", 0]
+    pretrain(*flags, "--model_path", tmp_path / "whole")
+    killed("pre-train_DVSCL.py", [*flags, "--model_path", tmp_path / "part"], kills, tmp_path, 0)
+    same_run(only(tmp_path / "whole"), only(tmp_path / "part"))
+
+
+@pytest.mark.parametrize("kills, epochs", [
+    (2, 4), pytest.param(5, 12, marks=pytest.mark.slow)])
+def test_fine_tuning_that_was_killed_goes_on_bit_for_bit(drawn, quick, pretrained, tmp_path, kills,
+                                                         epochs):
+    flags = ["--data_folder", drawn, *quick, "--batch_size", 4, "--epochs", epochs,
+             "--save_minutes", 0, "--model_path", pretrained, "--subject", "s1", "s2"]
+    finetune(*flags, "--save_path", tmp_path / "whole")
+    killed("fine-tune_DVSCL.py", [*flags, "--save_path", tmp_path / "part"], kills, tmp_path, 0)
+    same_run(only(tmp_path / "whole"), only(tmp_path / "part"))
