@@ -1,7 +1,9 @@
 """Decoding: difference images of both views to one uint8 array, once, kept in a cache."""
 import hashlib
 import json
+import math
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -92,7 +94,8 @@ def load_images(clips, cache="off", num_workers=4):
     """Every clip decoded once: (uint8 `[N, C1+C2, 256, 256]`, digest of the pixels).
 
     cache: a folder keeps the array as a memory-mapped file, under a name that follows from the
-    paths, sizes and times of the images, and later calls map it; 'off' keeps it in memory.
+    paths, sizes and times of the images, and later calls map it; 'off' keeps it in memory. Where
+    it fits neither, a Stream takes its place, and the digest is that of paths, sizes and times.
     """
     folder, shape = Path(cache), (len(clips), sum(clips.channels), SIZE, SIZE)
     stamp = hashlib.sha256(repr((clips.luminance, clips.encoding["difference"], shape)).encode())
@@ -105,17 +108,24 @@ def load_images(clips, cache="off", num_workers=4):
     if cache != "off" and path.with_suffix(".json").exists() and path.exists():
         known = json.loads(path.with_suffix(".json").read_text())
         return np.load(path, mmap_mode="r"), known["sha256"]
-    if cache == "off":
-        part, images = None, np.empty(shape, np.uint8)
-    else:
+    if cache != "off":
         folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    size = math.prod(shape)
+    room = shutil.disk_usage(folder).free if cache != "off" else _free_memory()
+    if size > 0.9 * room:
+        print(f"{size / 2 ** 30:.1f} GiB of images do not fit the {room / 2 ** 30:.1f} GiB free "
+              f"{'in memory' if cache == 'off' else f'in {folder}'}: they are decoded for every "
+              f"batch anew, by {num_workers} threads")
+        return Stream(clips, num_workers), stamp.hexdigest()
+    part = None if cache == "off" else path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         if part:
             images = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
             # claimed before it is written: a disk that fills up under a mapping is a bus error
             with open(part, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
+        else:
+            images = np.empty(shape, np.uint8)
         with ThreadPoolExecutor(max(num_workers, 1)) as pool:
             decoded = pool.map(lambda clip: decode(clip, clips), clips.clips)
             for i, pair in enumerate(tqdm(decoded, "decoding", len(clips), disable=None)):
@@ -132,7 +142,47 @@ def load_images(clips, cache="off", num_workers=4):
     return images, digest
 
 
+def _free_memory():
+    """Bytes that can be had without swapping; no limit where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if "MemAvailable" in line)
+    except (OSError, StopIteration):
+        return float("inf")
+
+
+class Stream:
+    """Stands in for the array of decoded clips: decodes what is asked for, by several threads."""
+
+    def __init__(self, clips, num_workers):
+        self.clips, self.pool = clips, ThreadPoolExecutor(max(num_workers, 1))
+
+    def __len__(self):
+        return len(self.clips)
+
+    def __getitem__(self, index):
+        """An int, slice or array of indices → uint8 `[C, 256, 256]` or `[B, C, 256, 256]`."""
+        if isinstance(index, (int, np.integer)):
+            return decode(self.clips.clips[index], self.clips)
+        chosen = [self.clips.clips[i] for i in np.arange(len(self))[index]]
+        return np.stack(list(self.pool.map(lambda clip: decode(clip, self.clips), chosen)))
+
+
+def fetch(images, batches):
+    """`images[index]` for each index array of `batches`, the next one fetched while one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = None
+        for index in batches:
+            ready, coming = coming, pool.submit(images.__getitem__, index)
+            if ready:
+                yield ready.result()
+        if coming:
+            yield coming.result()
+
+
 def blank(images, encoding):
     """bool `[N]`: clips whose RGB difference is 'no change' everywhere (onset = apex)."""
     level = NO_CHANGE[encoding["difference"]]
-    return np.array([bool((image[:3] == level).all()) for image in images], dtype=bool)
+    chunks = np.array_split(np.arange(len(images)), -(-len(images) // 64))
+    return np.concatenate([(batch[:, :3] == level).all((1, 2, 3))
+                           for batch in fetch(images, chunks)])

@@ -130,7 +130,7 @@ class HeldOut:
     """
 
     def __init__(self, stage, opt, argv, script, clips, digest, parts, together):
-        self.opt, self.clips, self.seen, self.lengths = opt, clips, {}, {}
+        self.opt, self.clips, self.seen = opt, clips, {}
         name = util.head_run_name(stage, opt, parts)
         self.folder = Path(opt.save_path) / name
         self.curves = util.curve_folder(opt, opt.save_path, name)
@@ -228,16 +228,6 @@ class HeldOut:
         model, about = load_encoder(self.opt, path, self.clips)
         self.seen[path] = about
         return model, about
-
-    def rate_scale(self, path, model, head, images, members, device, autocast):
-        """`rate_scale` of the features of the clips `members`; encodes once per checkpoint."""
-        if path not in self.lengths:
-            features, positions = probing.encode(model, head, images,
-                                                 self.seen[path]["normalization"],
-                                                 self.opt.layer, device, autocast)
-            self.lengths[path] = features[0].square().sum(-1).cpu(), positions
-        lengths, positions = self.lengths[path]
-        return probing.rate_scale(lengths[members].mean().item(), positions)
 
     def keep(self, path, person, members, probabilities):
         """Keeps a person's predictions: probabilities `[len(members), C]`."""

@@ -25,6 +25,7 @@ import transforms
 import util
 from models import create_classifier
 
+SCALE_CLIPS = 128  # training clips from which the length of the features is taken
 
 def parse_option(argv):
     parser = options.ArgumentParser(description=__doc__)
@@ -110,12 +111,14 @@ def train(epoch, opt, clips, images, members, normalization, model, head, optimi
     weights = probing.class_weights(labels, clips.n_label).to(device)
     rng = util.generator(opt.seed, epoch)
     order = draw_order(opt, labels, rng)
-    steps = list(enumerate(util.batches(len(members), opt.batch_size, rng), 1))
-    for step, index in steps[within.get("step", 0):]:
-        index = order[index].numpy()
+    steps = [(step, order[index].numpy()) for step, index in
+             enumerate(util.batches(len(members), opt.batch_size, rng), 1)]
+    steps = steps[within.get("step", 0):]
+    wanted = [members[index] for _, index in steps]
+    for (step, index), batch in zip(steps, decoding.fetch(images, wanted)):
         drawn = transforms.draw(len(index), util.generator(opt.seed, epoch, step), encoding, 0)
-        batch = torch.from_numpy(images[members[index]]).to(device)
-        batch = transforms.train_transform(batch, drawn, normalization, encoding, clips.channels)
+        batch = transforms.train_transform(torch.from_numpy(batch).to(device), drawn,
+                                           normalization, encoding, clips.channels)
         target = torch.from_numpy(labels[index]).to(device)
         with autocast():
             logits = head(*model(batch, opt.layer)).float()  # [B, C]
@@ -139,9 +142,9 @@ def validate(opt, images, members, normalization, model, head, autocast, device)
     head.eval()
     found = []
     with torch.no_grad():
-        for part in np.array_split(members, -(-len(members) // opt.batch_size)):
-            batch = torch.from_numpy(images[part]).to(device)
-            batch = transforms.eval_transform(batch, normalization)
+        parts = np.array_split(members, -(-len(members) // opt.batch_size))
+        for batch in decoding.fetch(images, parts):
+            batch = transforms.eval_transform(torch.from_numpy(batch).to(device), normalization)
             with autocast():
                 logits = head(*model(batch, opt.layer))
             found.append(logits.float().softmax(1).cpu().numpy())
@@ -156,7 +159,10 @@ def tune(opt, held, group, images, device):
     model, head, about = set_model(opt, held, path, unit, device)
     test = clips.members(people)
     members = np.setdiff1d(np.arange(len(clips)), test)
-    scale = held.rate_scale(path, model, head, images, members, device, mixed[0])
+    chosen = members[::-(-len(members) // SCALE_CLIPS)]
+    features, positions = probing.encode(model, head, images, about["normalization"], opt.layer,
+                                         device, mixed[0], members=chosen)
+    scale = probing.rate_scale(features.square().sum(-1).mean().item(), positions)
     util.announce_dropped(len(members), opt.batch_size)
     print(f"{unit}: learning rate of the head {opt.learning_rate:g} x {scale:.3g}, of the encoder "
           f"{opt.encoder_lr:g}")

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import decoding
 import transforms
 import util
 
@@ -20,18 +21,21 @@ VIEWS = [(mirror, shift) for shift in ((0, 0), (-16, -16), (16, 16), (-16, 16), 
          for mirror in (False, True)]
 
 
-def encode(model, head, images, normalization, layer, device, autocast, views=1, batch_size=64):
+def encode(model, head, images, normalization, layer, device, autocast, views=1, members=None,
+           batch_size=64):
     """Pooled features of every image under the first `views` of VIEWS, float32 `[V, N, D]`, and
     the number of positions of the pooled map they are flattened from (1 for a vector).
 
-    images: uint8 array `[N, C, 256, 256]`; head: gives `pool(feat_rgb, feat_depth)` → `[B, D]`.
+    images: uint8 array `[n, C, 256, 256]`; head: gives `pool(feat_rgb, feat_depth)` → `[B, D]`;
+    members: indices of the N images [all].
     """
     model.eval()
-    features = None
-    starts = tqdm(range(0, len(images), batch_size), "encoding", disable=None)
+    features, start = None, 0
+    members = np.arange(len(images)) if members is None else members
+    parts = np.array_split(members, -(-len(members) // batch_size))
     with torch.no_grad():
-        for start in starts:
-            batch = torch.from_numpy(np.array(images[start:start + batch_size])).to(device)
+        for batch in tqdm(decoding.fetch(images, parts), "encoding", len(parts), disable=None):
+            batch = torch.from_numpy(batch).to(device)
             for v, (mirror, shift) in enumerate(VIEWS[:views]):
                 x = transforms.eval_transform(batch, normalization, mirror, shift)
                 with autocast():
@@ -39,8 +43,9 @@ def encode(model, head, images, normalization, layer, device, autocast, views=1,
                     pooled = head.pool(*taps)
                 if features is None:
                     positions = head.pooling(taps[0]).shape[2:].numel()
-                    features = torch.empty(views, len(images), pooled.shape[1], device=device)
+                    features = torch.empty(views, len(members), pooled.shape[1], device=device)
                 features[v, start:start + len(batch)] = pooled.float()
+            start += len(batch)
     return features, positions
 
 

@@ -116,6 +116,13 @@ def run_case(opt):
     return {"ms": 1e3 * min(times), "bytes": peak - held}
 
 
+def run_apart(case, *argv, **flags):
+    """`run_case` in a process of its own; flags: of this script, such as n=943."""
+    more = [str(a) for name, value in flags.items() for a in (f"--{name}", value)]
+    command = [sys.executable, __file__, *argv, *more, "--case", case]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
 def main(argv=None):
     opt = parse_option(argv)
     if opt.case:
@@ -127,13 +134,8 @@ def main(argv=None):
     print(f"{'n':>10} {'textbook ms':>12} {'ours ms':>9} {'faster':>8} "
           f"{'textbook MB':>12} {'ours MB':>9} {'smaller':>8}")
     for n in opt.n:
-        results = {}
-        for case in ("textbook", "ours"):
-            command = [sys.executable, __file__, *(argv or sys.argv[1:]), "--case", case,
-                       "--n", str(n)]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            results[case] = json.loads(output)
-        usual, ours = results["textbook"], results["ours"]
+        usual, ours = (run_apart(case, *(argv or sys.argv[1:]), n=n)
+                       for case in ("textbook", "ours"))
         print(f"{n:>10} {usual['ms']:>12.1f} {ours['ms']:>9.2f} {usual['ms'] / ours['ms']:>7.1f}x "
               f"{usual['bytes'] / 1e6:>12.1f} {ours['bytes'] / 1e6:>9.1f} "
               f"{usual['bytes'] / max(ours['bytes'], 1):>7.1f}x", flush=True)

@@ -128,6 +128,20 @@ def test_shuffled_depth_lists_change_no_bit_of_the_result(fresh, quick, pretrain
     assert states_differ(only(tmp_path / "runs") / "last.pth", pretrained) == []
 
 
+@pytest.mark.parametrize("given", ["memory", "disk"])
+def test_images_that_fit_nowhere_are_decoded_batch_by_batch_to_the_same_end(
+        drawn, quick, pretrained, tmp_path, monkeypatch, capsys, given):
+    cache = "off" if given == "memory" else tmp_path / "cache"
+    monkeypatch.setattr(decoding, "_free_memory", lambda: 1e6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1e6))
+    pretrain("--data_folder", drawn, *quick, "--cache", cache, "--model_path", tmp_path / "runs")
+    assert "decoded for every batch anew" in capsys.readouterr().out
+    assert given == "memory" or not list(cache.iterdir())
+    streamed = load(only(tmp_path / "runs") / "last.pth")
+    for name in ("model", "contrast", "normalization"):
+        assert differing(load(pretrained)[name], streamed[name]) == []
+
+
 def test_another_seed_gives_another_run(drawn, quick, pretrained, tmp_path):
     pretrain("--data_folder", drawn, *quick, "--model_path", tmp_path, "--seed", 1)
     assert "/model/rgb_to_d.fc.weight" in states_differ(only(tmp_path) / "last.pth", pretrained)
