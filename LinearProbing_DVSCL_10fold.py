@@ -5,11 +5,10 @@
 
 Each image is encoded once per augmented view; the heads of all folds are then trained together
 for a fixed number of epochs, and each clip is predicted by the head that never saw its subject.
-Writes results.json, predictions.csv and confusion.png. Expect about a minute for the 943 clips of
-CAS(ME)^3 on two CPU cores.
+Writes results.json, predictions.csv, confusion.png, mistakes.png and curves.png. Expect about a
+minute for the 943 clips of CAS(ME)^3 on two CPU cores.
 """
 import dataset
-import decoding
 import distributed
 import evaluation
 import options
@@ -64,7 +63,7 @@ def evaluate(opt, argv, device):
         for person in people:
             members = clips.members([person])
             held.keep(path, person, members, probabilities[members])
-    held.finish(decoding.blank(images, clips.encoding), protocol=opt.protocol)
+    held.finish(images, protocol=opt.protocol)
 
 
 @util.command_line

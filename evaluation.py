@@ -13,8 +13,10 @@ import checkpoint
 import dataset
 import decoding
 import distributed
+import gradcam
 import metrics
 import options
+import pictures
 import probing
 import transforms
 import util
@@ -131,6 +133,7 @@ class HeldOut:
 
     def __init__(self, stage, opt, argv, script, clips, digest, parts, together):
         self.opt, self.clips, self.seen = opt, clips, {}
+        self.maps = {}  # of mistakes, by clip
         name = util.head_run_name(stage, opt, parts)
         self.folder = Path(opt.save_path) / name
         self.curves = util.curve_folder(opt, opt.save_path, name)
@@ -229,6 +232,13 @@ class HeldOut:
         self.seen[path] = about
         return model, about
 
+    def look(self, path, model, head, images, members, probabilities, device, weights_of):
+        """Maps of where the model looked in the clips of `members` it is most confidently wrong
+        about (gradcam.maps_of_mistakes), for `keep`."""
+        self.maps |= gradcam.maps_of_mistakes(
+            model, head, images, members, self.clips.labels[members], probabilities,
+            self.seen[path]["normalization"], self.opt.layer, device, weights_of)
+
     def keep(self, path, person, members, probabilities):
         """Keeps a person's predictions: probabilities `[len(members), C]`."""
         if not np.isfinite(probabilities).all():
@@ -240,16 +250,20 @@ class HeldOut:
         metrics.write_subject(
             self.folder, dataset.person_name(person, self.clips),
             metrics.rows_of(self.clips, members, probabilities), transductive=transductive,
-            checkpoint=None if path == "random" else path, sha256=self.sha256[path])
+            checkpoint=None if path == "random" else path, sha256=self.sha256[path],
+            maps={self.clips.clips[i].key: self.maps[i] for i in members if i in self.maps})
 
-    def finish(self, blank, **about):
-        """Merges everything finished into the result files, and prints figures and places."""
-        clips = self.clips
+    def finish(self, images, **about):
+        """Merges everything finished into the result files and pictures, and prints figures and
+        places. images: uint8 array `[N, C, 256, 256]`."""
+        clips, blank = self.clips, decoding.blank(images, self.clips.encoding)
         distributed.barrier()  # the other ranks' subjects are finished too
         if not distributed.first():
             return
+        pictures.draw_curves(self.folder)
         if self.all:
             print(f"checkpoint   {self.last}\nlog          {self.folder / 'log.jsonl'}\n"
+                  f"curves       {self.folder / 'curves.png'}\n"
                   f"TensorBoard  tensorboard --logdir {self.curves.parent}")
             return
         keys = {(dataset.DATABASES[c.database], c.subject, c.key)
@@ -257,9 +271,12 @@ class HeldOut:
         about["rendered"] = bool(clips.encoding.get("rendered"))
         results = metrics.write_results(self.folder, {**self.header, **about}, clips.n_label,
                                         clips.classes, keys)
+        pictures.draw_mistakes(self.folder / "mistakes.png", clips, images,
+                               *metrics.read_mistakes(self.folder))
         print(metrics.describe(results))
         for what, place in (("results", "results.json"), ("predictions", "predictions.csv"),
-                            ("confusion", "confusion.png"), ("log", "log.jsonl"),
+                            ("confusion", "confusion.png"), ("mistakes", "mistakes.png"),
+                            ("curves", "curves.png"), ("log", "log.jsonl"),
                             *[("MEGC2019", "megc2019.log")] * (len(results["per_database"]) > 1)):
             print(f"{what:12s} {self.folder / place}")
         print(f"TensorBoard  tensorboard --logdir {self.curves.parent}")
@@ -310,4 +327,22 @@ def train_frozen(opt, held, group, images, names, fold_of, device, loss="crossen
         probing.train_heads(heads, features, positions, clips.labels, fold_of, held_out, opt, loss,
                             start, on_epoch)
     bar.close()
-    return heads, probing.predict(heads, features, fold_of, held_out)
+    probabilities = probing.predict(heads, features, fold_of, held_out)
+    held.look(path, model, pooling, images, np.arange(len(clips)), probabilities, device,
+              lambda i, c: heads.weight[held_out.index(fold_of[i]), c])
+    return heads, probabilities
+
+
+def validate(opt, images, members, normalization, model, head, autocast, device):
+    """Probabilities `[len(members), C]` from the plain centre crop; nothing random."""
+    model.eval()
+    head.eval()
+    found = []
+    with torch.no_grad():
+        parts = np.array_split(members, -(-len(members) // opt.batch_size))
+        for batch in decoding.fetch(images, parts):
+            batch = transforms.eval_transform(torch.from_numpy(batch).to(device), normalization)
+            with autocast():
+                logits = head(*model(batch, opt.layer))
+            found.append(logits.float().softmax(1).cpu().numpy())
+    return np.concatenate(found)

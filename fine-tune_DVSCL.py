@@ -136,21 +136,6 @@ def train(epoch, opt, clips, images, members, normalization, model, head, optimi
     return means.means()
 
 
-def validate(opt, images, members, normalization, model, head, autocast, device):
-    """Probabilities `[len(members), C]` from the plain centre crop; nothing random."""
-    model.eval()
-    head.eval()
-    found = []
-    with torch.no_grad():
-        parts = np.array_split(members, -(-len(members) // opt.batch_size))
-        for batch in decoding.fetch(images, parts):
-            batch = transforms.eval_transform(torch.from_numpy(batch).to(device), normalization)
-            with autocast():
-                logits = head(*model(batch, opt.layer))
-            found.append(logits.float().softmax(1).cpu().numpy())
-    return np.concatenate(found)
-
-
 def tune(opt, held, group, images, device):
     """Trains one of `held.groups` from its pre-trained encoder, going on from the run's last
     checkpoint where there is one; returns probabilities of the clips it holds out."""
@@ -192,8 +177,15 @@ def tune(opt, held, group, images, device):
                 tqdm.write(f"{unit}  {util.epoch_line(opt, epoch, means)}")
             if epoch % opt.save_freq == 0 or epoch == opt.epochs:
                 save_last(epoch, {})
-    return validate(opt, images, test, about["normalization"], model, head, mixed[0], device) \
-        if people else None
+    if not people:
+        return None
+    found = evaluation.validate(opt, images, test, about["normalization"], model, head, mixed[0],
+                                device)
+    held.look(path, model, head, images, test, found, device,
+              lambda _, c: head.classifier.weight[c])
+    return found
+
+
 
 
 def save(opt, held, path, about, unit, epoch, model, head, members, within=None, **states):
@@ -252,7 +244,7 @@ def evaluate(opt, argv, device):
         for person in people:
             members = clips.members([person])
             held.keep(path, person, members, found[members] if opt.freeze_encoder else found)
-    held.finish(decoding.blank(images, clips.encoding), protocol="loso")
+    held.finish(images, protocol="loso")
 
 
 @util.command_line

@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 
 import checkpoint
+import pictures
 from dataset import DATABASES
 from util import BadInput, read_log, write_json, write_text
 
 DRAWS = 10_000  # of the bootstrap, and of the random baseline
 MEASURES = ("uf1", "uar", "accuracy")
+MISTAKES = 12  # clips on mistakes.png
 COLUMNS = ("database", "subject", "key", "label", "prediction")
 
 
@@ -167,8 +169,9 @@ def open_results(folder, opt, about, sha256):
 def write_subject(folder, name, rows, **about):
     """Keeps one held-out subject's predictions: `<folder>/subjects/<name>.json`.
 
-    rows: dicts with COLUMNS and `probabilities`; about: `transductive`, and the `checkpoint` file
-    the encoder came from with its `sha256`.
+    rows: dicts with COLUMNS and `probabilities`; about: `transductive`, the `checkpoint` file the
+    encoder came from with its `sha256`, and `maps` of mistakes (key → [RGB, second view], each a
+    list of rows of 0..255, or None).
     """
     path = Path(folder) / "subjects" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -182,6 +185,48 @@ def read_subject(path):
         return kept, [{c: row[c] for c in (*COLUMNS, "probabilities")} for row in kept["rows"]]
     except (ValueError, KeyError, TypeError):
         raise BadInput(f"{path}: not a subject's predictions; remove it and run again") from None
+
+
+def most_wrong(labels, probabilities, most=MISTAKES):
+    """Positions of the most confidently wrong of predictions `[M, C]`, at most `most`: another
+    class than the true one `[M]` with the highest probability, the first of equal ones before.
+    Rows of NaN are no predictions."""
+    probabilities = np.asarray(probabilities, dtype=np.float64)
+    held_out = np.flatnonzero(~np.isnan(probabilities).any(1))
+    wrong = held_out[probabilities[held_out].argmax(1) != np.asarray(labels)[held_out]]
+    return wrong[np.argsort(-probabilities[wrong].max(1), kind="stable")][:most]
+
+
+def read_mistakes(folder):
+    """The most confidently wrong of all kept subjects: [(row, [map, map]), …], and how many
+    (mistakes, clips) there are.
+
+    A map is uint8 `[h, w]`, or None where none was kept. Raises BadInput.
+    """
+    found = []
+    for path in sorted((Path(folder) / "subjects").glob("*.json")):
+        about, rows = read_subject(path)
+        found += [(row, _maps(path, about, row["key"])) for row in rows]
+    found.sort(key=lambda pair: _order(pair[0]))
+    labels = np.array([row["label"] for row, _ in found])
+    probabilities = np.array([row["probabilities"] for row, _ in found])
+    wrong = int((probabilities.argmax(1) != labels).sum())
+    return [found[i] for i in most_wrong(labels, probabilities)], (wrong, len(found))
+
+
+def _maps(path, about, key):
+    try:
+        maps = (about.get("maps") or {}).get(key) or [None, None]
+        maps = [None if m is None else np.array(m, dtype=np.uint8) for m in maps]
+        assert len(maps) == 2 and all(m is None or m.ndim == 2 for m in maps)
+    except (ValueError, TypeError, AttributeError, OverflowError, AssertionError):
+        raise BadInput(f"{path}: its 'maps' cannot be read; remove it and run again") from None
+    return maps
+
+
+def _order(row):
+    """Rows sort by database, subject, key."""
+    return DATABASES.index(row["database"]), row["subject"], row["key"]
 
 
 def _write_rows(path, rows):
@@ -282,7 +327,7 @@ def write_results(folder, about, n_label, classes, blank_keys=()):
     folder = Path(folder)
     kept = [read_subject(path) for path in sorted((folder / "subjects").glob("*.json"))]
     rows = [row for _, rows in kept for row in rows]
-    rows.sort(key=lambda row: (DATABASES.index(row["database"]), row["subject"], row["key"]))
+    rows.sort(key=_order)
     known = {subject["transductive"] for subject, _ in kept}
     results = {**about, "transductive": True if True in known else None if None in known else False,
                "checkpoints": dict(sorted({(str(s["checkpoint"]), s["sha256"]) for s, _ in kept})),
@@ -290,8 +335,8 @@ def write_results(folder, about, n_label, classes, blank_keys=()):
     _write_rows(folder / "predictions.csv", rows)
     if len(results["per_database"]) > 1:
         write_megc_log(folder / "megc2019.log", rows)
-    draw_confusion(folder / "confusion.png", np.array(results["confusion"]), classes,
-                   "rendered stand-in data" if about.get("rendered") else "")
+    pictures.draw_confusion(folder / "confusion.png", np.array(results["confusion"]), classes,
+                            "rendered stand-in data" if about.get("rendered") else "")
     write_json(folder / "results.json", results)
     return results
 
@@ -319,28 +364,3 @@ def describe(results):
                      f"UF1 {results['without_blank_clips']['uf1']:.3f}, "
                      f"UAR {results['without_blank_clips']['uar']:.3f}")
     return "\n".join(lines)
-
-
-def draw_confusion(path, confusion, classes, title=""):
-    """The confusion matrix as a picture: counts, and shades of each row's share."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    side = 2.4 + 0.8 * len(classes)
-    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    for (row, column), count in np.ndenumerate(confusion):
-        axes.text(column, row, f"{count}\n{share[row, column]:.0%}", ha="center", va="center",
-                  color="white" if share[row, column] > 0.55 else "black")
-    support = confusion.sum(1)
-    axes.set_xticks(range(len(classes)), classes, rotation=30, ha="right")
-    axes.set_yticks(range(len(classes)), [f"{c} ({n})" for c, n in zip(classes, support)])
-    axes.set_title(title, fontsize="medium")
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true (clips)")
-    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
-    part = Path(path).with_name(f".{Path(path).name}.part")
-    figure.savefig(part, dpi=150, format="png")
-    part.replace(path)

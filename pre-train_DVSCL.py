@@ -22,6 +22,7 @@ import dataset
 import decoding
 import distributed
 import options
+import pictures
 import transforms
 import util
 from models import MODEL_NAMES, create_model
@@ -331,7 +332,10 @@ def pretrain(opt, argv, device, clips, images, digest, blank, without, out):
                 tqdm.write(util.epoch_line(opt, epoch, means))
             if distributed.first() and (epoch % opt.save_freq == 0 or epoch == opt.epochs):
                 checkpoint.save_epoch(folder, state(epoch, {}))
+    if distributed.first():
+        pictures.draw_curves(folder)
     print(f"checkpoint   {os.path.join(folder, 'last.pth')}\nlog          {log.path}\n"
+          f"curves       {os.path.join(folder, 'curves.png')}\n"
           f"TensorBoard  tensorboard --logdir {curves.parent}")
 
 

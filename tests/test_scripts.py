@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import checkpoint
 import dataset
 import decoding
+import evaluation
 import transforms
 import util
 from models import create_classifier, create_model
@@ -484,7 +485,6 @@ def test_subject_all_makes_one_model_for_prediction(drawn, quick, pretrained, tm
     assert {"classifier", "classes", "layer", "view"} <= state.keys()
     assert (state["classes"], state["layer"], state["view"]) == (["0", "1"], 6, "RGB_D")
     assert state["seen"]["clips"] == 12 and not (run / "results.json").exists()
-    module = script("fine-tune_DVSCL")
     model = create_model("resnet18v1")
     model.load_state_dict(state["model"])
     head = create_classifier("resnet18v1", 6, 2)
@@ -492,8 +492,8 @@ def test_subject_all_makes_one_model_for_prediction(drawn, quick, pretrained, tm
     clips = dataset.read_clips(drawn)
     images, _ = decoding.load_images(clips)
     opt, device = SimpleNamespace(batch_size=8, layer=6, amp=False), torch.device("cpu")
-    found = module.validate(opt, images, np.arange(12), state["normalization"], model, head,
-                            util.mixed_precision(opt, device)[0], device)
+    found = evaluation.validate(opt, images, np.arange(12), state["normalization"], model, head,
+                                util.mixed_precision(opt, device)[0], device)
     assert found.shape == (12, 2) and np.isfinite(found).all()
     tuned(drawn, quick, pretrained, tmp_path, *flags, "--resume", "auto")
     again = load(run / "last.pth")
