@@ -329,10 +329,56 @@ def _clip_set(clips, folder, second, luminance, encoding, lists):
     if labels and "classes" in encoding and len(encoding["classes"]) != n_label:
         raise BadInput(f"{lists / 'encoding.json'}: names {len(encoding['classes'])} classes, the "
                        f"lists hold {n_label}")
-    channels = 1
-    if not luminance and second not in ("depth", "gray"):
-        channels = 3 if decoding.open_image(folder / clips[0].second).mode.startswith("RGB") else 1
-    return ClipSet(clips, folder, second, luminance, (3, channels), encoding, n_label)
+    return ClipSet(clips, folder, second, luminance, _channels(folder, clips, second, luminance),
+                   encoding, n_label)
+
+
+def _channels(folder, clips, second, luminance):
+    """Channels of both views: 1 for a second view that is grey."""
+    if luminance or second in ("depth", "gray"):
+        return 3, 1
+    return 3, 3 if decoding.open_image(folder / clips[0].second).mode.startswith("RGB") else 1
+
+
+def read_list(path, data_folder, view="RGB_D", encoding=None, alone=False):
+    """The clips of one list `<folder>/v_rgb/<name>` and of the same name in the second view's
+    folder, in the order of the list: a ClipSet without subjects and classes.
+
+    alone: the second view may be missing; the luminance then stands in for it. Raises BadInput.
+    """
+    path, data_folder, second = Path(path), Path(data_folder), second_view(view)
+    if not data_folder.is_dir():
+        raise BadInput(f"{data_folder}: no such folder; --data_folder is where the images are")
+    if not path.is_file():
+        raise BadInput(f"{path}: no such list")
+    lists = path.resolve().parent.parent
+    partner = lists / f"v_{second}" / path.name
+    luminance = (view == "RGB_gray" and not partner.parent.is_dir()) \
+        or (alone and not partner.is_file())
+    if not luminance and not partner.is_file():
+        raise BadInput(f"{path}: the second view's list {partner} is missing; a list lies in a "
+                       f"folder v_rgb, its partner under the same name in v_{second} beside it")
+    views = [{name: (label, database, f"{file}:{number}")
+              for name, label, database, number in _rows(file)}
+             for file in ((path,) if luminance else (path, partner))]
+    try:
+        keys = [clip_keys(rows, ("rgb", "gray", "depth", second)) for rows in views]
+    except ValueError as error:
+        raise BadInput(f"{path}: {error}; remove one of the rows") from None
+    lacking = set(keys[0].values()) ^ set(keys[-1].values())
+    if lacking:
+        raise BadInput(f"{path}: {len(lacking)} clips are in the list of one view only: "
+                       f"{_first_ten(lacking)}; both views must hold the same clips")
+    paths = [_relative(data_folder, {name: row[2] for name, row in rows.items()})
+             for rows in views]
+    other = {key: paths[-1][name] for name, key in keys[-1].items()}
+    clips = [Clip(row[1], "", keys[0][name], row[0], paths[0][name], other[keys[0][name]])
+             for name, row in views[0].items()]
+    if not (lists / "encoding.json").exists():
+        encoding = encoding or "wrap"
+    return ClipSet(clips, data_folder, second, luminance,
+                   _channels(data_folder, clips, second, luminance),
+                   read_encoding(lists, encoding))
 
 
 def read_pairs(path, data_folder, view="RGB_D", encoding=None, min_intensity=None):

@@ -27,7 +27,7 @@ PANELS = (("contrastive loss", "nats", {"rgb_loss": ("RGB", BLUE), "depth_loss":
           ("learning rate", "", {"learning_rate": ("", GREEN)}))
 ORACLE = "oracle/"  # fields of the log that look at the held-out subjects
 PANEL, GAP, BLOCKS = 1.35, 0.06, 2  # mistakes.png: side and gap of a panel, inches; clips in a row
-TITLE = 0.62  # inches above a clip's panels, and for their heads
+TITLE, BELOW = 0.5, 0.2  # inches above a clip's panels, for its text and their heads, and below
 
 
 def save(figure, path):
@@ -155,7 +155,7 @@ def draw_mistakes(path, clips, images, mistakes, counts):
     rows = [(row, maps, place.get(((dataset.DATABASES.index(row["database"]), row["subject"]),
                                    row["key"]))) for row, maps in mistakes]
     rows = [found for found in rows if found[2] is not None]
-    width, height = 4 * PANEL + 3 * GAP, PANEL + TITLE + 0.1
+    width, height = 4 * PANEL + 3 * GAP, PANEL + TITLE + BELOW
     deep = -(-len(rows) // BLOCKS) or 1
     size = BLOCKS * width + (BLOCKS + 1) * 0.2, deep * height + 1.05
     figure = Figure(figsize=size)
@@ -209,10 +209,11 @@ def _describe(figure, size, left, above, row, clips):
     """Two lines: the clip, and what it was taken for."""
     several = len({clip.database for clip in clips.clips}) > 1
     person = f"{row['database']} {row['subject']}" if several else row["subject"]
-    true, taken = (shorten(clips.classes[row[name]], 26) for name in ("label", "prediction"))
-    _write(figure, size, left, above, shorten(row["key"], 78), 7.5)
-    _write(figure, size, left, above + 0.17, f"{shorten(person, 24)}: {true} → {taken} "
-           f"({max(row['probabilities']):.2f}; {true} {row['probabilities'][row['label']]:.2f})")
+    true, taken = (shorten(clips.classes[row[name]], 20) for name in ("label", "prediction"))
+    _write(figure, size, left, above, shorten(row["key"], 76), 7.5)
+    _write(figure, size, left, above + 0.16, f"{shorten(person, 20)}: {true} → {taken}  "
+           f"(p {max(row['probabilities']):.2f}, true {row['probabilities'][row['label']]:.2f})",
+           7.5)
 
 
 def _visible(images, encoding, channels):
@@ -231,7 +232,7 @@ def _visible(images, encoding, channels):
 def _overlay(axes, heat, shape):
     """A map (uint8 `[h, w]`; None: the head does not see the view) over the image of `shape`."""
     if heat is None or not heat.any():
-        text = "not seen" if heat is None else "nothing speaks for it"
+        text = "not seen" if heat is None else "nothing in its favour"
         axes.text(0.5, 0.5, text, fontsize=7, ha="center", va="center", transform=axes.transAxes,
                   bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1.5})
         return

@@ -73,7 +73,8 @@ def write(opt, settings, table, labelled, unlabelled, pairs, found, folder):
     (folder / "pairs.tsv").unlink(missing_ok=True)
     if unlabelled:
         write_table(folder / "pairs.tsv", PAIR_COLUMNS, pair_rows(opt, unlabelled, pairs), "\t")
-    encoding = {"difference": opt.difference, "depth_range_mm": opt.depth_range, "size": opt.size,
+    encoding = {"difference": opt.difference, "depth_range_mm": opt.depth_range,
+                "depth_scale": opt.depth_scale, "size": opt.size,
                 "crop": {"by": opt.crop[0], "margin": opt.margin, "roll": opt.roll},
                 "registration": opt.register}
     if table.classes:
