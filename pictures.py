@@ -123,13 +123,15 @@ def _series(lines, name):
 
 def _draw_curve(axes, series, label, colour):
     """One line, or faint ones of each training and their mean over those that got so far."""
-    style = {"color": colour, "marker": "o" if max(map(len, series.values())) < 2 else None}
+    style = {"color": colour, "linestyle": "--" if colour == ORANGE else "-",
+             "marker": "o" if max(map(len, series.values())) < 2 else None}
     if len(series) == 1:
         (values,) = series.values()
         axes.plot(list(values), list(values.values()), label=label or None, **style)
         return
     for values in series.values():
-        axes.plot(list(values), list(values.values()), alpha=0.25, linewidth=0.8, **style)
+        axes.plot(list(values), list(values.values()), linewidth=0.8,
+                  **style | {"alpha": 0.25 if len(series) < 20 else 0.08})
     epochs = sorted({epoch for values in series.values() for epoch in values})
     means = [np.mean([v[epoch] for v in series.values() if epoch in v]) for epoch in epochs]
     axes.plot(epochs, means, linewidth=2, label=f"{label} mean of {len(series)}".strip(), **style)
@@ -200,9 +202,9 @@ def _axes(figure, size, left, above, width=PANEL, height=PANEL):
 def _explain(figure, size):
     _write(figure, size, 0.2, 0.42, "looked at: Grad-CAM of the predicted class, each map in "
            "shares of its own maximum:  0")
-    axes = _axes(figure, size, 5.85, 0.43, 1.0, 0.12)
+    axes = _axes(figure, size, 5.25, 0.43, 1.0, 0.12)
     axes.imshow(np.linspace(0, 1, 64)[None], cmap="viridis", aspect="auto")
-    _write(figure, size, 6.92, 0.42, "1")
+    _write(figure, size, 6.32, 0.42, "1")
 
 
 def _describe(figure, size, left, above, row, clips):
