@@ -180,7 +180,8 @@ def draw_mistakes(path, clips, images, mistakes, counts):
                 axes.set_title(f"{name}, looked at" if k else f"{name} change", fontsize=7, pad=2)
                 axes.imshow(image.mean(-1, keepdims=True).repeat(3, -1) if k else image)
                 if k:
-                    _overlay(axes, heat, image.shape)
+                    lack = "not seen" if any(m is not None for m in maps) else "no map kept"
+                    _overlay(axes, heat, image.shape, lack)
     save(figure, path)
 
 
@@ -231,10 +232,10 @@ def _visible(images, encoding, channels):
     return shown if shown.shape[-1] == 3 else shown.repeat(3, -1)
 
 
-def _overlay(axes, heat, shape):
-    """A map (uint8 `[h, w]`; None: the head does not see the view) over the image of `shape`."""
+def _overlay(axes, heat, shape, lack):
+    """A map (uint8 `[h, w]`; None: there is none, and `lack` says why) over an image of `shape`."""
     if heat is None or not heat.any():
-        text = "not seen" if heat is None else "nothing in its favour"
+        text = lack if heat is None else "nothing in its favour"
         axes.text(0.5, 0.5, text, fontsize=7, ha="center", va="center", transform=axes.transAxes,
                   bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1.5})
         return

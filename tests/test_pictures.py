@@ -300,6 +300,10 @@ def test_mistakes_with_long_names_are_told_in_full_and_not_cut_off(drawn_figure,
         half = figure.bbox.width / 2
         assert box.x1 < half or box.x0 > half  # not into the clip beside it
     assert ("not seen" in found) == (n > 0)
+    clips, images, rows, counts = mistakes_of(n, LONG, [None, None])  # kept by an earlier version
+    found = texts(drawn_figure(pictures.draw_mistakes, tmp_path / "x.png", clips, images, rows,
+                               counts))
+    assert ("no map kept" in found) == (n > 0) and "not seen" not in found
 
 
 @pytest.mark.parametrize("encoding, level, grey", [("signed", 128, 0.5), ("wrap", 0, 0.5),
