@@ -5,6 +5,8 @@
 
 Each image is encoded once per augmented view; the heads of all folds are then trained together
 for a fixed number of epochs, and each clip is predicted by the head that never saw its subject.
+How well
+the same features tell the subject, and find the other view of a clip, is printed beside it.
 Writes results.json, predictions.csv, confusion.png, mistakes.png and curves.png. Expect about a
 minute for the 943 clips of CAS(ME)^3 on two CPU cores.
 """
@@ -13,6 +15,7 @@ import distributed
 import evaluation
 import options
 import probing
+import shortcuts
 import util
 
 
@@ -29,9 +32,16 @@ def parse_option(argv):
                         type=options.number(int, 1, len(probing.VIEWS)),
                         help="augmented views of a training image: 1 plain, 2 and mirrored, up "
                              f"to {len(probing.VIEWS)}: and the four corner crops")
+    method.add_argument("--select", choices=("fixed", "inner"), default="fixed",
+                        help="inner: epochs and learning rate chosen for each held-out fold by "
+                             "inner folds of its training subjects; fixed: as given")
+    method.add_argument("--select_rates", nargs="+", metavar="RATE",
+                        type=options.number(float, 0, low_open=True), default=[0.03, 0.1, 0.3],
+                        help="learning rates that --select inner chooses from")
     options.add_optimisation_options(parser, 256, 0.1, [10, 20, 30, 40, 50, 60, 70], 0.2, 80,
                                   "initial learning rate; 30 to 50 for layer 6 of a ResNet")
     options.add_running_options(parser)
+    evaluation.add_result_options(parser)
     options.add_output_options(parser, "--save_path", "folder for the runs' results", 20)
     opt = parser.parse_args(argv)
     evaluation.check_layer(parser, opt)
@@ -51,19 +61,24 @@ def set_loader(opt):
     return clips, images, digest, names, fold_of
 
 
-def evaluate(opt, argv, device):
-    """Everything after the options: trains the heads that are left to do, writes the results."""
-    clips, images, digest, names, fold_of = set_loader(opt)
+def evaluate(opt, argv, device, data):
+    """Trains the heads that are left to do, writes the results: (run folder, results or None)."""
+    clips, images, digest, names, fold_of = data
+    inner = opt.select == "inner"
     held = evaluation.HeldOut("probe", opt, argv, __file__, clips, digest,
-                              [opt.protocol, opt.encoder], together=True)
+                              [opt.protocol, opt.encoder, *["inner"] * inner], together=True)
     for group in held.groups:
         path, people, _ = group
-        _, probabilities = evaluation.train_frozen(opt, held, group, images, names, fold_of, device,
-                                                   views=opt.n_views_train)
+        found = evaluation.train_frozen(opt, held, group, images, names, fold_of, device,
+                                        views=opt.n_views_train,
+                                        rates=opt.select_rates if inner else None)
         for person in people:
             members = clips.members([person])
-            held.keep(path, person, members, probabilities[members])
-    held.finish(images, protocol=opt.protocol)
+            held.keep(path, person, members, found.probabilities[members], **found.notes(members))
+        if path == opt.model_path and distributed.first():
+            util.write_json(held.folder / "shortcuts.json", shortcuts.measure(
+                opt, clips, images, found, held.seen[path]["normalization"]))
+    return held.folder, held.finish(images, protocol=opt.protocol)
 
 
 @util.command_line
@@ -71,7 +86,8 @@ def main(argv=None):
     opt = parse_option(argv)
     device = distributed.local_device(util.pick_device(opt.device))
     with distributed.group(device):
-        evaluate(opt, argv, device)
+        data = set_loader(opt)
+        evaluation.over_seeds(opt, lambda one: evaluate(one, argv, device, data))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from util import BadInput, RunFailed, Stopped, handled
 # Where a run's files lie and how it is watched may change when it is resumed.
 FREE_TO_CHANGE = {"data_folder", "list_folder", "model_path", "save_path", "tb_path", "cache",
                   "pairs", "num_workers", "device", "print_freq", "save_freq", "save_minutes",
-                  "resume", "subject"}
+                  "resume", "subject", "seeds", "oracle_curve"}
 
 
 def save(path, state):

@@ -2,8 +2,12 @@
 
 What linear probing and fine-tuning share.
 """
+import argparse
 import hashlib
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,10 +22,13 @@ import metrics
 import options
 import pictures
 import probing
+import shortcuts
 import transforms
 import util
 from models import MODEL_NAMES, create_classifier, create_model, default_layer, n_layers
 from util import BadInput
+
+INNER_FOLDS = 5  # groups of training subjects that choose epochs and learning rate
 
 
 def add_head_options(parser, stage):
@@ -34,8 +41,8 @@ def add_head_options(parser, stage):
                       help="the database in the lists to evaluate; all: every one of them")
     model.add_argument("--model_path", required=True, metavar="FILE",
                        help=f"checkpoint of pre-train_DVSCL.py to {stage}; a {{subject}} or "
-                            f"{{fold}} in it is replaced by the one held out; random: an "
-                            f"untrained encoder")
+                            f"{{fold}} in it is replaced by the one held out, a {{seed}} by "
+                            f"the seed; random: an untrained encoder")
     model.add_argument("--model", choices=MODEL_NAMES, default="alexnet", metavar="NAME",
                        help="its encoder: " + ", ".join(MODEL_NAMES))
     model.add_argument("--layer", type=options.positive_int,
@@ -43,6 +50,17 @@ def add_head_options(parser, stage):
     model.add_argument("--encoder", choices=("both", "rgb", "depth"), default="both",
                        help="view whose features the head sees")
     return data, model
+
+
+def add_result_options(parser):
+    """Adds what else is measured: several seeds, and the curve that nobody may choose by."""
+    group = parser.add_argument_group("results")
+    group.add_argument("--seeds", nargs="+", type=options.number(int, 0, 2 ** 62), metavar="N",
+                       help="run each of these seeds and report mean and standard deviation "
+                            "[--seed alone]")
+    group.add_argument("--oracle_curve", action="store_true",
+                       help="TensorBoard also shows, under oracle/, the pooled figures of the "
+                            "held-out subjects per epoch; picking by them is cheating")
 
 
 def check_layer(parser, opt):
@@ -239,8 +257,8 @@ class HeldOut:
             model, head, images, members, self.clips.labels[members], probabilities,
             self.seen[path]["normalization"], self.opt.layer, device, weights_of)
 
-    def keep(self, path, person, members, probabilities):
-        """Keeps a person's predictions: probabilities `[len(members), C]`."""
+    def keep(self, path, person, members, probabilities, **notes):
+        """Keeps a person's predictions, probabilities `[len(members), C]`, and `notes` on them."""
         if not np.isfinite(probabilities).all():
             raise util.RunFailed(f"the predictions for {dataset.person_name(person, self.clips)} "
                                  f"are not finite; lower --learning_rate")
@@ -251,7 +269,8 @@ class HeldOut:
             self.folder, dataset.person_name(person, self.clips),
             metrics.rows_of(self.clips, members, probabilities), transductive=transductive,
             checkpoint=None if path == "random" else path, sha256=self.sha256[path],
-            maps={self.clips.clips[i].key: self.maps[i] for i in members if i in self.maps})
+            maps={self.clips.clips[i].key: self.maps[i] for i in members if i in self.maps},
+            **notes)
 
     def finish(self, images, **about):
         """Merges everything finished into the result files and pictures, and prints figures and
@@ -269,24 +288,67 @@ class HeldOut:
         keys = {(dataset.DATABASES[c.database], c.subject, c.key)
                 for c, is_blank in zip(clips.clips, blank) if is_blank}
         about["rendered"] = bool(clips.encoding.get("rendered"))
+        rows = [row for _, rows in metrics.read_subjects(self.folder).values() for row in rows]
+        about["shortcuts"] = {"head_motion": shortcuts.head_motion(clips, rows, clips.folder)}
+        known = self.folder / "shortcuts.json"
+        if known.exists():
+            about["shortcuts"] |= json.loads(known.read_text())
         results = metrics.write_results(self.folder, {**self.header, **about}, clips.n_label,
                                         clips.classes, keys)
+        if self.opt.oracle_curve and "oracle_best_epoch" in results:
+            each = metrics.epochs_of(self.folder, clips.n_label)
+            util.Log(self.folder, self.curves, None).curves(
+                {f"oracle/{name}": [of[name] for of in each] for name in metrics.MEASURES})
         pictures.draw_mistakes(self.folder / "mistakes.png", clips, images,
                                *metrics.read_mistakes(self.folder))
-        print(metrics.describe(results))
+        print("\n".join([metrics.describe(results),
+                         *shortcuts.describe(results["shortcuts"], clips.classes)]))
         for what, place in (("results", "results.json"), ("predictions", "predictions.csv"),
                             ("confusion", "confusion.png"), ("mistakes", "mistakes.png"),
                             ("curves", "curves.png"), ("log", "log.jsonl"),
                             *[("MEGC2019", "megc2019.log")] * (len(results["per_database"]) > 1)):
             print(f"{what:12s} {self.folder / place}")
         print(f"TensorBoard  tensorboard --logdir {self.curves.parent}")
+        return results
 
 
-def train_frozen(opt, held, group, images, names, fold_of, device, loss="crossentropy", views=2):
+def over_seeds(opt, run):
+    """Calls `run(opt)`, which returns (run folder, results or None), for every one of --seeds, and
+    writes and prints mean and standard deviation over them."""
+    found = []
+    for seed in opt.seeds or [opt.seed]:
+        path = opt.model_path.replace("{seed}", str(seed))
+        found.append(run(argparse.Namespace(**{**vars(opt), "seed": seed, "model_path": path})))
+    results = [results for _, results in found if results]
+    if not opt.seeds or not results:
+        return
+    figures = metrics.over_seeds(results)
+    head, _, tail = found[0][0].name.rpartition(f"_seed_{opt.seeds[0]}")
+    path = found[0][0].with_name(f"{head}_seeds_{'_'.join(map(str, opt.seeds))}{tail}.json")
+    util.write_json(path, {"seeds": opt.seeds, "runs": [folder.name for folder, _ in found],
+                           **{name: {"mean": mean, "std": deviation}
+                              for name, (mean, deviation) in figures.items()}})
+    print(f"over seeds {' '.join(map(str, opt.seeds))}: " + ", ".join(
+        f"{name} {mean:.3f} ± {deviation:.3f}" for name, (mean, deviation) in figures.items())
+        + f"\nseeds        {path}")
+
+
+class Frozen(NamedTuple):
+    """Heads trained on a frozen encoder, and what they were trained on."""
+    heads: probing.FoldHeads
+    probabilities: np.ndarray  # [N, C], NaN where none of these heads holds the clip out
+    notes: Callable  # members → what the results say of the held-out clips besides
+    model: torch.nn.Module
+    features: torch.Tensor  # [V, N, D]
+    positions: int
+
+
+def train_frozen(opt, held, group, images, names, fold_of, device, loss="crossentropy", views=2,
+                 rates=None):
     """Encodes every clip with one checkpoint and trains the heads of one of `held.groups`.
 
-    names `[F]`, fold_of `[N]`: the folds. Returns (heads, probabilities `[N, C]`, NaN where none
-    of these heads holds the clip out).
+    names `[F]`, fold_of `[N]`: the folds; rates: of which inner folds choose one, and the number of
+    epochs (probing.InnerFolds). Returns a Frozen.
     """
     path, people, unit = group
     clips, (model, about) = held.clips, held.encoder(path)
@@ -298,11 +360,21 @@ def train_frozen(opt, held, group, images, names, fold_of, device, loss="crossen
         features, positions = probing.encode(
             model, pooling.to(device), images, about["normalization"], opt.layer, device,
             util.mixed_precision(opt, device)[0], views)
-    heads = probing.FoldHeads([[*names, "all"][f] for f in held_out], features.shape[-1],
-                              clips.n_label, opt.seed, device)
+    chosen, inner = [[*names, "all"][f] for f in held_out], None
+    if rates:
+        _, inner_groups = dataset.ten_folds(clips, INNER_FOLDS)
+        inner = probing.InnerFolds(chosen, clips.labels, clips.n_label, fold_of, held_out,
+                                   inner_groups, rates)
+    heads = probing.FoldHeads(inner.names if inner else chosen, features.shape[-1], clips.n_label,
+                              opt.seed, device)
+    # what each epoch's heads say of the clips they hold out, to know what picking one would add
+    history = torch.full((opt.epochs, len(clips)), -1, dtype=torch.int16)
     state = held.state(unit)
     if state:
         heads.load_state_dict(state["model"])
+        history = state["history"]
+        if inner:
+            inner.state = state["inner"]
     start = state["epoch"] if state else 0
     bar = tqdm(total=opt.epochs - start, desc="heads", disable=None)
 
@@ -311,10 +383,18 @@ def train_frozen(opt, held, group, images, names, fold_of, device, loss="crossen
             checkpoint.save(held.last, {
                 "opt": vars(opt), "epoch": epoch, "unit": unit, "model": heads.state_dict(),
                 "normalization": about["normalization"], "encoding": clips.encoding,
-                "data_digest": held.header["data_digest"],
+                "data_digest": held.header["data_digest"], "history": history,
+                "inner": inner.state if inner else None,
                 "encoder_sha256": held.sha256[path]})
 
-        means["learning_rate"] = util.learning_rate(opt, epoch)
+        if inner:
+            inner.look(epoch, heads, features)
+        elif people:
+            said = probing.predict(heads, features, fold_of, held_out)
+            history[epoch - 1] = torch.from_numpy(np.where(np.isnan(said[:, 0]), -1,
+                                                           said.argmax(1)))
+        if not inner:
+            means["learning_rate"] = util.learning_rate(opt, epoch)
         held.log.epoch(epoch, means, unit)
         bar.update()
         if epoch % opt.print_freq == 0 or epoch == opt.epochs:
@@ -324,13 +404,21 @@ def train_frozen(opt, held, group, images, names, fold_of, device, loss="crossen
         keeper.step(save)
 
     with checkpoint.Keeper(opt.save_minutes) as keeper:
-        probing.train_heads(heads, features, positions, clips.labels, fold_of, held_out, opt, loss,
-                            start, on_epoch)
+        probing.train_heads(heads, features, positions, clips.labels, fold_of,
+                            inner.held_out if inner else held_out, opt, loss, start, on_epoch,
+                            inner)
     bar.close()
+    if inner:
+        heads.weight, heads.bias = (inner.state[name].to(device) for name in ("weight", "bias"))
     probabilities = probing.predict(heads, features, fold_of, held_out)
     held.look(path, model, pooling, images, np.arange(len(clips)), probabilities, device,
               lambda i, c: heads.weight[held_out.index(fold_of[i]), c])
-    return heads, probabilities
+
+    def notes(members):
+        if inner:
+            return {"choice": inner.chosen(fold_of[members[0]])}
+        return {"history": history[:, members].t().tolist()}
+    return Frozen(heads, probabilities, notes, model, features, positions)
 
 
 def validate(opt, images, members, normalization, model, head, autocast, device):

@@ -48,6 +48,7 @@ def parse_option(argv):
     options.add_optimisation_options(parser, 128, 0.1, [10, 20], 0.1, 30,
                                   "initial learning rate of the head")
     options.add_running_options(parser)
+    evaluation.add_result_options(parser)
     options.add_output_options(parser, "--save_path", "folder for the runs' results", 10)
     opt = parser.parse_args(argv)
     evaluation.check_layer(parser, opt)
@@ -138,7 +139,7 @@ def train(epoch, opt, clips, images, members, normalization, model, head, optimi
 
 def tune(opt, held, group, images, device):
     """Trains one of `held.groups` from its pre-trained encoder, going on from the run's last
-    checkpoint where there is one; returns probabilities of the clips it holds out."""
+    checkpoint where there is one; returns probabilities of the clips it holds out, and notes."""
     path, people, unit = group
     clips, mixed = held.clips, util.mixed_precision(opt, device)
     model, head, about = set_model(opt, held, path, unit, device)
@@ -152,16 +153,17 @@ def tune(opt, held, group, images, device):
     print(f"{unit}: learning rate of the head {opt.learning_rate:g} x {scale:.3g}, of the encoder "
           f"{opt.encoder_lr:g}")
     optimizer, start, within = set_optimizer(opt, model, head, scale), 0, {}
-    state = held.state(unit)
+    history, state = [], held.state(unit)  # predictions of the held-out clips, per epoch
     if state:
         model.load_state_dict(state["model"])
         head.load_state_dict(state["classifier"])
         optimizer.load_state_dict(state["optimizer"])
         mixed[1].load_state_dict(state["scaler"])
         start, within = state["epoch"], state.get("within") or {}
+        history = state.get("history") or []
 
     def save_last(epoch, within):
-        save(opt, held, path, about, unit, epoch, model, head, members, within,
+        save(opt, held, path, about, unit, epoch, model, head, members, within, history=history,
              optimizer=optimizer.state_dict(), scaler=mixed[1].state_dict())
 
     with checkpoint.Keeper(opt.save_minutes) as keeper:
@@ -173,17 +175,21 @@ def tune(opt, held, group, images, device):
                           keeper.step(lambda: save_last(done, within)))
             within, means["learning_rate"] = {}, util.learning_rate(opt, epoch)
             held.log.epoch(epoch, means, unit)
+            if people:
+                found = evaluation.validate(opt, images, test, about["normalization"], model, head,
+                                            mixed[0], device)
+                history.append(found.argmax(1).tolist())
             if epoch % opt.print_freq == 0 or epoch == opt.epochs:
                 tqdm.write(f"{unit}  {util.epoch_line(opt, epoch, means)}")
             if epoch % opt.save_freq == 0 or epoch == opt.epochs:
                 save_last(epoch, {})
     if not people:
-        return None
+        return None, {}
     found = evaluation.validate(opt, images, test, about["normalization"], model, head, mixed[0],
                                 device)
     held.look(path, model, head, images, test, found, device,
               lambda _, c: head.classifier.weight[c])
-    return found
+    return found, {"history": np.array(history).T.tolist()}
 
 
 
@@ -207,27 +213,27 @@ def save(opt, held, path, about, unit, epoch, model, head, members, within=None,
 
 
 def tune_frozen(opt, held, group, images, device):
-    """The heads of one of `held.groups` on the encoder as it is; returns probabilities `[N, C]`."""
+    """The heads of one of `held.groups` on the encoder as it is: a Frozen, or None where the one
+    of --subject all is finished."""
     clips, (path, people, unit) = held.clips, group
     state = held.state(unit)
     if state and "classifier" in state:
         print(f"{held.last}: finished")
         return None
     names, fold_of = dataset.subject_folds(clips)
-    heads, probabilities = evaluation.train_frozen(opt, held, group, images, names, fold_of, device,
-                                                opt.loss)
+    found = evaluation.train_frozen(opt, held, group, images, names, fold_of, device, opt.loss)
     if not people:
         model, about = held.encoder(path)
         head = create_classifier(opt.model, opt.layer, clips.n_label, clips.channels, opt.encoder)
-        head.classifier.load_state_dict({"weight": heads.weight[0].detach(),
-                                         "bias": heads.bias[0].detach()})
+        head.classifier.load_state_dict({"weight": found.heads.weight[0].detach(),
+                                         "bias": found.heads.bias[0].detach()})
         save(opt, held, path, about, unit, opt.epochs, model, head, np.arange(len(clips)))
-    return probabilities
+    return found
 
 
-def evaluate(opt, argv, device):
-    """Everything after the options: trains what is left to do and writes the results."""
-    clips, images, digest = set_loader(opt)
+def evaluate(opt, argv, device, data):
+    """Trains what is left to do and writes the results: (run folder, results or None)."""
+    clips, images, digest = data
     parts = [opt.encoder, opt.loss, *["frozen"] * opt.freeze_encoder,
              *["oversample"] * opt.oversample, *["bn"] * opt.train_bn,
              *["all"] * (opt.subject == ["all"])]
@@ -240,11 +246,13 @@ def evaluate(opt, argv, device):
         if opt.freeze_encoder:
             found = tune_frozen(opt, held, group, images, device)
         else:
-            found = tune(opt, held, group, images, device)
+            probabilities, notes = tune(opt, held, group, images, device)
         for person in people:
             members = clips.members([person])
-            held.keep(path, person, members, found[members] if opt.freeze_encoder else found)
-    held.finish(images, protocol="loso")
+            if opt.freeze_encoder:
+                probabilities, notes = found.probabilities[members], found.notes(members)
+            held.keep(path, person, members, probabilities, **notes)
+    return held.folder, held.finish(images, protocol="loso")
 
 
 @util.command_line
@@ -252,7 +260,8 @@ def main(argv=None):
     opt = parse_option(argv)
     device = distributed.local_device(util.pick_device(opt.device))
     with distributed.group(device):
-        evaluate(opt, argv, device)
+        data = set_loader(opt)
+        evaluation.over_seeds(opt, lambda one: evaluate(one, argv, device, data))
 
 
 if __name__ == "__main__":

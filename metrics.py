@@ -229,6 +229,12 @@ def _order(row):
     return DATABASES.index(row["database"]), row["subject"], row["key"]
 
 
+def read_subjects(folder):
+    """`read_subject` of everyone kept in a run folder, by name."""
+    return {path.stem: read_subject(path)
+            for path in sorted((Path(folder) / "subjects").glob("*.json"))}
+
+
 def _write_rows(path, rows):
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -317,6 +323,49 @@ def summarise(rows, n_label, blank_keys=()):
     return found
 
 
+def _histories(kept):
+    """[(labels `[n]`, predictions per epoch `[n, E]`) of each kept subject]; empty unless all have
+    the same number of epochs."""
+    found = [(np.array([row["label"] for row in rows]), np.array(about.get("history") or [[]]))
+             for about, rows in kept]
+    lengths = {history.shape[-1] for _, history in found}
+    return found if len(lengths) == 1 and 0 not in lengths else []
+
+
+def oracle_best_epoch(kept, n_label):
+    """What picking the epoch on the held-out subjects would give, which is no result.
+
+    kept: what `read_subject` returns, by name. `per_subject`: each subject at the epoch with most
+    correct clips, `common`: all at the epoch of the highest pooled UF1; the earliest on ties.
+    None where not every subject was followed over the same epochs.
+    """
+    found = _histories(kept.values())
+    if not found:
+        return None
+    labels = np.concatenate([own for own, _ in found])
+    best = [int((history == own[:, None]).sum(0).argmax()) for own, history in found]
+    picked = np.concatenate([history[:, e] for (_, history), e in zip(found, best)])
+    each = _per_epoch(found, n_label)
+    common = int(np.argmax([figures["uf1"] for figures in each]))
+
+    def figures(of):
+        return {name: of[name] for name in MEASURES}
+    return {"per_subject": {**figures(evaluate(labels, picked, n_label)),
+                            "epochs": {name: e + 1 for name, e in zip(kept, best)}},
+            "common": {**figures(each[common]), "epoch": common + 1}}
+
+
+def _per_epoch(found, n_label):
+    labels = np.concatenate([own for own, _ in found])
+    said = np.concatenate([history for _, history in found])
+    return [evaluate(labels, predictions, n_label) for predictions in said.T]
+
+
+def epochs_of(folder, n_label):
+    """`evaluate` of the pooled held-out predictions after each epoch."""
+    return _per_epoch(_histories(read_subjects(folder).values()), n_label)
+
+
 def write_results(folder, about, n_label, classes, blank_keys=()):
     """Merges the finished subjects into results.json, predictions.csv and confusion.png, and for
     several databases megc2019.log.
@@ -325,13 +374,18 @@ def write_results(folder, about, n_label, classes, blank_keys=()):
     Returns the content of results.json.
     """
     folder = Path(folder)
-    kept = [read_subject(path) for path in sorted((folder / "subjects").glob("*.json"))]
+    named = read_subjects(folder)
+    kept = list(named.values())
     rows = [row for _, rows in kept for row in rows]
     rows.sort(key=_order)
     known = {subject["transductive"] for subject, _ in kept}
     results = {**about, "transductive": True if True in known else None if None in known else False,
                "checkpoints": dict(sorted({(str(s["checkpoint"]), s["sha256"]) for s, _ in kept})),
                **summarise(rows, n_label, blank_keys), "classes": classes}
+    choices = {name: about["choice"] for name, (about, _) in named.items() if "choice" in about}
+    oracle = oracle_best_epoch(named, n_label)
+    results |= {name: value for name, value in (("choices", choices), ("oracle_best_epoch", oracle))
+                if value}
     _write_rows(folder / "predictions.csv", rows)
     if len(results["per_database"]) > 1:
         write_megc_log(folder / "megc2019.log", rows)
@@ -363,4 +417,15 @@ def describe(results):
         lines.append(f"without the {blank} blank clips: "
                      f"UF1 {results['without_blank_clips']['uf1']:.3f}, "
                      f"UAR {results['without_blank_clips']['uar']:.3f}")
+    if "choices" in results:
+        chosen = list(results["choices"].values())
+        lines.append("chosen by inner folds: epochs " + ", ".join(
+            f"{low:g} to {high:g}" if low != high else f"{low:g}" for low, high in
+            [(min(c[n] for c in chosen), max(c[n] for c in chosen))
+             for n in ("epochs", "learning_rate")]).replace(", ", ", learning rate "))
+    if "oracle_best_epoch" in results:
+        oracle = results["oracle_best_epoch"]
+        lines.append(f"oracle_best_epoch (picked on the held-out subjects, no result): UF1 "
+                     f"{oracle['per_subject']['uf1']:.3f} each subject at its best epoch, "
+                     f"{oracle['common']['uf1']:.3f} all at epoch {oracle['common']['epoch']}")
     return "\n".join(lines)

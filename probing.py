@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import decoding
+import metrics
 import transforms
 import util
 
@@ -78,9 +79,9 @@ class FoldHeads:
     """
 
     def __init__(self, names, dim, n_label, seed, device):
-        drawn = [0.01 * torch.randn(n_label, dim, generator=util.generator(
-            seed, zlib.crc32(name.encode()))) for name in names]
-        self.weight = torch.stack(drawn).to(device).requires_grad_()  # [F, C, D]
+        drawn = {name: 0.01 * torch.randn(n_label, dim, generator=util.generator(
+            seed, zlib.crc32(name.encode()))) for name in dict.fromkeys(names)}
+        self.weight = torch.stack([drawn[n] for n in names]).to(device).requires_grad_()  # [F,C,D]
         self.bias = torch.zeros(len(names), n_label, device=device).requires_grad_()  # [F, C]
         self.moments = [torch.zeros_like(p) for p in (self.weight, self.bias)]
 
@@ -129,17 +130,22 @@ def rate_scale(lengths, positions):
 
 
 def train_heads(heads, features, positions, labels, fold_of, held_out, opt, loss="crossentropy",
-                start=0, on_epoch=None):
+                start=0, on_epoch=None, inner=None):
     """Trains `heads` on features `[V, N, D]` for epochs start+1 .. opt.epochs.
 
     positions: of the map the features are flattened from (`rate_scale`); labels: int64 `[N]`;
     fold_of: fold of each clip `[N]`; held_out: the fold each head must not see, `[F]`.
     `on_epoch(epoch, means)` is called after every epoch with the mean `train_loss` and
-    `train_accuracy` over clips and folds. Raises util.RunFailed if a loss is not finite.
+    `train_accuracy` over clips and folds. inner: an InnerFolds, whose heads these are. Raises
+    util.RunFailed if a loss is not finite.
     """
     device, n_label = features.device, heads.bias.shape[1]
     held = torch.as_tensor(np.asarray(held_out))
     training = torch.as_tensor(fold_of)[:, None] != held  # [N, F]
+    rates = torch.full((len(held),), opt.learning_rate, device=device)
+    if inner:
+        training &= torch.from_numpy(inner.allowed)
+        rates = torch.tensor(inner.rates, device=device)
     weights = None
     if loss == "balanced":
         weights = torch.stack([class_weights(labels[keep.numpy()], n_label)
@@ -165,8 +171,8 @@ def train_heads(heads, features, positions, labels, fold_of, held_out, opt, loss
                 raise util.RunFailed(f"the loss is not finite in epoch {epoch}, step {step}; the "
                                      f"last checkpoint is kept; lower --learning_rate, now "
                                      f"{opt.learning_rate:g}")
-            heads.step(total, count > 0, util.learning_rate(opt, epoch) * scale, opt.momentum,
-                       opt.weight_decay)
+            heads.step(total, count > 0, util.learning_rate(opt, epoch, rates) * scale,
+                       opt.momentum, opt.weight_decay)
             seen = int(mask.sum())
             if seen:
                 hits = ((logits.argmax(-1) == target) & mask).sum() / seen
@@ -189,3 +195,68 @@ def predict(heads, features, fold_of, held_out):
                                  heads.weight[position].t())
             found[members] = logits.softmax(-1).cpu().numpy()
     return found
+
+
+class InnerFolds:
+    """Choice of epochs and learning rate for each held-out fold by inner folds over the clips it
+    trains on (nested cross-validation; Cawley and Talbot, JMLR 2010).
+
+    Every outer fold has, for each rate, one head that trains on all its clips and one per inner
+    group that leaves this group out as well. The inner heads' predictions for the groups they left
+    out, pooled, give a UF1 per epoch and rate; the highest one (the earliest epoch, then the first
+    rate, where several are equal) decides which state of the outer head predicts the held-out
+    clips: `state` keeps its weights. The labels of the held-out clips never enter.
+
+    held_out: the outer folds `[F]`; groups: inner group of each clip `[N]`; rates: `[R]`. `names`,
+    `held_out`, `rates` `[H]` and `allowed` `[N, H]` describe the H = F (1 + J) R heads.
+    """
+
+    def __init__(self, names, labels, n_label, fold_of, held_out, groups, rates):
+        self.outer, self.fold_of, self.groups = list(held_out), fold_of, groups
+        self.labels, self.n_label, self.choices = labels, n_label, list(rates)
+        self.shape = len(self.outer), 1 + int(groups.max()) + 1, len(self.choices)
+        fold, group, rate = (a.ravel() for a in np.indices(self.shape))
+        self.names = [names[i] for i in fold]
+        self.held_out = np.array(self.outer)[fold]
+        self.rates = np.array(self.choices, np.float32)[rate].tolist()
+        self.allowed = groups[:, None] != group - 1  # the first of 1 + J leaves no group out
+        if not (self.allowed & (fold_of[:, None] != self.held_out)).any(0).all():
+            raise util.BadInput("--select inner: too few subjects; it takes three, or "
+                                "--select fixed")
+        n_folds = len(self.outer)
+        self.state = {"uf1": torch.full((n_folds,), -1.0, dtype=torch.float64),
+                      "epoch": torch.zeros(n_folds, dtype=torch.long),
+                      "rate": torch.zeros(n_folds, dtype=torch.long)}
+
+    @torch.no_grad()
+    def look(self, epoch, heads, features):
+        """After an epoch: keeps the outer heads of the folds whose inner UF1 has risen."""
+        plain, (n_folds, parts, n_rates) = features[0], self.shape
+        for name, value in (("weight", heads.weight), ("bias", heads.bias)):
+            self.state.setdefault(name, value.new_zeros(n_folds, *value.shape[1:]))
+        weight = heads.weight.view(*self.shape, *heads.weight.shape[1:])  # [F, 1+J, R, C, D]
+        bias = heads.bias.view(*self.shape, -1)
+        predicted = np.empty((len(plain), n_folds, n_rates), np.int64)
+        for part in range(1, parts):
+            rows = np.flatnonzero(self.groups == part - 1)
+            logits = torch.addmm(bias[:, part].reshape(-1), plain[rows],
+                                 weight[:, part].reshape(-1, plain.shape[1]).t())
+            predicted[rows] = logits.view(len(rows), n_folds, n_rates, -1).argmax(-1).cpu().numpy()
+        for place, fold in enumerate(self.outer):
+            own = self.fold_of == fold
+            uf1 = [metrics.scores(metrics.confusion_matrix(
+                self.labels[~own], predicted[~own, place, r], self.n_label))[0].mean()
+                for r in range(n_rates)]
+            rate = int(np.argmax(uf1))
+            if uf1[rate] > self.state["uf1"][place] + 1e-12:
+                for name, value in (("uf1", uf1[rate]), ("epoch", epoch), ("rate", rate)):
+                    self.state[name][place] = value
+                self.state["weight"][place] = weight[place, 0, rate]
+                self.state["bias"][place] = bias[place, 0, rate]
+
+    def chosen(self, fold):
+        """What was chosen for an outer fold: {epochs, learning_rate, inner_uf1}."""
+        place = self.outer.index(fold)
+        return {"epochs": int(self.state["epoch"][place]),
+                "learning_rate": self.choices[int(self.state["rate"][place])],
+                "inner_uf1": float(self.state["uf1"][place])}

@@ -274,6 +274,13 @@ class Log:
             self.writer.log_value(f"{name}/{subject}" if subject else name, value, epoch)
 
 
+    def curves(self, values):
+        """Whole curves that the log does not hold: name → values at the epochs 1, 2, …"""
+        for name, curve in values.items():
+            for epoch, value in enumerate(curve, 1):
+                self.writer.log_value(name, value, epoch)
+
+
 def read_log(folder):
     """The lines of a run's log.jsonl as dicts, up to the first that is not whole."""
     path, lines = Path(folder) / "log.jsonl", []
