@@ -30,6 +30,7 @@ from util import BadInput
 
 NEEDED = ("classifier", "classes", "layer", "view", "channels", "encoding", "normalization")
 FRAMES = ("onset", "apex", "depth_onset", "depth_apex")
+SMALLEST = 32  # side of a frame, pixels: no face is found in fewer
 
 
 class FaceBox(argparse.Action):
@@ -51,7 +52,7 @@ def parse_option(argv):
                       help="depth frame at the onset, for a model that sees depth")
     data.add_argument("--depth_apex", metavar="FILE", help="depth frame at the apex")
     data.add_argument("--box", nargs="+", type=options.number(float), action=FaceBox,
-                      metavar="X Y W H",
+                      metavar=("X", "Y W H"),
                       help="the face on the onset frame, pixels; needed where training took boxes "
                            "that were given [as in training: detected, or the central square]")
     data.add_argument("--data_folder", metavar="DIR",
@@ -197,6 +198,9 @@ def check_frames(opt, state):
             if not Path(file).is_file():
                 raise BadInput(f"--{name} {file}: no such file")
             sizes[name] = decoding.open_image(file).size
+            if min(sizes[name]) < SMALLEST:
+                raise BadInput(f"--{name} {file}: {sizes[name][0]}x{sizes[name][1]} pixels; a "
+                               f"frame has {SMALLEST} or more a side")
         if len(set(sizes.values())) > 1:
             (a, first), (b, other) = sizes.items()
             raise BadInput(f"--{b} {getattr(opt, b)}: {other[0]}x{other[1]} pixels, but --{a} has "

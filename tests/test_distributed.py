@@ -57,13 +57,19 @@ def test_two_ranks_pretrain_to_the_weights_and_banks_of_one(drawn, tmp_path, los
 def test_folds_dealt_to_two_ranks_give_the_predictions_of_one(drawn, tmp_path, script, more):
     flags = [script, "--data_folder", drawn, "--cache", tmp_path / "cache", "--model",
              "resnet18v1", "--model_path", "random", "--batch_size", 8, "--epochs", 1, *more]
-    rows = []
+    rows, mistakes = [], []
     for ranks in (1, 2):
         done = run(ranks, *flags, "--save_path", tmp_path / str(ranks), folder=tmp_path)
         assert done.returncode == 0, done.stderr
         (folder,) = (tmp_path / str(ranks)).glob("[pf]*_*")
         rows.append([row for path in sorted((folder / "subjects").glob("*.json"))
                      for row in metrics.read_subject(path)[1]])
+        mistakes.append({row["key"]: maps for row, maps in metrics.read_mistakes(folder)[0]})
+        assert (folder / "mistakes.png").exists() and (folder / "curves.png").exists()
+    one, two = mistakes
+    assert one.keys() == two.keys()
+    for key, maps in one.items():
+        assert all(abs(a.astype(int) - b).max() <= 1 for a, b in zip(maps, two[key]))
     one, two = rows
     assert [(r["key"], r["prediction"]) for r in one] == [(r["key"], r["prediction"]) for r in two]
     ours, theirs = (torch.tensor([r["probabilities"] for r in part]) for part in rows)

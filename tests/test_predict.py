@@ -277,6 +277,8 @@ def test_frames_that_do_not_fit(raw, made, tmp_path, capsys):
     raw_tree.write_frame("other", 0, tmp_path / "small.jpg", tmp_path / "small.png", (80, 60))
     assert re.search(r"--apex .*none\.jpg: no such file", with_(apex=tmp_path / "none.jpg"))
     assert "text.jpg: not a readable image" in with_(apex=tmp_path / "text.jpg")
+    raw_tree.write_frame("tiny", 0, tmp_path / "tiny.jpg", None, (20, 20))
+    assert "tiny.jpg: 20x20 pixels; a frame has 32 or more" in with_(onset=tmp_path / "tiny.jpg")
     assert "small.jpg: 80x60 pixels, but --onset has 160x120" in with_(apex=tmp_path / "small.jpg")
     assert "--depth_apex" in with_(depth_apex=tmp_path / "small.png")
     assert "a colour image, not a depth frame" in with_(depth_onset=right["--onset"],
@@ -350,5 +352,5 @@ def test_help_names_groups_and_flags(capsys):
     with pytest.raises(SystemExit):
         predict("--help")
     text = capsys.readouterr().out
-    for part in ("data:", "model:", "running:", "output:", "--box X Y W H", "--json", "[auto]"):
+    for part in ("data:", "model:", "running:", "output:", "--box X [Y W H", "--json", "[auto]"):
         assert part in text, part
