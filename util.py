@@ -39,7 +39,8 @@ class Stopped(KeyboardInterrupt):
 
 
 def _raise_stopped(number, frame):
-    raise Stopped(number, "stopped; what was saved is kept: go on with --resume auto")
+    raise Stopped(number, "stopped; what was saved is kept: run it again, with --resume auto where "
+                          "the script has it")
 
 
 @contextlib.contextmanager
@@ -68,7 +69,7 @@ def command_line(main):
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS,
                                    errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR,
-                                   errno.EEXIST, errno.EPIPE):
+                                   errno.EEXIST, errno.EPIPE, errno.ENOENT):
                 raise
             message = f"{error.filename or 'writing'}: {error.strerror}"
             code = 1 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2

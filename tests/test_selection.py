@@ -1,0 +1,260 @@
+"""Nested choice of epochs and rate, what picking on the test subjects would give, shortcuts."""
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import finetune, probe
+from scipy.stats import rankdata
+from sklearn.metrics import f1_score
+from test_scripts import curves, only, rows
+
+import metrics
+import probing
+import shortcuts
+import util
+from dataset import Clip, ClipSet, read_clips, write_lists
+
+N, DIM, CLASSES, FOLDS = 48, 12, 3, 6
+RATES = [0.01, 0.3]
+
+
+def options(**changes):
+    return SimpleNamespace(**{"seed": 3, "epochs": 4, "batch_size": 9, "learning_rate": 0.1,
+                              "lr_decay_epochs": [2], "lr_decay_rate": 0.5, "momentum": 0.9,
+                              "weight_decay": 0.01, **changes})
+
+
+@pytest.fixture
+def data():
+    """(features `[2, N, D]`, labels, fold and inner group of each clip)"""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, CLASSES, N)
+    features = rng.normal(0, 1, (2, N, DIM)).astype(np.float32)
+    features[:, np.arange(N), labels] += 1.0
+    fold_of = np.repeat(np.arange(FOLDS), N // FOLDS)
+    return torch.from_numpy(features), labels, fold_of, fold_of % 3
+
+
+def nested(data, held_out=range(FOLDS), labels=None):
+    features, own, fold_of, groups = data
+    labels = own if labels is None else labels
+    names = [f"fold{f}" for f in held_out]
+    inner = probing.InnerFolds(names, labels, CLASSES, fold_of, list(held_out), groups, RATES)
+    heads = probing.FoldHeads(inner.names, DIM, CLASSES, 3, "cpu")
+    probing.train_heads(heads, features, 1, labels, fold_of, inner.held_out, options(),
+                        inner=inner, on_epoch=lambda e, _: inner.look(e, heads, features))
+    return inner
+
+
+def alone(data, fold, group, rate, epochs):
+    """One head that trains without the fold and the inner group (None: with all groups), by the
+    same SGD but on its own; predictions of all clips and its weight."""
+    features, labels, fold_of, groups = data
+    apart = np.where((fold_of == fold) | (groups == group), 0, 1)
+    head = probing.FoldHeads([f"fold{fold}"], DIM, CLASSES, 3, "cpu")
+    probing.train_heads(head, features, 1, labels, apart, [0],
+                        options(epochs=epochs, learning_rate=rate))
+    return head(features[0])[:, 0].argmax(1).numpy(), head.weight[0].detach()
+
+
+def test_the_choice_is_that_of_a_loop_over_outer_and_inner_folds(data):
+    features, labels, fold_of, groups = data
+    inner = nested(data)
+    for fold in range(FOLDS):
+        tried = {}
+        for epochs in range(1, 5):
+            for rate in RATES:
+                said = np.empty(N, int)
+                for group in range(3):
+                    left = groups == group
+                    said[left] = alone(data, fold, group, rate, epochs)[0][left]
+                train = fold_of != fold
+                tried[epochs, rate] = f1_score(labels[train], said[train], average="macro",
+                                               labels=range(CLASSES), zero_division=0)
+        best = max(tried, key=lambda k: (round(tried[k], 9), -k[0], -RATES.index(k[1])))
+        chosen = inner.chosen(fold)
+        assert (chosen["epochs"], chosen["learning_rate"]) == best
+        assert chosen["inner_uf1"] == pytest.approx(tried[best], abs=1e-9)
+        weight = alone(data, fold, None, best[1], best[0])[1]
+        assert torch.allclose(inner.state["weight"][fold], weight, atol=1e-5)
+    assert len({tuple(inner.chosen(f).values()) for f in range(FOLDS)}) > 1
+
+
+def test_garbage_labels_of_the_held_out_fold_change_neither_choice_nor_weights(data):
+    _, labels, fold_of, _ = data
+    for fold in (0, 4):
+        garbage = np.where(fold_of == fold, (labels + 1) % CLASSES, labels)
+        plain, other = nested(data), nested(data, labels=garbage)
+        assert plain.chosen(fold) == other.chosen(fold)
+        assert torch.equal(plain.state["weight"][fold], other.state["weight"][fold])
+        assert any(plain.chosen(f) != other.chosen(f) for f in range(FOLDS))
+
+
+def test_a_fold_chooses_the_same_alone_as_among_others(data):
+    every, some = nested(data), nested(data, [1, 4])
+    for fold in (1, 4):
+        assert every.chosen(fold) == some.chosen(fold)
+
+
+def test_probing_with_inner_selection_from_end_to_end(drawn, quick, pretrained, tmp_path):
+    flags = ["--data_folder", drawn, *quick, "--epochs", 3, "--protocol", "loso", "--select",
+             "inner", "--select_rates", 0.05, 0.5, "--model_path", pretrained]
+    probe(*flags, "--save_path", tmp_path)
+    results = json.loads((only(tmp_path) / "results.json").read_text())
+    assert results["choices"].keys() == {"s1", "s2", "s3", "s4"}
+    assert all(c["epochs"] in (1, 2, 3) and c["learning_rate"] in (0.05, 0.5)
+               for c in results["choices"].values())
+    assert results["n"] == 12 and "oracle_best_epoch" not in results
+
+
+def test_inner_selection_takes_three_subjects(drawn, quick, pretrained, tmp_path, capsys):
+    lists = tmp_path / "lists"
+    clips = [c for c in read_clips(drawn).clips if c.subject in ("s1", "s3")]
+    write_lists(lists, clips, "depth")
+    util.write_json(lists / "encoding.json", {"difference": "signed"})
+    with pytest.raises(SystemExit) as end:
+        probe("--data_folder", drawn, "--list_folder", lists, *quick, "--protocol", "loso",
+              "--select", "inner", "--model_path", pretrained, "--save_path", tmp_path)
+    assert end.value.code == 2 and "--select fixed" in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---------------------------------------------------------------- seeds, the same command twice
+
+def test_the_same_command_gives_the_same_predictions(drawn, quick, pretrained, tmp_path):
+    for run, name, more in ((probe, "probe", ["--protocol", "loso"]),
+                            (finetune, "tuned", ["--subject", "s1"])):
+        found = []
+        for place in "ab":
+            save = tmp_path / name / place
+            run("--data_folder", drawn, *quick, *more, "--model_path", pretrained,
+                "--save_path", save)
+            found.append((only(save) / "predictions.csv").read_bytes())
+        assert found[0] == found[1]
+
+
+def test_several_seeds_are_run_and_averaged(drawn, quick, tmp_path, capsys):
+    probe("--data_folder", drawn, *quick, "--protocol", "loso", "--model_path", "random",
+          "--save_path", tmp_path, "--seeds", 0, 4)
+    runs = sorted(p.parent.name for p in tmp_path.glob("*/results.json"))
+    assert [name.rpartition("_seed_")[2] for name in runs] == ["0", "4"]
+    (path,) = tmp_path.glob("*_seeds_0_4.json")
+    found, each = json.loads(path.read_text()), [
+        json.loads((tmp_path / run / "results.json").read_text()) for run in runs]
+    assert found["seeds"] == [0, 4] and found["runs"] == runs
+    assert each[0]["opt"]["seed"] == 0 and each[1]["opt"]["seed"] == 4
+    for name in metrics.MEASURES:
+        a, b = each[0][name], each[1][name]
+        assert found[name]["mean"] == pytest.approx((a + b) / 2)
+        assert found[name]["std"] == pytest.approx(abs(a - b) / 2 ** 0.5)
+    assert f"uf1 {found['uf1']['mean']:.3f} ± {found['uf1']['std']:.3f}" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- picked on the test subjects
+
+def kept(labels, history):
+    return {"history": history}, [{"label": label} for label in labels]
+
+
+def test_oracle_best_epoch_by_hand():
+    found = metrics.oracle_best_epoch({
+        "a": kept([0, 1, 1], [[1, 0, 0], [1, 1, 0], [1, 1, 1]]),   # 2, 3, 2 correct
+        "b": kept([0, 2], [[0, 1, 1], [1, 1, 2]])}, 3)              # 1, 0, 1 correct
+    assert found["per_subject"]["epochs"] == {"a": 2, "b": 1}
+    assert found["per_subject"]["accuracy"] == pytest.approx(4 / 5)
+    # class 0: 2 of 2; class 1: two hits, one of class 2 called 1; class 2: none
+    assert found["per_subject"]["uf1"] == pytest.approx((1 + 4 / 5 + 0) / 3)
+    truth, said = [0, 1, 1, 0, 2], {1: [1, 1, 1, 0, 1], 2: [0, 1, 1, 1, 1], 3: [0, 0, 1, 1, 2]}
+    each = {e: f1_score(truth, s, average="macro", labels=range(3), zero_division=0)
+            for e, s in said.items()}
+    assert found["common"]["epoch"] == max(each, key=each.get)
+    assert found["common"]["uf1"] == pytest.approx(max(each.values()))
+
+
+def test_oracle_best_epoch_needs_everybody_over_the_same_epochs():
+    whole, short = kept([0, 1], [[0, 0], [1, 1]]), kept([0], [[0]])
+    assert metrics.oracle_best_epoch({"a": whole, "b": short}, 2) is None
+    assert metrics.oracle_best_epoch({"a": whole, "b": ({}, [{"label": 0}])}, 2) is None
+
+
+@pytest.mark.parametrize("run, flags", [(probe, ["--protocol", "loso"]),
+                                        (finetune, ["--subject", "s1", "s3"])])
+def test_the_last_epoch_of_the_history_is_the_prediction(drawn, quick, pretrained, tmp_path, run,
+                                                         flags):
+    run("--data_folder", drawn, *quick, *flags, "--epochs", 2, "--model_path", pretrained,
+        "--save_path", tmp_path, "--oracle_curve")
+    folder = only(tmp_path)
+    for about, said in metrics.read_subjects(folder).values():
+        history = np.array(about["history"])
+        assert history.shape == (len(said), 2)
+        assert history[:, -1].tolist() == [row["prediction"] for row in said]
+    results = json.loads((folder / "results.json").read_text())
+    assert results["oracle_best_epoch"]["common"]["uf1"] >= results["uf1"] - 1e-9
+    shown = curves(tmp_path / "tensorboard" / folder.name)["oracle/uf1"]
+    assert shown[2] == pytest.approx(results["uf1"], abs=1e-6)
+
+
+def test_no_oracle_curve_unless_asked_for(drawn, quick, pretrained, tmp_path):
+    probe("--data_folder", drawn, *quick, "--protocol", "loso", "--model_path", pretrained,
+          "--save_path", tmp_path)
+    shown = curves(tmp_path / "tensorboard" / only(tmp_path).name)
+    assert shown and not any("oracle" in tag for tag in shown)
+
+
+# ---------------------------------------------------------------- shortcuts
+
+def clip_set(subjects):
+    clips = [Clip(0, s, f"k{i:02d}", 0, f"{i}.png", f"{i}.png") for i, s in enumerate(subjects)]
+    return ClipSet(clips, None, "depth", False, (3, 1), {"difference": "signed"}, 1)
+
+
+def test_retrieval_by_hand():
+    clips = clip_set(["a", "a", "b", "b", "c"])
+    rgb = torch.eye(5)
+    depth = torch.eye(5)[[1, 0, 2, 3, 4]]      # the two clips of a are mixed up
+    depth[3] = torch.tensor([0, 0, 0, 0.5, 0.8])
+    depth[4] = torch.tensor([0, 0, 0, 0.9, 0.4])  # c looks like the second clip of b
+    found = shortcuts.retrieval(clips, rgb, depth)
+    assert found["all"] == {"n": 5, "top1": pytest.approx(1 / 5), "chance": 1 / 5}
+    assert found["within"] == {"n": 4, "top1": pytest.approx(2 / 4), "chance": pytest.approx(0.5)}
+
+
+def test_subjects_are_told_apart_where_the_features_do_and_not_otherwise():
+    clips, opt = clip_set(["a"] * 12 + ["b"] * 9 + ["c"]), options(epochs=30)
+    rng = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, 22, 6, generator=rng)
+    told = noise.clone()
+    told[0, :12, 0] -= 4
+    told[0, 12:21, 0] += 4
+    found = shortcuts.subject_probe(opt, clips, told, 1)
+    assert (found["n"], found["n_subjects"]) == (21, 2)
+    assert found["accuracy"] > 0.95 and found["chance"] == pytest.approx(12 / 21)
+    assert shortcuts.subject_probe(opt, clips, noise, 1)["accuracy"] < 0.8
+
+
+def test_head_motion_correlates_by_ranks(tmp_path):
+    clips, rng = clip_set(["a"] * 7), np.random.default_rng(0)
+    shift, p = rng.random(7), rng.random(7)
+    util.write_json(tmp_path / "manifest.json", {"clips": [
+        {"shift": s, "residual": 0.5, "files": {f"{i}.png": ""}} for i, s in enumerate(shift)]})
+    said = [{"database": "casme3", "subject": "a", "key": f"k{i:02d}", "label": 0,
+             "prediction": i % 2, "probabilities": [v, 1 - v]} for i, v in enumerate(p)]
+    found = shortcuts.head_motion(clips, said, tmp_path)
+    expected = np.corrcoef(rankdata(shift), rankdata(p))[0, 1]
+    assert found["shift"]["n"] == 7 and found["shift"]["p_0"] == pytest.approx(expected)
+    assert found["shift"]["p_1"] == pytest.approx(-expected)
+    assert found["residual"]["p_0"] is None
+    assert shortcuts.head_motion(clips, said, tmp_path / "nowhere") is None
+
+
+def test_probing_reports_the_shortcuts(drawn, quick, pretrained, tmp_path, capsys):
+    probe("--data_folder", drawn, *quick, "--protocol", "loso", "--model_path", pretrained,
+          "--save_path", tmp_path)
+    found = json.loads((only(tmp_path) / "results.json").read_text())["shortcuts"]
+    assert found["subject"]["n"] == len(rows(only(tmp_path))) == 12
+    assert found["subject"]["chance"] == pytest.approx(1 / 4)
+    assert found["retrieval"]["all"]["chance"] == pytest.approx(1 / 12)
+    assert found["retrieval"]["within"]["chance"] == pytest.approx(1 / 3)
+    assert found["head_motion"] is None
+    assert "the same features name the subject of 12 clips" in capsys.readouterr().out
