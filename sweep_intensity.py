@@ -10,7 +10,7 @@ Prints a table (threshold, pairs kept, UF1 over all inner folds) and writes it a
 and threshold.png. Expect thresholds x folds pre-trainings; finished ones are used again.
 """
 import csv
-import importlib.util
+import importlib
 import shutil
 from pathlib import Path
 
@@ -61,15 +61,6 @@ def parse_option(argv=None):
     output.add_argument("--save_path", required=True, metavar="DIR",
                         help="folder for runs, threshold.csv and threshold.png")
     return parser.parse_args(argv)
-
-
-def script(name):
-    """A script beside this one as a module; names with dashes cannot be imported."""
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(name.replace("-", "_"), path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def set_folds(opt):
@@ -129,11 +120,11 @@ def run_fold(opt, threshold, folder, names):
               opt.device, "--num_workers", opt.num_workers, "--seed", opt.seed, "--resume", "auto",
               "--model", opt.model, "--print_freq", 1000, "--save_freq", 1000,
               "--cache", Path(opt.save_path) / "cache"]
-    script("pre-train_DVSCL").main([
+    importlib.import_module("pre-train_DVSCL").main([
         *common, "--list_folder", folder, "--pairs", folder / "pairs.tsv", "--pool", opt.pool,
         "--min_intensity", threshold, "--epochs", opt.epochs, "--model_path", root / "runs"])
     (last,) = (root / "runs").glob("memory_*/last.pth")
-    script("LinearProbing_DVSCL_10fold").main([
+    importlib.import_module("LinearProbing_DVSCL_10fold").main([
         *common, "--list_folder", folder.parent / "inner", "--protocol", "loso", "--subject",
         *names, "--epochs", opt.epochs_probe, "--layer", opt.layer, "--model_path", last,
         "--save_path", root / "results"])

@@ -8,7 +8,7 @@ view alone, fine-tuning; and two controls that must come out at chance: faces wi
 (--amplitude 0) and permuted labels. Reports whatever comes out. About an hour on two CPU cores,
 fine-tuning being most of it (--epochs_finetune 0 leaves it out), minutes on a GPU.
 """
-import importlib.util
+import importlib
 import json
 import math
 import shutil
@@ -33,14 +33,6 @@ import options
 import transforms
 import util
 from models import create_model
-
-
-def script(name):
-    """A script of the project as a module, dashes in its name or not."""
-    spec = importlib.util.spec_from_file_location(name.replace("-", "_"), ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def parse_option(argv):
@@ -85,16 +77,16 @@ class Bench:
 
     def render(self, name, amplitude):
         folder = self.work / name
-        script("render_CASME3").main(["--data_folder", folder, "--subjects", self.opt.subjects,
-                                      "--clips_per_subject", 8, "--amplitude", amplitude,
-                                      "--seed", self.opt.seed])
+        importlib.import_module("render_CASME3").main([
+            "--data_folder", folder, "--subjects", self.opt.subjects, "--clips_per_subject", 8,
+            "--amplitude", amplitude, "--seed", self.opt.seed])
         return folder
 
     def pretrain(self, data, *flags):
         """The checkpoint of a pre-training run on `data`."""
         root = self.work / "runs" / data.name / ("_".join(map(str, flags)).replace("/", "of")
                                                  or "all")
-        script("pre-train_DVSCL").main([
+        importlib.import_module("pre-train_DVSCL").main([
             "--data_folder", data, "--model_path", root, "--epochs", self.opt.epochs,
             "--save_freq", self.opt.epochs, *self.shared, *flags])
         return next(root.glob("memory_*")) / "last.pth"
@@ -102,8 +94,8 @@ class Bench:
     def head(self, name, data, path, tag, *flags):
         """UF1 and its interval from a probing or fine-tuning run."""
         root = self.work / "results" / tag
-        script(name).main(["--data_folder", data, "--model_path", path, "--save_path", root,
-                           *self.shared, *flags])
+        importlib.import_module(name).main([
+            "--data_folder", data, "--model_path", path, "--save_path", root, *self.shared, *flags])
         found = json.loads(next(root.glob("*/results.json")).read_text())
         return found["uf1"], found["ci95"]["uf1"]
 

@@ -1,6 +1,5 @@
 """What the tests share: the scripts as modules, small drawn data sets, one pre-trained run."""
-import functools
-import importlib.util
+import importlib
 import shutil
 import tarfile
 from pathlib import Path
@@ -22,13 +21,7 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:Call to deprecated create function")
 
 
-@functools.lru_cache
-def script(name):
-    """The script `name` (without .py; names with dashes cannot be imported) as a module."""
-    spec = importlib.util.spec_from_file_location(name.replace("-", "_"), ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+script = importlib.import_module  # also takes names with dashes, as the import statement does not
 
 
 def pretrain(*argv):

@@ -3,7 +3,7 @@
 Batch statistics depend on how a batch is cut; without them two ranks must do what one process does.
 `--die` first makes the last rank end without a word after its second training step.
 """
-import importlib.util
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -14,13 +14,6 @@ sys.path.insert(0, str(ROOT))
 import util  # noqa: F401  sets what protobuf needs
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location("script", ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def die_after_two_steps():
@@ -41,4 +34,4 @@ if __name__ == "__main__":
     if argv[0] == "--die":
         die_after_two_steps()
         argv = argv[1:]
-    load(argv[0]).main(argv[1:])
+    importlib.import_module(argv[0]).main(argv[1:])
