@@ -152,9 +152,11 @@ def rises(path, rgb, numbers, usable, opt):
     columns = read_openface(path)
     rows = rows_of(columns, rgb, numbers, opt.au_index)
     units = sorted(int(m[1]) for m in (re.fullmatch(r"AU(\d+)_r", n) for n in columns) if m)
-    units = [u for u in units if (u in opt.aus if opt.aus else u != BLINK)]
-    if not units:
-        raise BadInput(f"{path}: has none of the units of --aus")
+    lacking = sorted(set(opt.aus or ()) - set(units))
+    if lacking:
+        raise BadInput(f"{path}: no column AU{lacking[0]:02d}_r; it holds the units "
+                       f"{' '.join(map(str, units))}, name some of them with --aus")
+    units = sorted(set(opt.aus)) if opt.aus else [u for u in units if u != BLINK]
     values = np.stack([columns[f"AU{u:02d}_r"][rows] for u in units], 1)  # [N, U]
     pose = np.stack([columns[f"pose_R{axis}"][rows] for axis in "xyz"], 1)
     speed = np.degrees(np.abs(np.diff(pose, axis=0)).max(1, initial=0))

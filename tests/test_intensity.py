@@ -37,11 +37,12 @@ def curves(n, **rises):
     return values
 
 
-def write_openface(path, values, confidence=None, rotation=None, frames=None):
+def write_openface(path, values, confidence=None, rotation=None, frames=None, success=None):
     """An OpenFace CSV, with its spaces in the header. values: `[n, 5]`."""
     n = len(values)
     confidence = np.full(n, 0.98) if confidence is None else confidence
     rotation = np.zeros(n) if rotation is None else rotation
+    success = np.ones(n, int) if success is None else success
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
@@ -50,7 +51,8 @@ def write_openface(path, values, confidence=None, rotation=None, frames=None):
         writer.writerow([names[0], *(f" {name}" for name in names[1:])])
         for i in range(n):
             number = i + 1 if frames is None else frames[i]
-            writer.writerow([number, 0, i / 30, confidence[i], 1, 0, rotation[i], 0, *values[i], 1])
+            writer.writerow([number, 0, i / 30, confidence[i], success[i], 0, rotation[i], 0,
+                             *values[i], 1])
     return path
 
 
@@ -100,19 +102,22 @@ def test_blinks_do_not_count_unless_asked_for(tmp_path):
     assert [f[3] for f in rises(path, range(60), aus=[45, 12])] == ["AU45"]
 
 
-@pytest.mark.parametrize("what", ["confidence", "rotation", "missing", "labelled"])
+@pytest.mark.parametrize("what", ["confidence", "success", "rotation", "missing", "labelled"])
 def test_windows_do_not_reach_across_frames_that_do_not_count(tmp_path, what):
     values, numbers = curves(60, AU12=[(20, 30, 3.0)]), np.arange(1, 61)
     confidence, rotation, usable = np.full(60, 0.98), np.zeros(60), np.ones(60, bool)
+    success = np.ones(60, int)
     if what == "confidence":
         confidence[25] = 0.5
+    elif what == "success":
+        success[25] = 0
     elif what == "rotation":
         rotation[25:] = np.radians(1.5)
     elif what == "missing":
         numbers[25:] += 1
     else:
         usable[25] = False
-    path = write_openface(tmp_path / "a.csv", values, confidence, rotation)
+    path = write_openface(tmp_path / "a.csv", values, confidence, rotation, success=success)
     found = rises(path, numbers, usable)
     assert found and all(f[2] < 2.0 for f in found)  # the halves of a rise of 3
     assert all(f[1] <= numbers[25] or f[0] >= numbers[25] for f in found)
@@ -191,6 +196,19 @@ def test_pairs_of_unlabelled_videos(videos, tmp_path, capsys):
                               min_intensity=1.5).people == [(0, "spNO1")]
     found = json.loads((tmp_path / "set" / "manifest.json").read_text())["unlabelled"]
     assert found["per_unit"] == {"AU04": 1, "AU12": 1, "AU25": 1} and found["pairs"] == 3
+
+
+def test_the_units_that_count_are_chosen(videos, tmp_path, capsys):
+    argv = ["--unlabelled", videos / "raw", "--au", videos / "au", "--au_index", "numeric",
+            "--data_folder", tmp_path / "set", *FLAGS, "--aus"]
+    for units, expected in (((4, 25), ["AU25", "AU04"]), ((12,), ["AU12"])):
+        prepare(*argv, *units)
+        assert [row["unit"] for row in read_rows(tmp_path / "set")] == expected
+    with pytest.raises(SystemExit) as stop:
+        prepare(*argv, 12, 99)
+    assert stop.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "spNO.1_a.csv: no column AU99_r; it holds the units 1 4 12 25 45" in line
 
 
 def test_windows_over_labelled_clips_are_left_out(videos, tmp_path):
