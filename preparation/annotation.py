@@ -71,6 +71,18 @@ class Table:
         self.repairs.setdefault(rule, []).append(key)
 
 
+def too_long(frames, max_gap):
+    """Why a clip of so many frames from onset to apex is dropped, or ''."""
+    if frames <= max_gap:
+        return ""
+    return f"{frames} frames from onset to apex, more than --max_gap {max_gap}"
+
+
+def is_name(text):
+    """Whether a subject or video can be part of file names: not empty, leading nowhere else."""
+    return re.fullmatch(r"[^\s./\\][^/\\]*", text) is not None
+
+
 def clip_key(subject, video, onset, apex):
     """Name of a clip, as published."""
     return f"{subject}-{video}-{apex}-{subject}-{video}-{onset}"
@@ -141,8 +153,8 @@ def _csv_rows(path):
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             return list(csv.reader(file))
-    except UnicodeDecodeError:
-        raise BadInput(f"{path}: not text in UTF-8; save it as UTF-8") from None
+    except (UnicodeDecodeError, csv.Error):
+        raise BadInput(f"{path}: not a CSV file in UTF-8; save it as one") from None
 
 
 def _header(path, cells, columns):
@@ -160,6 +172,10 @@ def _add_row(table, values, where, known):
     name = re.fullmatch(r"(?i)spno\.?(\d+)", values["subject"])
     subject = f"spNO.{int(name[1])}" if name else values["subject"]
     video, numbers = values["filename"], []
+    if not (is_name(subject) and is_name(video)):
+        table.dropped.append((f"{subject}-{video} {where}",
+                              f"subject {subject!r} or video {video!r} is no name"))
+        return
     for column in ("onset", "apex", "offset"):
         if not re.fullmatch(r"\d+", values[column]):
             table.dropped.append((f"{subject}-{video} {where}",
@@ -202,6 +218,9 @@ def _blank_checked(table, row):
 
 def _read_lists(folder):
     """The clips that published lists name; their file names carry subject, video, apex, onset."""
+    if not all((folder / view).is_dir() for view in ("v_rgb", "v_depth")):
+        raise BadInput(f"{folder}: holds no v_rgb and v_depth; as a folder --annotation names "
+                       f"published lists")
     subjects = [line for _, line in read_lines(folder / "v_rgb" / "subName.txt")]
     views = [read_view(folder / view, subjects, ("rgb", "depth")) for view in ("v_rgb", "v_depth")]
     if views[0].keys() != views[1].keys():
@@ -256,8 +275,11 @@ def read_clips_csv(path, root):
         raise BadInput(f"{path}: missing; --clips names a CSV file with the columns "
                        f"{','.join(CLIP_COLUMNS)} and, optional, depth_onset,depth_apex")
     cells = _csv_rows(path)
-    places, rows, seen = _header(path, cells, CLIP_COLUMNS), [], {}
-    depth = "depth_onset" in places and "depth_apex" in places
+    places, rows, seen, missing = _header(path, cells, CLIP_COLUMNS), [], {}, []
+    depth = "depth_onset" in places
+    if depth != ("depth_apex" in places):
+        raise BadInput(f"{path}:1: one of the columns depth_onset and depth_apex; give both or "
+                       f"neither")
     table = Table(rows, {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
                          "rows": len(cells) - 1})
     for number, line in enumerate(cells[1:], 2):
@@ -269,9 +291,11 @@ def read_clips_csv(path, root):
         if values["database"] not in DATABASES or not all(files):
             raise BadInput(f"{path}:{number}: the database is one of {', '.join(DATABASES)}, and "
                            f"no path is empty: depth for all clips or without those columns")
-        missing = [name for name in files if not (root / name).is_file()]
-        if missing:
-            raise BadInput(f"{path}:{number}: {missing[0]} is not below --raw {root}")
+        if not (is_name(values["subject"]) and is_name(values["clip"])):
+            raise BadInput(f"{path}:{number}: subject {values['subject']!r}, clip "
+                           f"{values['clip']!r}: part of file names, so neither empty nor with a "
+                           f"slash or a dot in front")
+        missing += [(number, name) for name in files if not (root / name).is_file()]
         emotion = values["label"].lower()
         if emotion not in CLASS_OF:
             raise BadInput(f"{path}:{number}: label {values['label']!r} is not one of "
@@ -284,6 +308,9 @@ def read_clips_csv(path, root):
         row = Row(DATABASES.index(values["database"]), subject, video, 0, int(files[0] != files[1]),
                   None, "", emotion, key, files=tuple(root / name for name in files))
         rows.append(_blank_checked(table, row))
+    if missing:
+        raise BadInput(f"{path}:{missing[0][0]}: {missing[0][1]} is not below --raw {root}; "
+                       f"{len(missing)} paths in all are not")
     if not rows:
         raise BadInput(f"{path}: no clip in it")
     return table
@@ -303,9 +330,8 @@ def finish(table, classes, blank_apex, max_gap):
     for row in table.rows:
         if row.blank and blank_apex == "drop":
             table.dropped.append((row.key, "blank: apex equal to onset, or outside its clip"))
-        elif not row.blank and row.apex - row.onset > max_gap:
-            table.dropped.append((row.key, f"{row.apex - row.onset} frames from onset to apex, "
-                                           f"more than --max_gap {max_gap}"))
+        elif not row.blank and too_long(row.apex - row.onset, max_gap):
+            table.dropped.append((row.key, too_long(row.apex - row.onset, max_gap)))
         elif table.lists:
             rows.append(row)
         else:

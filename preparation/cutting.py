@@ -154,6 +154,8 @@ def find_box(task, settings, onset):
     """(Box on the onset frame, file on which it was found); raises Unusable."""
     height, width = onset.shape[:2]
     if task.box:
+        if not task.box.lies_in(width, height):
+            raise Unusable(f"the box is not within the frame of {width}x{height} pixels")
         return task.box, task.frames[0]
     if settings.crop == "none":
         return detection.central_box(width, height, settings.margin), task.frames[0]

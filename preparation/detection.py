@@ -74,6 +74,8 @@ def read_boxes(path, roll):
             raise BadInput(f"{path}:{number}: needs a subject and the numbers x, y, width and "
                            f"height in pixels, the latter two above 0") from None
         boxes[key] = Box(*values, angle)
+    if not boxes:
+        raise BadInput(f"{path}: no box in it; one row per clip, video or subject")
     return boxes
 
 

@@ -32,6 +32,13 @@ class Box:
     height: float
     roll: float = 0.0
 
+    def lies_in(self, width, height):
+        """Whether its middle is in a frame of this size, and it is no larger than the frame
+        allows: a face may be cut off by the border."""
+        x, y = self.x + self.width / 2, self.y + self.height / 2
+        return (0 <= x <= width and 0 <= y <= height
+                and max(self.width, self.height) <= 2 * max(width, height))
+
 
 @dataclass(frozen=True)
 class Pair:
