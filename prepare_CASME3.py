@@ -10,8 +10,9 @@ without writing the set. A run that was stopped goes on when started again. Expe
 second or more on two cores, without face detection.
 """
 import argparse
+import math
 import os
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
@@ -31,7 +32,7 @@ from preparation import (
     outputs,
     registration,
 )
-from util import BadInput
+from util import BadInput, RunFailed
 
 LOOK_ON = 5  # frames after the onset on which a face is looked for
 
@@ -48,8 +49,8 @@ class Crop(argparse.Action):
                 rest = [float(v) for v in rest]
             except ValueError:
                 parser.error("argument --crop: box X Y W H are numbers of pixels")
-            if min(rest[2:]) <= 0:
-                parser.error("argument --crop: the box's width and height are above 0")
+            if not all(map(math.isfinite, rest)) or min(rest[2:]) <= 0:
+                parser.error("argument --crop: the box is finite, its width and height above 0")
         setattr(namespace, self.dest, (kind, *rest))
 
 
@@ -100,9 +101,9 @@ def add_image_options(parser):
     """Crop, registration and difference."""
     crop = parser.add_argument_group("crop")
     crop.add_argument("--crop", nargs="+", action=Crop, default=("mtcnn",),
-                      metavar="mtcnn|box X Y W H|boxes FILE|none",
-                      help="face on the onset frame: detected; one box in pixels for all; a "
-                           "boxes.csv as this script writes it; the central square")
+                      metavar=("mtcnn|none|box|boxes", "X Y W H|FILE"),
+                      help="face on the onset frame: detected; none: the central square; box X Y "
+                           "W H: one in pixels for all; boxes FILE.csv: as this script writes it")
     crop.add_argument("--margin", type=number(float, 0, 4), default=round(registration.MARGIN, 6),
                       help="share of the face added to the crop; the default lets the face fill "
                            "the central 224 of 256 pixels")
@@ -132,9 +133,10 @@ def add_image_options(parser):
 def add_pair_options(parser):
     """Onset/apex pairs from unlabelled videos."""
     group = parser.add_argument_group(
-        "unlabelled pairs", "The paper's own intensity threshold is not public knowledge here: "
-        "everything above a low floor is written with its intensity, and the threshold is chosen "
-        "in training (pre-train_DVSCL.py --min_intensity; sweep_intensity.py compares several).")
+        "unlabelled pairs",
+        "The paper's own intensity threshold is not public knowledge here: everything above a low\n"
+        "floor is written with its intensity, and the threshold is chosen in training\n"
+        "(pre-train_DVSCL.py --min_intensity; sweep_intensity.py compares several).")
     group.add_argument("--unlabelled", metavar="DIR", help="videos to find pairs in, as --raw")
     group.add_argument("--au", metavar="DIR",
                        help="OpenFace's CSV files, named after subject and video: spNO.1_a.csv, "
@@ -169,6 +171,8 @@ def check_option(parser, opt):
         parser.error("--annotation and --clips go with --raw")
     if opt.unlabelled and (opt.au is None) != (opt.intensity == "difference"):
         parser.error("--unlabelled takes --au DIR, or --intensity difference")
+    if opt.au and not opt.unlabelled:
+        parser.error("--au goes with --unlabelled")
     if opt.roll and opt.crop[0] not in ("mtcnn", "boxes"):
         parser.error("--roll takes --crop mtcnn, or boxes with a column roll")
     if opt.floor is None:
@@ -203,6 +207,8 @@ def find_frames(opt, table):
                 table.repaired(note, row.key)
             files, more = tree_files(tree, row, onset, apex)
             blank = row.blank and not middle
+            if row.blank and middle and not reason:
+                reason = annotation.too_long(apex - onset, opt.max_gap)
         box = box_of(row) if files else None
         if not reason and opt.crop[0] == "boxes" and box is None and not blank:
             reason = f"no box in {opt.crop[1]}"
@@ -265,6 +271,9 @@ def cut_all(opt, settings, tasks, folder):
     pool = ProcessPoolExecutor(min(opt.num_workers, len(tasks)))
     try:
         return list(tqdm(pool.map(cutting.process, *jobs, chunksize=2), **bar))
+    except BrokenExecutor:
+        raise RunFailed("a worker was killed, for memory perhaps; run again, with fewer "
+                        "--num_workers: finished clips are kept") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -286,6 +295,12 @@ def sort_out(opt, table, rows, tasks, records):
     return kept
 
 
+def none_left(opt, table):
+    """The error of a run without any clip."""
+    reasons = "; ".join(f"{key}: {why}" for key, why in table.dropped[:3])
+    return BadInput(f"{opt.raw or opt.unlabelled}: no clip can be cut; {reasons}")
+
+
 @util.command_line
 def main(argv=None):
     opt = parse_option(argv)
@@ -298,8 +313,7 @@ def main(argv=None):
     tasks = find_frames(opt, table)
     pairs, pair_tasks, found = plan_pairs(opt, table)
     if not tasks and not pair_tasks:
-        reasons = "; ".join(f"{key}: {why}" for key, why in table.dropped[:3])
-        raise BadInput(f"{opt.raw or opt.unlabelled}: no clip can be cut; {reasons}")
+        raise none_left(opt, table)
     if opt.dry_run:
         rows = table.rows or [pair.row for pair in pairs]
         audit.dry_run(settings, table, rows, tasks or pair_tasks, folder,
@@ -313,6 +327,8 @@ def main(argv=None):
                           records[len(tasks):])
     unlabelled = [clip for clip in unlabelled
                   if outputs.strength(opt, chosen[clip[0].key], clip[2]) >= opt.floor]
+    if not labelled and not unlabelled:
+        raise none_left(opt, table)
     outputs.write(opt, settings, table, labelled, unlabelled, chosen, found, folder)
     audit.draw_all(settings, table, labelled + unlabelled, folder)
     outputs.report(table, labelled, unlabelled, chosen, found, folder)

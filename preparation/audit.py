@@ -31,11 +31,12 @@ def draw_all(settings, table, clips, folder, images=None):
     target.mkdir(parents=True, exist_ok=True)
     for label, name in (*enumerate(table.classes), (-1, "unlabelled")):
         members = [c for c in clips if c[0].label == label]
-        members = [c for c in members if not c[0].blank] or members
-        chosen = [members[i] for i in spread(len(members), PER_CLASS)]
+        seen = [c for c in members if not c[0].blank]
+        title = f"{name}: {len(seen)} clips, {len(members) - len(seen)} blank ones beside them"
+        chosen = [(seen or members)[i] for i in spread(len(seen or members), PER_CLASS)]
         if chosen:
-            draw_clips(target / f"{name}.png", f"{name}: {len(members)} clips that are not blank",
-                       [(clip, caption(clip)) for clip in chosen], settings, images)
+            draw_clips(target / f"{name}.png", title, [(c, caption(c)) for c in chosen], settings,
+                       images)
     worst = find_worst(clips)
     if worst:
         draw_clips(target / "worst.png", "the clips to look at first", worst, settings, images)

@@ -3,6 +3,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -209,10 +210,13 @@ def print_rules(table):
     """Repairs and drops, by rule; the manifest names every clip."""
     for rule, keys in sorted(table.repairs.items()):
         print(f"  repaired {len(keys):5}  {rule}")
+    rules = Counter(re.sub(r"\S*\d\S*|'.*?'", "…", reason) for _, reason in table.dropped)
+    for rule, number in sorted(rules.items()):
+        print(f"  dropped  {number:5}  {rule}")
     for key, reason in table.dropped[:10]:
-        print(f"  dropped  {key}: {reason}")
+        print(f"    {key}: {reason}")
     if len(table.dropped) > 10:
-        print(f"  dropped  … and {len(table.dropped) - 10} more, named in manifest.json")
+        print(f"    … and {len(table.dropped) - 10} more, named in manifest.json")
 
 
 def print_pairs(found, unlabelled, pairs):

@@ -223,6 +223,46 @@ def test_the_middle_frame_may_stand_in_for_a_blank_apex(raw, tmp_path):
     assert sum(found["counts"]["blank"].values()) == 0
 
 
+def test_the_middle_of_a_clip_of_several_seconds_is_bound_too(tmp_path):
+    """onset = apex = 10, offset 110: the middle, 60, is 50 frames away; offset 90: 40 are."""
+    raw_tree.write_video(tmp_path / "raw", "spNO.1", "a", (10, 60), lambda n: n / 100)
+    raw_tree.write_video(tmp_path / "raw", "spNO.2", "a", (10, 50), lambda n: n / 100)
+    labels = raw_tree.write_csv(tmp_path / "labels.csv", [("spNO.1", "a", 10, 10, 110, "4", "sad"),
+                                                          ("spNO.2", "a", 10, 10, 90, "4", "sad")])
+    prepare("--raw", tmp_path / "raw", "--annotation", labels, "--data_folder", tmp_path / "set",
+            "--blank_apex", "middle", *PLAIN)
+    found = manifest(tmp_path / "set")
+    assert [clip["clip"] for clip in found["clips"]] == [key("spNO.2", "a", 10, 10)]
+    assert found["dropped"] == [{"clip": key("spNO.1", "a", 10, 10), "reason": "50 frames from "
+                                 "onset to apex, more than --max_gap 45"}]
+
+
+def test_clips_that_still_move_are_dropped(tmp_path):
+    """The whole frame shifts by 1 and by 3 pixels; without registration all of it is left."""
+    rows, shifts = [], {"a": 0, "b": 1, "c": 3}
+    for video, shift in shifts.items():
+        raw_tree.write_video(tmp_path / "raw", "spNO.1", video, (10, 16), lambda n: 0)
+        apex = tmp_path / "raw" / "spNO.1" / video / "color" / "16.jpg"
+        moved = np.roll(raw_tree.frame(f"spNO.1{video}", 0)[0], shift, axis=1)
+        Image.fromarray(moved).save(apex, quality=95)
+        rows.append(("spNO.1", video, 10, 16, 20, "4", "anger"))
+    labels = raw_tree.write_csv(tmp_path / "labels.csv", rows)
+    argv = ["--raw", tmp_path / "raw", "--annotation", labels, "--crop", "box", 35, 15, 90, 90,
+            "--size", 128, "--num_workers", 0]
+    prepare(*argv, "--register", "none", "--data_folder", tmp_path / "all")
+    left = [clip["residual"] for clip in manifest(tmp_path / "all")["clips"]]
+    per_pixel = 112 / 90  # the box fills 7/8 of the crop
+    assert left == pytest.approx([s * per_pixel for s in shifts.values()], abs=0.15)
+    prepare(*argv, "--register", "none", "--max_motion", 2, "--data_folder", tmp_path / "calm")
+    found = manifest(tmp_path / "calm")
+    assert [clip["clip"][7:8] for clip in found["clips"]] == ["a", "b"]
+    (lost,) = found["dropped"]
+    assert lost["reason"] == f"residual motion {left[2]:.2f} pixels, more than --max_motion 2"
+    assert len(list((tmp_path / "calm").rglob("*_diff*.png"))) == 4
+    prepare(*argv, "--max_motion", 2, "--data_folder", tmp_path / "registered")
+    assert manifest(tmp_path / "registered")["dropped"] == []
+
+
 def test_blank_clips_may_be_dropped(raw, tmp_path):
     prepare("--raw", raw, "--annotation", raw / "labels.csv", "--data_folder", tmp_path / "set",
             "--blank_apex", "drop", *PLAIN)
@@ -260,6 +300,15 @@ def test_counts_are_printed_beside_the_published_ones(raw, tmp_path, capsys):
     assert table["positive"] == ["3", "2", "64", "60", "55"]
     assert table["surprise"] == ["2", "0", "201", "199", "187"]
     assert f"  repaired     2  {NEAREST}" in lines
+    assert [line for line in lines if line.startswith("  dropped")] == [
+        "  dropped      2  apex … is missing, the nearest frame is …",
+        "  dropped      1  no RGB frames of video a found",
+        "  dropped      1  onset … is not a frame number",
+        "  dropped      1  row … a second row for this subject, video and onset",
+        "  dropped      1  row … emotion … is not known",
+        "  dropped      1  … frames from onset to apex, more than --max_gap …",
+        "  dropped      1  … not a readable image"]
+    assert f"    {key('spNO.5', 'd', 10, 22)}: apex 22 is missing, the nearest frame is 19" in lines
 
 
 @pytest.mark.slow
@@ -385,6 +434,19 @@ def test_stopped_run_goes_on(tmp_path):
     prepare(*argv, "--data_folder", stopped)
     assert digests(stopped) == digests(tmp_path / "whole")
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
+
+
+def die(*task):
+    os._exit(9)
+
+
+def test_a_killed_worker_is_answered_in_one_line(raw, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cutting, "process", die)
+    with pytest.raises(SystemExit) as stop:
+        prepare("--raw", raw, "--annotation", raw / "labels.csv", "--data_folder",
+                tmp_path / "set", *PLAIN[:-1], 2)
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: a worker was killed")
 
 
 def test_kept_crops_serve_another_difference(raw, tmp_path, monkeypatch):
@@ -522,6 +584,24 @@ def test_clips_of_other_sets(tmp_path):
     assert level_change(tmp_path / "set", row.rgb) == pytest.approx(40 * 0.6 * 0.9 / 2, rel=0.1)
 
 
+@pytest.mark.parametrize("header, row, words", [
+    ("", "casme2,s,c,none3.jpg,none9.jpg,happy", ":2: none3.jpg is not below"),
+    ("", "casme2,s,c,none3.jpg,none9.jpg,happy", "2 paths in all"),
+    ("", "casme2,s,../../c,3.jpg,9.jpg,happy", ":2: subject 's', clip '../../c'"),
+    ("", "casme2,,c,3.jpg,9.jpg,happy", ":2: subject ''"),
+    ("", "casme2,s,c,3.jpg,9.jpg,joy", ":2: label 'joy'"),
+    ("", "casme5,s,c,3.jpg,9.jpg,happy", ":2: the database is one of"),
+    (",depth_onset", "casme2,s,c,3.jpg,9.jpg,happy,3.jpg", ":1: one of the columns depth_onset")])
+def test_bad_rows_of_clips_are_named(tmp_path, capsys, header, row, words):
+    for n in (3, 9):
+        raw_tree.write_frame("x", n / 10, tmp_path / "raw" / f"{n}.jpg", None)
+    (tmp_path / "clips.csv").write_text(
+        f"database,subject,clip,onset,apex,label{header}\n{row}\n")
+    assert words in refusal(capsys, "--raw", tmp_path / "raw", "--clips", tmp_path / "clips.csv",
+                            "--data_folder", tmp_path / "set", *PLAIN)
+    assert not (tmp_path / "set").exists()
+
+
 # ---------------------------------------------------------------- crop
 
 def test_boxes_are_written_and_can_be_given_back(raw, tmp_path):
@@ -540,6 +620,21 @@ def test_boxes_are_written_and_can_be_given_back(raw, tmp_path):
     found = manifest(tmp_path / "c")
     assert found["counts"]["subjects"] == {"spNO1": 4, "spNO2": 1}  # the frameless blank one stays
     assert sum("no box in" in d["reason"] for d in found["dropped"]) == 8
+
+
+def test_a_box_outside_the_frame_is_named(raw, tmp_path, capsys):
+    """Frames of 160 x 120; a blank clip needs no frame, so it stays."""
+    argv = ["--raw", raw, "--annotation", raw / "labels.csv", "--data_folder", tmp_path / "set",
+            *PLAIN[2:], "--crop", "box"]
+    for box in ((500, 20, 60, 80), (-4e8, -4e8, 8e8, 8e8)):
+        prepare(*argv, *box)
+        found = manifest(tmp_path / "set")
+        assert len(found["clips"]) == sum(found["counts"]["blank"].values()) == 3
+        assert {d["reason"] for d in found["dropped"]} >= {
+            "the box is not within the frame of 160x120 pixels"}
+    line = refusal(capsys, *argv, *box, "--blank_apex", "drop")
+    assert "no clip can be cut" in line and not (tmp_path / "set" / "manifest.json").exists()
+    assert "finite" in refusal(capsys, *argv, "nan", 0, 10, 10)
 
 
 def test_missing_detector_is_named(raw, tmp_path, monkeypatch, capsys):
@@ -589,6 +684,12 @@ def test_bad_input_is_named(raw, cut, tmp_path, capsys):
     assert "boxes.csv:2" in refusal(
         capsys, "--raw", raw, *labels, *target[:2], "--crop", "boxes", tmp_path / "boxes.csv")
     (tmp_path / "others" / "v_rgb").mkdir(parents=True)
+    (tmp_path / "boxes.csv").write_text("subject,x,y,width,height\n")
+    assert "boxes.csv: no box" in refusal(
+        capsys, "--raw", raw, *labels, *target[:2], "--crop", "boxes", tmp_path / "boxes.csv")
+    assert "holds no v_rgb" in refusal(capsys, "--raw", raw, "--annotation", tmp_path / "empty",
+                                       *target)
+    assert "--au goes with" in refusal(capsys, "--raw", raw, *labels, *target, "--au", raw)
     assert "did not write" in refusal(capsys, "--raw", raw, *labels, *PLAIN, "--data_folder",
                                       tmp_path / "others")
     assert "same" not in refusal(capsys, "--raw", raw, "--annotation", cut, *PLAIN,
