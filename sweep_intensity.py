@@ -11,6 +11,7 @@ and threshold.png. Expect thresholds x folds pre-trainings; finished ones are us
 """
 import csv
 import importlib
+import math
 import shutil
 from pathlib import Path
 
@@ -38,8 +39,9 @@ def parse_option(argv=None):
     data.add_argument("--subject", nargs="+", default=[], metavar="NAME",
                       help="subjects held out from the sweep altogether [none]")
     method = parser.add_argument_group("method")
-    method.add_argument("--thresholds", nargs="+", type=float, default=[0.5, 1.0, 1.5, 2.0, 3.0],
-                        metavar="X", help="values of --min_intensity, unit of the pairs file")
+    method.add_argument("--thresholds", nargs="+", type=options.number(float), metavar="X",
+                        default=[0.5, 1.0, 1.5, 2.0, 3.0],
+                        help="values of --min_intensity, unit of the pairs file")
     method.add_argument("--inner_folds", type=options.number(int, 2), default=3,
                         help="groups of training subjects")
     method.add_argument("--pool", choices=("unlabelled", "both"), default="both",
@@ -69,6 +71,7 @@ def set_folds(opt):
     Returns (clips that are left, [(folder, names of the fold's subjects)]).
     """
     everything = dataset.read_clips(opt.data_folder, opt.list_folder)
+    dataset.read_pairs(opt.pairs, opt.data_folder, min_intensity=-math.inf)  # checks every row
     out = set(dataset.find_people(opt.subject, everything))
     clips = everything.subset([clip.person not in out for clip in everything.clips])
     lists = dataset.find_list_folder(opt.data_folder, opt.list_folder)
@@ -120,15 +123,19 @@ def run_fold(opt, threshold, folder, names):
               opt.device, "--num_workers", opt.num_workers, "--seed", opt.seed, "--resume", "auto",
               "--model", opt.model, "--print_freq", 1000, "--save_freq", 1000,
               "--cache", Path(opt.save_path) / "cache"]
-    importlib.import_module("pre-train_DVSCL").main([
+    pretrain = importlib.import_module("pre-train_DVSCL")
+    argv = [str(value) for value in (
         *common, "--list_folder", folder, "--pairs", folder / "pairs.tsv", "--pool", opt.pool,
-        "--min_intensity", threshold, "--epochs", opt.epochs, "--model_path", root / "runs"])
-    (last,) = (root / "runs").glob("memory_*/last.pth")
+        "--min_intensity", threshold, "--epochs", opt.epochs, "--model_path", root / "runs")]
+    pretrain.main(argv)
+    run = root / "runs" / util.run_name(pretrain.parse_option(argv))
+    # a folder for each layer and length, so that a sweep with others finds its own results
+    results = root / "results" / run.name / f"layer_{opt.layer}_{opt.epochs}_{opt.epochs_probe}"
     importlib.import_module("LinearProbing_DVSCL_10fold").main([
         *common, "--list_folder", folder.parent / "inner", "--protocol", "loso", "--subject",
-        *names, "--epochs", opt.epochs_probe, "--layer", opt.layer, "--model_path", last,
-        "--save_path", root / "results"])
-    (table,) = (root / "results").glob("*/predictions.csv")
+        *names, "--epochs", opt.epochs_probe, "--layer", opt.layer, "--model_path",
+        run / "last.pth", "--save_path", results])
+    (table,) = results.glob("*/predictions.csv")
     with open(table, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     return [int(r["label"]) for r in rows], [int(r["prediction"]) for r in rows]

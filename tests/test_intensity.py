@@ -268,6 +268,23 @@ def test_help_says_that_the_threshold_is_not_known(capsys):
     assert "The paper's own intensity threshold is not public knowledge here" in text
 
 
+@pytest.mark.parametrize("old, new, words", [
+    ("intensity", "strength", ":1: no column 'intensity'"),
+    ("\t3\tAU", "\tx\tAU", ":5: intensity 'x' is not a number"),
+    ("casme3\ts2", "casme9\ts2", ":3: database 'casme9'"),
+    ("casme3\ts2", "casme3\t", "names no subjects")])
+def test_bad_pairs_stop_the_sweep(tmp_path, capsys, old, new, words):
+    draw_set(tmp_path)
+    text = draw_pairs(tmp_path).read_text()
+    assert old in text
+    (tmp_path / "pairs.tsv").write_text(text.replace(old, new, 1))
+    with pytest.raises(SystemExit) as stop:
+        script("sweep_intensity").main(["--data_folder", tmp_path, "--save_path", tmp_path / "out",
+                                        "--pairs", tmp_path / "pairs.tsv"])
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.slow
 def test_sweep_over_thresholds(tmp_path, monkeypatch, capsys):
     """Pairs of intensity 0 to 11, dealt out to s1 to s4; s4 is held out altogether."""
@@ -289,11 +306,13 @@ def test_sweep_over_thresholds(tmp_path, monkeypatch, capsys):
     assert "threshold 11: 0 pairs, too few" in capsys.readouterr().out
     runs = list((tmp_path / "sweep").glob("threshold_*/*/runs/memory_*/last.pth"))
     assert len(runs) == 4
+    script("sweep_intensity").main([*argv[:-2], "--thresholds", 0, "--seed", 1, *argv[-2:]])
+    assert len(list((tmp_path / "sweep").glob("threshold_*/*/runs/memory_*/last.pth"))) == 6
     for run in runs:
         state = torch.load(run, weights_only=True)
         seen = {name for _, name in state["seen"]["people"]}
         tested = run.parents[2] / "results"
-        (table,) = tested.glob("*/predictions.csv")
+        (table,) = tested.glob("*_seed_0/*/*/predictions.csv")
         with open(table, newline="") as file:
             held_out = {row["subject"] for row in csv.DictReader(file)}
         assert held_out and "s4" not in seen | held_out and not seen & held_out
