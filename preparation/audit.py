@@ -165,6 +165,6 @@ def dry_run(settings, table, rows, tasks, folder, cut_all):
                       if "dropped" in record]
     if table.source["rows"]:
         outputs.print_counts(table, outputs.counts(table, [(row,) for row in table.rows]))
-        outputs.print_rules(table)
+    outputs.print_rules(table)
     print(f"dry run: {len(rows)} clips have their frames, {len(clips)} of {len(chosen)} tried were "
           f"cut; nothing but {folder / 'audit'} was written")

@@ -19,7 +19,7 @@ from preparation.registration import Box, Pair
 from util import write_json
 
 RECORDS = ".prepare"
-VERSION = 1  # of the computation: another one makes all records void
+VERSION = 2  # of the computation: another one makes all records void
 
 
 @dataclass(frozen=True)

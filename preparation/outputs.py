@@ -188,7 +188,7 @@ def report(table, labelled, unlabelled, pairs, found, folder):
               f"{len(labelled)} cut, {len(table.dropped)} dropped, "
               f"{len(found_counts['subjects'])} subjects")
         print_counts(table, found_counts)
-        print_rules(table)
+    print_rules(table)
     if found:
         print_pairs(found, unlabelled, pairs)
     print(f"lists, images  {folder}\nmanifest       {folder / 'manifest.json'}\n"

@@ -17,6 +17,7 @@ except ImportError:
     cv2 = None
 
 MARGIN = 256 / 224 - 1  # the training crops keep the central 224 of 256 pixels
+COARSE = 64  # pixels of the side where a motion is looked for first; smaller ones hold too little
 MAX_SHIFT = 0.15  # of the crop's side: what lies beyond is a failed registration
 # Parts that expressions move least, as shares of the face box: (left, top, right, bottom).
 STABLE = (0.22, 0.0, 0.78, 0.2), (0.4, 0.3, 0.6, 0.58)  # forehead; nose bridge
@@ -155,15 +156,16 @@ def register(onset, apex, masks, motion="translation"):
     enhanced correlation coefficient is blind to a change of gain and offset.
     """
     first, second = (_luminance(image) for image in (onset, apex))
+    shrink = max(1, len(onset) // COARSE)
     for mask in masks:
         mask = mask.astype(np.uint8)
         try:
             warp = np.eye(2, 3, dtype=np.float32)
-            small = [cv2.resize(image, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
-                     for image in (first, second)]
+            small = [cv2.resize(image, None, fx=1 / shrink, fy=1 / shrink,
+                                interpolation=cv2.INTER_AREA) for image in (first, second)]
             coarse = cv2.resize(mask, small[0].shape[::-1], interpolation=cv2.INTER_NEAREST)
             warp = _ecc(*small, warp, coarse, cv2.MOTION_TRANSLATION, 3)
-            warp[:, 2] *= 4
+            warp[:, 2] *= shrink
             warp = _ecc(first, second, warp, mask, cv2.MOTION_TRANSLATION, 5)
             if motion == "similarity":
                 warp = _nearest_similarity(

@@ -11,7 +11,7 @@ import torch
 from conftest import draw_pairs, draw_set, pretrain, script
 
 import dataset
-from preparation import audit, intensity
+from preparation import audit, intensity, registration
 
 UNITS = (1, 4, 12, 25, 45)
 
@@ -191,11 +191,20 @@ def test_pairs_of_unlabelled_videos(videos, tmp_path, capsys):
         ("spNO2", "a", "AU04", "1.000")]
     out = capsys.readouterr().out
     assert "3 pairs, 1 of them by the speech units" in out
+    assert "  repaired " not in out and "  dropped " not in out
     assert "left out spNO.1-b: 79 rows of action units for 80 frames" in out
     assert dataset.read_pairs(tmp_path / "set" / "pairs.tsv", tmp_path / "set",
                               min_intensity=1.5).people == [(0, "spNO1")]
     found = json.loads((tmp_path / "set" / "manifest.json").read_text())["unlabelled"]
     assert found["per_unit"] == {"AU04": 1, "AU12": 1, "AU25": 1} and found["pairs"] == 3
+
+
+def test_what_befalls_unlabelled_pairs_is_reported_too(videos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(registration, "register", lambda *args: (np.eye(2, 3), False))
+    prepare("--unlabelled", videos / "raw", "--au", videos / "au", "--au_index", "numeric",
+            "--data_folder", tmp_path / "set", *FLAGS)
+    assert "  repaired     3  registration did not converge: left as it was" in \
+        capsys.readouterr().out
 
 
 def test_the_units_that_count_are_chosen(videos, tmp_path, capsys):

@@ -116,6 +116,16 @@ def test_registration_recovers_a_known_similarity():
     assert still.residual > 0.5
 
 
+@pytest.mark.parametrize("size, within", [(64, 0.2), (128, 0.1), (224, 0.1)])
+def test_smaller_crops_are_registered_too(size, within):
+    for seed in range(4):
+        onset = scene(seed)
+        apex = move(onset, (1.8, -2.6), order=5, mode="nearest")
+        pair = registration.align([colour(onset), colour(apex)], (None, None), BOX, size)
+        moved = np.hypot(1.8, 2.6) / identity_at(BOX, size)[0, 0]
+        assert pair.registered and pair.shift == pytest.approx(moved, abs=within)
+
+
 def test_what_moves_elsewhere_does_not_disturb_the_registration():
     """The mouth shifts by 3 pixels, the head by (1.2, 0.7): only the latter is taken off."""
     onset = scene(3)
