@@ -170,16 +170,17 @@ class NCEAverage(nn.Module):
         scores = _Scores.apply(feat.to(bank.dtype) / self.T, bank, idx, self._changes[other])
         if self.use_softmax:
             return scores
-        out = scores.exp()
         constant = getattr(self, f"Z_{view}")
-        mean = out.detach().mean(dim=1)  # [B]
-        if self.training:
-            mean = self.gather(mean)
-        # Monte Carlo estimate of Wu et al. 2018, section 3.2; decided without a device-to-host copy
-        Z = torch.where(constant > 0, constant, mean.mean() * self.n_data)
-        if self.training:
-            constant.copy_(Z)
-        return out / Z
+        if not (constant.is_cpu and constant > 0):  # a GPU decides without a device-to-host copy
+            mean = scores.detach().exp().mean(dim=1)  # [B]
+            if self.training:
+                mean = self.gather(mean)
+            # Monte Carlo estimate of Wu et al. 2018, section 3.2
+            Z = torch.where(constant > 0, constant, mean.mean() * self.n_data)
+            if self.training:
+                constant.copy_(Z)
+            constant = Z
+        return (scores - constant.log()).exp_()
 
     @torch.no_grad()
     def update(self, feat_rgb, feat_depth, index):

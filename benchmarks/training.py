@@ -10,7 +10,7 @@ between the two, and each counts with its best round, which other programs distu
 """
 import argparse
 import contextlib
-import importlib
+from importlib import import_module
 import os
 import platform
 import sys
@@ -142,15 +142,15 @@ def encoder_rate(opt, amp, steps=4):
 def our_pretrain(opt, amp, epochs=3):
     """Pairs per second of the script's best epoch, as its log says."""
     with tempfile.TemporaryDirectory() as folder:
-        quietly(importlib.import_module("pre-train_DVSCL").main, *opt.flags, "--model_path", folder, "--epochs",
-                epochs, *["--amp"] * amp)
+        quietly(import_module("pre-train_DVSCL").main, *opt.flags, "--model_path", folder,
+                "--epochs", epochs, *["--amp"] * amp)
         (run,) = Path(folder).glob("*/log.jsonl")
         return max(line["pairs_per_second"] for line in util.read_log(run.parent)[1:])
 
 
 def our_finetune(opt, amp, epochs=2):
     """Clips per second of the script's best epoch for one held-out subject."""
-    module, seconds = importlib.import_module("fine-tune_DVSCL"), []
+    module, seconds = import_module("fine-tune_DVSCL"), []
     train = module.train
 
     def timed(epoch, opt_, clips, images, members, *args):
@@ -203,7 +203,7 @@ def probe(opt):
             ("probing", "LinearProbing_DVSCL_10fold", ["--protocol", "loso"]),
             ("--freeze_encoder", "fine-tune_DVSCL", ["--freeze_encoder"])):
         with tempfile.TemporaryDirectory() as folder:
-            seconds = quietly(importlib.import_module(name).main, *opt.flags, "--model_path", "random",
+            seconds = quietly(import_module(name).main, *opt.flags, "--model_path", "random",
                               "--save_path", folder, "--epochs", 30, *flags)
         print(f"  {title:17s}{seconds:6.1f}  {usual / seconds:.0f}x")
 
@@ -235,7 +235,7 @@ def start(opt):
         with tempfile.TemporaryDirectory() as folder:
             setattr(transforms, step, reached)
             try:
-                quietly(importlib.import_module(name).main, *opt.flags, *flags, folder)
+                quietly(import_module(name).main, *opt.flags, *flags, folder)
             except Reached:
                 print(f"  {name:28s}{time.perf_counter() - began:5.2f}")
             finally:
@@ -260,7 +260,7 @@ def growth(opt):
         features, labels = torch.randn(1, clips, dim, device=opt.device), torch.arange(clips) % 4
         fold_of = torch.arange(clips).numpy() % people
         heads = probing.FoldHeads([str(i) for i in range(people)], dim, 4, 0, opt.device)
-        run = importlib.import_module("LinearProbing_DVSCL_10fold").parse_option(
+        run = import_module("LinearProbing_DVSCL_10fold").parse_option(
             ["--data_folder", ".", "--save_path", ".", "--model_path", "random", "--epochs", "3",
              "--learning_rate", "0.001"])
         times = [time.perf_counter()]
@@ -288,8 +288,8 @@ def main():
         parser.error(f"parts are {', '.join(PARTS)}")
     opt.device, work = torch.device(opt.device), Path(opt.work)
     if not (work / "lists").exists():
-        quietly(importlib.import_module("render_CASME3").main, "--data_folder", work / "data", "--subjects", 95,
-                "--clips_per_subject", -(-opt.clips // 95))
+        quietly(import_module("render_CASME3").main, "--data_folder", work / "data",
+                "--subjects", 95, "--clips_per_subject", -(-opt.clips // 95))
         clips = dataset.read_clips(work / "data").clips
         dataset.write_lists(work / "lists", clips[:opt.clips], "depth")
         (work / "lists" / "encoding.json").write_bytes(
@@ -297,7 +297,7 @@ def main():
     opt.clips = dataset.read_clips(work / "data", work / "lists")
     opt.flags = ["--data_folder", work / "data", "--list_folder", work / "lists", "--cache",
                  work / "cache", "--tb_path", work / "tensorboard", "--device", opt.device]
-    quietly(importlib.import_module("pre-train_DVSCL").main, *opt.flags, "--model_path", work / "first",
+    quietly(import_module("pre-train_DVSCL").main, *opt.flags, "--model_path", work / "first",
             "--epochs", 1, "--resume", "auto")  # decodes the images
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {opt.device}, "
           f"{torch.get_num_threads()} threads, {opt.num_workers} loader workers")
