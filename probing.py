@@ -154,9 +154,9 @@ def train_heads(heads, features, positions, labels, fold_of, held_out, opt, loss
     util.announce_dropped(len(labels), opt.batch_size)
     lengths = features.square().sum(-1).mean(0).cpu()  # [N]
     scale = rate_scale((lengths @ training.float()) / training.sum(0), positions).to(device)  # [F]
-    given = inner.choices if inner else [opt.learning_rate]
-    print(f"learning rate of the heads: {', '.join(f'{r:g}' for r in given)} x {scale.mean():.3g}, for features "
-          f"of mean squared length {lengths.mean():.4g} on {positions} positions")
+    given = ", ".join(f"{r:g}" for r in (inner.choices if inner else [opt.learning_rate]))
+    print(f"learning rate of the heads: {given} x {scale.mean():.3g}, for features of mean squared "
+          f"length {lengths.mean():.4g} on {positions} positions")
     for epoch in range(start + 1, opt.epochs + 1):
         rng = util.generator(opt.seed, epoch)
         means = {"train_loss": util.AverageMeter(), "train_accuracy": util.AverageMeter()}

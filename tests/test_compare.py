@@ -10,6 +10,7 @@ from sklearn.metrics import f1_score, recall_score
 
 import compare_results
 import metrics
+import pictures
 
 
 def uf1(labels, predictions, n_label):
@@ -121,7 +122,7 @@ OPTIONS = {"model": "alexnet", "model_path": "random", "encoder": "both", "tag":
 @pytest.fixture
 def make(tmp_path, monkeypatch):
     """make(name, predictions, …): writes a result of these predictions, returns its path."""
-    monkeypatch.setattr(metrics, "draw_confusion", lambda *_: None)
+    monkeypatch.setattr(pictures, "draw_confusion", lambda *_: None)
     labels = np.random.default_rng(0).choice(3, 40, p=[0.5, 0.3, 0.2])
 
     def write(name, skill, keep=40, labels=labels, databases=("casme3",), about=None, **options):
