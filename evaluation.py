@@ -279,8 +279,8 @@ class HeldOut:
         distributed.barrier()  # the other ranks' subjects are finished too
         if not distributed.first():
             return
-        pictures.draw_curves(self.folder)
         if self.all:
+            pictures.draw_curves(self.folder)
             print(f"checkpoint   {self.last}\nlog          {self.folder / 'log.jsonl'}\n"
                   f"curves       {self.folder / 'curves.png'}\n"
                   f"TensorBoard  tensorboard --logdir {self.curves.parent}")
@@ -295,10 +295,13 @@ class HeldOut:
             about["shortcuts"] |= json.loads(known.read_text())
         results = metrics.write_results(self.folder, {**self.header, **about}, clips.n_label,
                                         clips.classes, keys)
+        oracle = []
         if self.opt.oracle_curve and "oracle_best_epoch" in results:
-            each = metrics.epochs_of(self.folder, clips.n_label)
-            util.Log(self.folder, self.curves, None).curves(
-                {f"oracle/{name}": [of[name] for of in each] for name in metrics.MEASURES})
+            oracle = [{"epoch": epoch, **{pictures.ORACLE + name: of[name]
+                                          for name in metrics.MEASURES}}
+                      for epoch, of in enumerate(metrics.epochs_of(self.folder, clips.n_label), 1)]
+            util.Log(self.folder, self.curves, None).curves(oracle)
+        pictures.draw_curves(self.folder, oracle)
         pictures.draw_mistakes(self.folder / "mistakes.png", clips, images,
                                *metrics.read_mistakes(self.folder))
         print("\n".join([metrics.describe(results),

@@ -72,13 +72,15 @@ def draw_confusion(path, confusion, classes, title=""):
 
 # ---------------------------------------------------------------- curves
 
-def draw_curves(folder):
+def draw_curves(folder, oracle=()):
     """`<folder>/curves.png` from its log.jsonl: a panel per kind of figure, epochs to the right.
 
     Where a run holds several trainings (held-out subjects), each is a faint line and their mean a
-    strong one. Held-out figures are drawn only if the log holds them, under ORACLE.
+    strong one. oracle: lines with held-out figures, whose names begin with ORACLE; without them
+    none are drawn.
     """
     header, *lines = read_log(folder)
+    lines += oracle
     second = dataset.second_view(header["opt"].get("view", "RGB_D"))
     held_out = sorted({name for line in lines for name in line if name.startswith(ORACLE)})
     panels = [(title, unit, {name: (second if label is None else label, colour)
@@ -102,7 +104,7 @@ def draw_curves(folder):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
         axes.grid(alpha=0.3)
         if title == "learning rate":
-            _scale_rate(axes, [line["learning_rate"] for line in lines])
+            _scale_rate(axes, [line["learning_rate"] for line in lines if "learning_rate" in line])
         elif "prob" in title or "accuracy" in title:
             axes.set_ylim(-0.03, 1.03)
         elif axes.get_ylim()[0] > 0:
