@@ -113,7 +113,8 @@ def test_nce_stays_finite(small_crops, drawn, cache, tmp_path, rate):
 
 
 @pytest.mark.slow
-def test_the_demos_settings_learn_from_rendered_faces(cache, tmp_path):
+def test_the_demos_settings_learn_from_rendered_faces(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(transforms, "CROP", 224)  # the module's other tests crop 64 pixels
     render = script("render_CASME3").main
     render(["--data_folder", tmp_path / "seen"])
     render(["--data_folder", tmp_path / "unseen", "--subjects", 6, "--seed", 1])
