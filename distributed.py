@@ -14,6 +14,10 @@ import torch.distributed as dist
 
 from util import BadInput
 
+TIMEOUT = datetime.timedelta(minutes=10)  # of one rank for another within a step
+PATIENCE = datetime.timedelta(days=7)  # where one rank decodes or trains while the others wait
+_patient = []  # the group that barriers wait in
+
 
 def rank():
     """(rank, world size) from torchrun's environment; (0, 1) without it."""
@@ -38,19 +42,20 @@ def share(items):
 def group(device, wanted=True):
     """The process group for the time of a with block, where torchrun made one and it is `wanted`.
 
-    Rank 0 alone prints. Ranks wait ten minutes for one another, then stop with an error; when one
-    of them dies, the others do at once.
+    Rank 0 alone prints. Ranks wait ten minutes for one another within a step, then stop with an
+    error; at a barrier as long as it takes. When one of them dies, the others do at once.
     """
     if not wanted or rank()[1] == 1:
         yield
         return
     if rank()[0]:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                            timeout=datetime.timedelta(minutes=10))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    _patient.append(dist.new_group(backend="gloo", timeout=PATIENCE))
     try:
         yield
     finally:
+        _patient.clear()
         dist.destroy_process_group()
 
 
@@ -124,16 +129,16 @@ def size():
 
 
 def barrier():
-    """Waits for all ranks."""
+    """Waits for all ranks, as long as it takes: of folds dealt out, one rank may have one more."""
     if active():
-        dist.barrier()
+        dist.barrier(group=_patient[0])
 
 
 @contextlib.contextmanager
 def in_turn():
     """Rank 0 goes through the block before the others, which find what it left on the disk."""
     if not first():
-        dist.barrier()
+        barrier()
     yield
-    if active() and first():
-        dist.barrier()
+    if first():
+        barrier()

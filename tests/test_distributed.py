@@ -1,4 +1,6 @@
 """Two CPU processes (gloo) do what one does."""
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -82,3 +84,22 @@ def test_a_rank_that_dies_stops_the_others_with_an_error(drawn, tmp_path):
                "--model_path", tmp_path / "runs", folder=tmp_path)
     assert done.returncode != 0
     assert not list((tmp_path / "runs").glob("*/last.pth"))
+
+
+def test_a_barrier_outlasts_the_time_limit_of_a_step(tmp_path):
+    # a rank whose last fold takes longer than the others' is no lost rank
+    code = (f"import sys, time, datetime; sys.path.insert(0, {str(ROOT)!r})\n"
+            "import torch, distributed\n"
+            "distributed.TIMEOUT = datetime.timedelta(seconds=1)\n"
+            "with distributed.group(torch.device('cpu')):\n"
+            "    time.sleep(3 * distributed.rank()[0])\n"
+            "    distributed.barrier()\n"
+            "    assert distributed.gather(torch.ones(2)).tolist() == [1] * 4\n")
+    with socket.create_server(("localhost", 0)) as server:
+        port = str(server.getsockname()[1])
+    ranks = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env={
+        **os.environ, "RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+        "MASTER_PORT": port}) for r in range(2)]
+    for rank in ranks:
+        error = rank.communicate(timeout=120)[1]
+        assert rank.returncode == 0, error
