@@ -185,7 +185,8 @@ class HeldOut:
         units = self._groups(todo, paths, together) or [(None, [], None)]
         self.groups = self._groups(distributed.share(todo), paths, together)
         if self.all:
-            units = self.groups = [(opt.model_path, [], "all")]
+            units = [(opt.model_path, [], "all")]
+            self.groups = units if distributed.first() else []
         if self.groups:
             self.encoder(self.groups[0][0])  # a wrong checkpoint leaves no run folder behind
         distributed.barrier()
@@ -213,7 +214,9 @@ class HeldOut:
 
         units: names of what is still to be trained. Rank 0 writes the file, the others append.
         """
-        done = {state["unit"]: state["epoch"] for state in self.states()}
+        done = {}
+        for state in self.states():
+            done[state["unit"]] = max(state["epoch"], done.get(state["unit"], 0))
         log = None
         if distributed.first():
             log = util.Log(self.folder, self.curves, self.header, lambda line: (
@@ -237,12 +240,15 @@ class HeldOut:
             yield state
 
     def state(self, unit):
-        """The checkpoint to go on from in `unit`, or None."""
-        for state in self.states():
-            if state["unit"] == unit:
-                print(f"{unit or 'heads'}: goes on after epoch {state['epoch']}")
-                return state
-        return None
+        """The checkpoint to go on from in `unit`, or None; the furthest, where several ranks or
+        numbers of ranks have left one."""
+        mine = [state for state in self.states() if state["unit"] == unit]
+        if not mine:
+            return None
+        found = max(mine, key=lambda state: (state["epoch"],
+                                             (state.get("within") or {}).get("step", 0)))
+        print(f"{unit or 'heads'}: goes on after epoch {found['epoch']}")
+        return found
 
     def encoder(self, path):
         """`load_encoder`'s (encoder, about) of a group; remembers whom the encoder saw."""

@@ -1,4 +1,5 @@
 """Runs that are stopped or killed anywhere end with the tensors of one that was not."""
+import contextlib
 import os
 import random
 import signal
@@ -11,6 +12,7 @@ from conftest import ROOT, finetune, pretrain, probe
 from test_scripts import load, only, states_differ
 
 import checkpoint
+import distributed
 import util
 
 pytestmark = pytest.mark.usefixtures("small_crops")
@@ -78,6 +80,35 @@ def test_heads_that_were_stopped_go_on_to_the_same_result(drawn, quick, pretrain
     assert end.value.code == 143
     run(*flags, "--save_path", tmp_path / "part", "--resume", "auto")
     same_run(only(tmp_path / "whole"), only(tmp_path / "part"))
+
+
+def test_the_furthest_checkpoint_of_several_ranks_counts(drawn, quick, pretrained, tmp_path,
+                                                         monkeypatch):
+    """Another number of ranks leaves a rank's older checkpoint of the same subject behind."""
+    flags = ["--data_folder", drawn, *quick, "--model_path", pretrained, "--batch_size", 4,
+             "--epochs", 3, "--subject", "s1"]
+    finetune(*flags, "--save_path", tmp_path / "whole")
+    # nine clips: two steps an epoch, as a batch of one is dropped
+    for step, place in ((3, "last_rank1.pth"), (2, "last.pth")):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            stop_at(patch, step)
+            finetune(*flags, "--save_path", tmp_path / "part", "--resume", "auto")
+        part = only(tmp_path / "part")
+        (part / "last.pth").rename(part / place)
+    assert [load(part / name)["epoch"] for name in ("last.pth", "last_rank1.pth")] == [2, 1]
+    finetune(*flags, "--save_path", tmp_path / "part", "--resume", "auto")
+    same_run(only(tmp_path / "whole"), part)
+
+
+def test_one_rank_alone_trains_the_model_on_every_clip(drawn, quick, pretrained, tmp_path,
+                                                       monkeypatch):
+    monkeypatch.setattr(distributed, "first", lambda: False)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "group", lambda device: contextlib.nullcontext())
+    finetune("--data_folder", drawn, *quick, "--model_path", pretrained, "--subject", "all",
+             "--save_path", tmp_path)
+    assert not list(tmp_path.rglob("last*.pth"))
 
 
 def test_a_checkpoint_is_written_when_the_minutes_are_over(drawn, quick, tmp_path, monkeypatch):
