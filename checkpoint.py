@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import distributed
-from util import BadInput, RunFailed, Stopped, handled
+from util import BadInput, RunFailed, Stopped, beside, handled
 
 # Where a run's files lie and how it is watched may change when it is resumed.
 FREE_TO_CHANGE = {"data_folder", "list_folder", "model_path", "save_path", "tb_path", "cache",
@@ -29,7 +29,7 @@ def save(path, state):
             raise RunFailed(f"{path}: the weights are not finite after epoch {state['epoch']}; the "
                             f"last checkpoint is kept; lower --learning_rate")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = beside(path)
     try:
         with open(part, "wb") as file:
             torch.save(state, file)
@@ -51,7 +51,7 @@ def save_epoch(folder, state):
     """
     last, kept = Path(folder) / "last.pth", Path(folder) / f"ckpt_epoch_{state['epoch']}.pth"
     save(kept, state)
-    part = last.with_name(f".{last.name}.{os.getpid()}.part")
+    part = beside(last)
     try:
         os.link(kept, part)
         os.replace(part, last)

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from util import BadInput, write_json
+from util import BadInput, beside, write_json
 
 SIZE = 256  # images are stored with this side, in pixels; training crops 224 of them
 PIXEL_LIMIT = 50_000_000  # an image of more pixels than any camera's frame is an accident
@@ -117,7 +117,7 @@ def load_images(clips, cache="off", num_workers=4):
               f"{'in memory' if cache == 'off' else f'in {folder}'}: they are decoded for every "
               f"batch anew, by {num_workers} threads")
         return Stream(clips, num_workers), stamp.hexdigest()
-    part = None if cache == "off" else path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = None if cache == "off" else beside(path)
     try:
         if part:
             images = np.lib.format.open_memmap(part, "w+", np.uint8, shape)

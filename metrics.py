@@ -156,7 +156,7 @@ def open_results(folder, opt, about, sha256):
                            f"remove it")
         checkpoint.check_resumable(folder, old[0], opt, data_digest=about["data_digest"],
                                    checkpoint_sha256=about["checkpoint_sha256"])
-    elif Path(folder).exists() and any(Path(folder).iterdir()):
+    elif Path(folder).exists() and any(path.suffix != ".part" for path in Path(folder).iterdir()):
         raise BadInput(f"{folder}: exists, but holds no log.jsonl; remove it or give another --tag")
     done = {path.stem: path for path in (Path(folder) / "subjects").glob("*.json")}
     for name in done.keys() & sha256.keys():
@@ -392,6 +392,9 @@ def write_results(folder, about, n_label, classes, blank_keys=()):
     pictures.draw_confusion(folder / "confusion.png", np.array(results["confusion"]), classes,
                             "rendered stand-in data" if about.get("rendered") else "")
     write_json(folder / "results.json", results)
+    if len(list((folder / "subjects").glob("*.json"))) > len(named):
+        # another job finished one meanwhile, and may have written its results before these
+        return write_results(folder, about, n_label, classes, blank_keys)
     return results
 
 

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 import dataset
 import transforms
 from decoding import NO_CHANGE
-from util import read_log
+from util import beside, read_log
 
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # Okabe and Ito
 # curves.png: title, axis, and the log's fields with the name and colour of their line
@@ -32,8 +32,7 @@ TITLE, BELOW = 0.5, 0.2  # inches above a clip's panels, for its text and their 
 
 def save(figure, path):
     """Writes a figure as PNG under a temporary name, then renames."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = beside(path)
     try:
         FigureCanvasAgg(figure)
         figure.savefig(part, dpi=150, format="png")

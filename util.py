@@ -211,10 +211,27 @@ def write_json(path, content):
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
+def beside(path):
+    """The temporary name of `path`, no other process's even where machines share the disk."""
+    path = Path(path)
+    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.part")
+
+
+def sweep(folder):
+    """Removes what killed processes of this machine left half-written below `folder`; others may
+    be writing there now."""
+    for part in Path(folder).rglob(f".*.{platform.node()}.*.part"):
+        try:
+            os.kill(int(part.suffixes[-2][1:]), 0)
+        except (ProcessLookupError, ValueError):
+            part.unlink(missing_ok=True)
+        except PermissionError:  # somebody else's, alive
+            pass
+
+
 def write_text(path, text):
     """Writes UTF-8 text under a temporary name, then renames."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = beside(path)
     try:
         with open(part, "w", encoding="utf-8", newline="") as file:
             file.write(text)
@@ -244,11 +261,13 @@ class Log:
 
     def _write_header(self, folder, header, keep):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        for part in Path(folder).rglob(".*.part"):  # what a killed process left half-written
-            part.unlink(missing_ok=True)
+        sweep(folder)
         lines = read_log(folder) if keep else []
         kept = [lines[0] if lines else header] + [line for line in lines[1:] if keep(line)]
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        # written over only to cut it: other jobs may be appending to it
+        if not lines or self.path.read_text(encoding="utf-8") != text:
+            write_text(self.path, text)
 
     def _open_curves(self, folder):
         """The package names its file by whole seconds and truncates what is there, so it opens

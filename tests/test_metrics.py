@@ -247,6 +247,19 @@ def test_rows_name_the_likeliest_class():
         == [("casme2", "k2", 1), ("casme2", "k0", 2)]
 
 
+def test_a_subject_that_another_job_finishes_meanwhile_is_in_the_results(tmp_path, monkeypatch):
+    draw = metrics.pictures.draw_confusion
+
+    def slow(*args):
+        metrics.write_subject(tmp_path, "smic_b", [row("smic", "b", "k7", 1, [0.0, 1.0])],
+                              transductive=False, checkpoint="x.pth", sha256="1")
+        draw(*args)
+    monkeypatch.setattr(metrics.pictures, "draw_confusion", slow)
+    assert write(tmp_path)["n"] == len(ROWS) + 1
+    assert json.loads((tmp_path / "results.json").read_text())["n"] == len(ROWS) + 1
+    assert (tmp_path / "predictions.csv").read_text().count("\n") == len(ROWS) + 2
+
+
 def test_half_a_subject_file_is_refused_by_name(tmp_path):
     write(tmp_path)
     path = tmp_path / "subjects" / "smic_a.json"

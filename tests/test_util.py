@@ -1,6 +1,9 @@
 """What a result records of the code it was computed with."""
 import json
+import os
+import platform
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, probe
@@ -58,3 +61,27 @@ def test_results_and_log_hold_the_commit(drawn, quick, small_crops, tmp_path):
     assert recorded == util.read_log(path.parent)[0]["versions"]["commit"] == util.commit(ROOT)
     if (ROOT / ".git").exists():
         assert recorded.removesuffix("-dirty") == git(ROOT, "rev-parse", "HEAD")
+
+
+# ---------------------------------------------------------------- jobs in one folder
+
+def test_only_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / "subjects").mkdir()
+    parts = {name: tmp_path / "subjects" / f".last.pth.{name}.part" for name in (
+        f"{platform.node()}.{dead.pid}", f"{platform.node()}.{os.getppid()}", "elsewhere.1")}
+    for part in parts.values():
+        part.write_text("half")
+    util.sweep(tmp_path)
+    assert [part.exists() for part in parts.values()] == [False, True, True]
+
+
+def test_a_log_that_needs_no_cut_is_not_written_over(tmp_path):
+    """A job that starts while others append to the log must not drop their lines."""
+    util.Log(tmp_path, tmp_path / "curves", {"opt": {}}).epoch(1, {"train_loss": 0.1}, "s1")
+    before = (tmp_path / "log.jsonl").stat().st_ino
+    util.Log(tmp_path, tmp_path / "curves", {"opt": {}}, lambda line: line["subject"] != "s2")
+    assert (tmp_path / "log.jsonl").stat().st_ino == before
+    util.Log(tmp_path, tmp_path / "curves", {"opt": {}}, lambda line: line["subject"] != "s1")
+    assert util.read_log(tmp_path) == [{"opt": {}}]
