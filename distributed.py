@@ -12,8 +12,6 @@ import sys
 import torch
 import torch.distributed as dist
 
-from util import BadInput
-
 TIMEOUT = datetime.timedelta(minutes=10)  # of one rank for another within a step
 PATIENCE = datetime.timedelta(days=7)  # where one rank decodes or trains while the others wait
 _patient = []  # the group that barriers wait in
@@ -65,11 +63,8 @@ def active():
 
 
 def part(index):
-    """This rank's contiguous slice of a global batch `[B, ...]`; raises BadInput if it is empty."""
+    """This rank's contiguous slice of a global batch `[B, ...]`."""
     number, size = rank() if active() else (0, 1)
-    if len(index) < size:
-        raise BadInput(f"--batch_size: a batch of {len(index)} clips for {size} ranks; take "
-                       f"{size} or more")
     return index.tensor_split(size)[number]
 
 
@@ -105,17 +100,45 @@ def highest(number):
     return int(value)
 
 
-def wrap(model, device):
+class _Autocast(torch.nn.Module):
+    """A model that enters `autocast()` by itself: DataParallel's threads are told whether it is
+    on, but not its type, and would take float16 without a loss scaler for bfloat16."""
+
+    def __init__(self, model, autocast):
+        super().__init__()
+        self.model, self.autocast = model, autocast
+
+    def forward(self, *args):
+        with self.autocast():
+            return self.model(*args)
+
+
+def _gpus(device):
+    """GPUs of this one process: all there are, where --device names none of them."""
+    alone = active() or device.type != "cuda" or device.index is not None
+    return 1 if alone else torch.cuda.device_count()
+
+
+def wrap(model, device, autocast):
     """The model over this run's devices: DistributedDataParallel under torchrun, DataParallel
     where one process has several GPUs and --device names none of them, else the model itself."""
     if active():
         return torch.nn.parallel.DistributedDataParallel(
             model, [device] if device.type == "cuda" else None)
-    if device.type == "cuda" and device.index is None and torch.cuda.device_count() > 1:
-        print(f"{torch.cuda.device_count()} GPUs in one process; faster: "
-              f"torchrun --nproc_per_node {torch.cuda.device_count()} with the same flags")
-        return torch.nn.DataParallel(model)
+    gpus = _gpus(device)
+    if gpus > 1:
+        print(f"{gpus} GPUs in one process; faster: "
+              f"torchrun --nproc_per_node {gpus} with the same flags")
+        return torch.nn.DataParallel(_Autocast(model, autocast))
     return model
+
+
+def smallest_slice(n, device):
+    """Fewest clips that a rank or GPU gets of a global batch of `n`."""
+    if active():
+        return n // size()
+    share = -(-n // _gpus(device))  # DataParallel cuts as torch.chunk does
+    return (n - 1) % share + 1
 
 
 def first():

@@ -186,6 +186,18 @@ def set_model(opt, channels, n_data, device):
     return model, contrast.to(device), criterion.to(device)
 
 
+def check_slices(opt, n_data, model, device):
+    """Raises BadInput if a batch leaves a device too few clips for the model's batch norm."""
+    # in maps one clip has many positions; of vectors it takes two, or those of the other ranks
+    least = 1 + any(isinstance(part, torch.nn.BatchNorm1d) for part in model.modules())
+    for batch in util.batches(n_data, opt.batch_size, util.generator(opt.seed)):
+        found = distributed.smallest_slice(len(batch), device)
+        if found < least:
+            raise BadInput(f"--batch_size {opt.batch_size}: of {n_data} clips it leaves a batch of "
+                           f"{len(batch)}, and a device {found} of them; {opt.model} needs {least} "
+                           f"on each: take another, or fewer devices")
+
+
 def set_optimizer(opt, model):
     return torch.optim.SGD(model.parameters(), lr=opt.learning_rate, momentum=opt.momentum,
                            weight_decay=opt.weight_decay)
@@ -284,6 +296,7 @@ def pretrain(opt, argv, device, clips, images, digest, blank, without, out):
     data_digest = hashlib.sha256(f"{digest} {members.tolist()}".encode()).hexdigest()
     mixed = util.mixed_precision(opt, device)
     model, contrast, criterion = set_model(opt, clips.channels, len(members), device)
+    check_slices(opt, len(members), model, device)
     optimizer = set_optimizer(opt, model)
     states = {"model": model, "contrast": contrast, "optimizer": optimizer, "scaler": mixed[1]}
     if resume:
@@ -299,7 +312,7 @@ def pretrain(opt, argv, device, clips, images, digest, blank, without, out):
     fixed = {"opt": vars(opt), "normalization": normalization, "encoding": clips.encoding,
              "seen": {"people": [list(p) for p in people], "clips": len(members)},
              "data_digest": data_digest, "channels": list(clips.channels)}
-    parallel = distributed.wrap(model, device)
+    parallel = distributed.wrap(model, device, mixed[0])
 
     def state(epoch, within):
         return {**fixed, "epoch": epoch, "step": epoch * per_epoch + within.get("step", 0),

@@ -3,13 +3,18 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import script
 
 import checkpoint
+import distributed
 import metrics
+import util
 
 ROOT = Path(__file__).resolve().parents[1]
 DRIVER = ROOT / "tests" / "eval_norm.py"
@@ -103,3 +108,58 @@ def test_a_barrier_outlasts_the_time_limit_of_a_step(tmp_path):
     for rank in ranks:
         error = rank.communicate(timeout=120)[1]
         assert rank.returncode == 0, error
+
+
+# ---------------------------------------------------------------- several GPUs, without one
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 4, 8])
+def test_the_smallest_slice_is_that_of_the_cut(devices, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    for n in range(devices, 60):
+        cut = torch.arange(n).chunk(devices)
+        assert distributed.smallest_slice(n, CUDA) == min(map(len, cut))
+        assert distributed.smallest_slice(n, torch.device("cpu")) == n
+    monkeypatch.setattr(distributed, "active", lambda: True)
+    monkeypatch.setattr(distributed, "size", lambda: devices)
+    for n in range(60):
+        assert distributed.smallest_slice(n, CUDA) == min(map(len, torch.arange(n)
+                                                              .tensor_split(devices)))
+
+
+@pytest.mark.parametrize("norm, n_data, fits", [
+    (torch.nn.BatchNorm1d, 50, False), (torch.nn.BatchNorm1d, 49, True),
+    (torch.nn.BatchNorm2d, 50, True), (torch.nn.SyncBatchNorm, 50, True)])
+def test_a_batch_that_leaves_a_device_too_few_clips_is_refused_before_training(
+        norm, n_data, fits, monkeypatch):
+    # on eight devices 50 clips make seven slices of 7 and one of 1, and 49 seven of 7
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    opt = SimpleNamespace(batch_size=64, seed=0, model="alexnet")
+    check = script("pre-train_DVSCL").check_slices
+    if fits:
+        check(opt, n_data, norm(4), CUDA)
+    else:
+        with pytest.raises(util.BadInput, match="a batch of 50, and a device 1 of them"):
+            check(opt, n_data, norm(4), CUDA)
+
+
+def test_replicas_in_threads_of_their_own_compute_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.nn, "DataParallel", lambda model: model)
+    autocast, _ = util.mixed_precision(SimpleNamespace(amp=True), torch.device("cpu"))
+    model, found = distributed.wrap(torch.nn.Linear(3, 2), CUDA, autocast), []
+    replica = threading.Thread(target=lambda: found.append(model(torch.ones(4, 3)).dtype))
+    replica.start()
+    replica.join()
+    assert found == [torch.bfloat16]
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+@pytest.mark.parametrize("native, dtype", [(True, torch.bfloat16), (False, torch.float16)])
+def test_a_gpu_that_only_emulates_bfloat16_gets_float16(native, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda including_emulation=True: native or including_emulation)
+    autocast, _ = util.mixed_precision(SimpleNamespace(amp=True), CUDA)
+    assert autocast().fast_dtype == dtype
