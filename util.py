@@ -195,7 +195,8 @@ def pick_device(name):
 def mixed_precision(opt, device):
     """(autocast context factory, GradScaler) for --amp on `device`; both idle without it."""
     half = torch.bfloat16
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
+    # a GPU that only emulates bfloat16 is slower with it than in float32
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         half = torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=opt.amp and half == torch.float16)
 
