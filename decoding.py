@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -168,21 +169,42 @@ class Stream:
         return np.stack(list(self.pool.map(lambda clip: decode(clip, self.clips), chosen)))
 
 
-def fetch(images, batches):
-    """`images[index]` for each index array of `batches`, the next one fetched while one is used."""
+def fetch(images, batches, device):
+    """`images[index]` on `device`, uint8 `[B, C, 256, 256]`, for each index array of `batches`.
+
+    The next one is fetched while one is used, for a GPU from pinned memory on a stream of its own:
+    a copy from other memory would wait for the step before it, and the GPU for the copy.
+    """
+    gpu = device.type == "cuda"
+    stream = torch.cuda.Stream(device) if gpu else None
+
+    def get(index):
+        batch = torch.from_numpy(images[index])
+        if gpu:
+            with torch.cuda.stream(stream):
+                batch = batch.pin_memory().to(device, non_blocking=True)
+            stream.synchronize()
+        return batch
+
+    def ready(future):
+        batch = future.result()
+        if gpu:  # its memory is used again only after what the caller's stream does with it
+            batch.record_stream(torch.cuda.current_stream(device))
+        return batch
+
     with ThreadPoolExecutor(1) as pool:
         coming = None
         for index in batches:
-            ready, coming = coming, pool.submit(images.__getitem__, index)
-            if ready:
-                yield ready.result()
+            done, coming = coming, pool.submit(get, index)
+            if done:
+                yield ready(done)
         if coming:
-            yield coming.result()
+            yield ready(coming)
 
 
 def blank(images, encoding):
     """bool `[N]`: clips whose RGB difference is 'no change' everywhere (onset = apex)."""
     level = NO_CHANGE[encoding["difference"]]
     chunks = np.array_split(np.arange(len(images)), -(-len(images) // 64))
-    return np.concatenate([(batch[:, :3] == level).all((1, 2, 3))
-                           for batch in fetch(images, chunks)])
+    return np.concatenate([(batch[:, :3].numpy() == level).all((1, 2, 3))
+                           for batch in fetch(images, chunks, torch.device("cpu"))])

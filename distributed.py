@@ -72,8 +72,10 @@ def gather(tensor):
     """Concatenates `tensor` of all ranks along dimension 0, in their order; lengths may differ."""
     if not active():
         return tensor
-    sizes = [None] * dist.get_world_size()
-    dist.all_gather_object(sizes, len(tensor))
+    sizes = [torch.empty(1, dtype=torch.long, device=tensor.device)
+             for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.full_like(sizes[0], len(tensor)))
+    sizes = torch.cat(sizes).tolist()
     longest = tensor.new_zeros(max(sizes), *tensor.shape[1:])
     longest[:len(tensor)] = tensor
     parts = [torch.empty_like(longest) for _ in sizes]

@@ -437,8 +437,8 @@ def validate(opt, images, members, normalization, model, head, autocast, device)
     found = []
     with torch.no_grad():
         parts = np.array_split(members, -(-len(members) // opt.batch_size))
-        for batch in decoding.fetch(images, parts):
-            batch = transforms.eval_transform(torch.from_numpy(batch).to(device), normalization)
+        for batch in decoding.fetch(images, parts, device):
+            batch = transforms.eval_transform(batch, normalization)
             with autocast():
                 logits = head(*model(batch, opt.layer))
             found.append(logits.float().softmax(1).cpu().numpy())

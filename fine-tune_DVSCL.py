@@ -116,10 +116,9 @@ def train(epoch, opt, clips, images, members, normalization, model, head, optimi
              enumerate(util.batches(len(members), opt.batch_size, rng), 1)]
     steps = steps[within.get("step", 0):]
     wanted = [members[index] for _, index in steps]
-    for (step, index), batch in zip(steps, decoding.fetch(images, wanted)):
+    for (step, index), batch in zip(steps, decoding.fetch(images, wanted, device)):
         drawn = transforms.draw(len(index), util.generator(opt.seed, epoch, step), encoding, 0)
-        batch = transforms.train_transform(torch.from_numpy(batch).to(device), drawn,
-                                           normalization, encoding, clips.channels)
+        batch = transforms.train_transform(batch, drawn, normalization, encoding, clips.channels)
         target = torch.from_numpy(labels[index]).to(device)
         with autocast():
             logits = head(*model(batch, opt.layer)).float()  # [B, C]

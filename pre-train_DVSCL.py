@@ -222,15 +222,14 @@ def train(epoch, opt, pool, normalization, model, contrast, criterion, optimizer
     steps = list(enumerate(order, 1))[within.get("step", 0):]
     # drawn for the global batch, of which a rank takes its slice
     wanted = [members[distributed.part(index).numpy()] for _, index in steps]
-    for (step, index), batch in zip(steps, decoding.fetch(images, wanted)):
+    for (step, index), batch in zip(steps, decoding.fetch(images, wanted, device)):
         rng = util.generator(opt.seed, epoch, step)
         drawn = transforms.draw(len(index), rng, encoding, opt.jitter, opt.crop_low,
                                 not opt.no_flip)
         negatives = contrast.draw(index, rng)
         mine = distributed.part(torch.arange(len(index)))
         drawn = {name: value[mine] for name, value in drawn.items()}
-        batch = transforms.train_transform(torch.from_numpy(batch).to(device), drawn,
-                                           normalization, encoding, clips.channels)
+        batch = transforms.train_transform(batch, drawn, normalization, encoding, clips.channels)
         with autocast():
             feat_rgb, feat_depth = model(batch)  # [B, feat_dim] each
         out_rgb, out_depth = contrast(feat_rgb.float(), feat_depth.float(), index[mine].to(device),

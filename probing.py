@@ -35,8 +35,8 @@ def encode(model, head, images, normalization, layer, device, autocast, views=1,
     members = np.arange(len(images)) if members is None else members
     parts = np.array_split(members, -(-len(members) // batch_size))
     with torch.no_grad():
-        for batch in tqdm(decoding.fetch(images, parts), "encoding", len(parts), disable=None):
-            batch = torch.from_numpy(batch).to(device)
+        coming = decoding.fetch(images, parts, device)
+        for batch in tqdm(coming, "encoding", len(parts), disable=None):
             for v, (mirror, shift) in enumerate(VIEWS[:views]):
                 x = transforms.eval_transform(batch, normalization, mirror, shift)
                 with autocast():

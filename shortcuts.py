@@ -56,8 +56,8 @@ def embed(model, images, normalization, device, batch_size=64):
     model.eval()
     parts = np.array_split(np.arange(len(images)), -(-len(images) // batch_size))
     with torch.no_grad():
-        found = [model(transforms.eval_transform(torch.from_numpy(batch).to(device), normalization))
-                 for batch in decoding.fetch(images, parts)]
+        found = [model(transforms.eval_transform(batch, normalization))
+                 for batch in decoding.fetch(images, parts, device)]
     return [torch.cat([pair[view] for pair in found]).float().cpu() for view in (0, 1)]
 
 

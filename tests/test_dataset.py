@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from conftest import draw_set, save_image, signed_pair
 from PIL import Image
 
@@ -301,6 +302,26 @@ def test_cache_holds_what_decoding_gives_and_is_read_again(drawn, tmp_path, monk
     assert isinstance(again, np.memmap)
     assert (again == plain).all() and again_digest == digest
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".npy"]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[
+    pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")])])
+@pytest.mark.parametrize("kind", ["array", "memory map", "stream"])
+def test_batches_are_fetched_in_order(drawn, tmp_path, device, kind, monkeypatch):
+    clips = dataset.read_clips(drawn)
+    plain, _ = decoding.load_images(clips)
+    if kind == "stream":
+        monkeypatch.setattr(decoding, "_free_memory", lambda: 1000)
+    images, _ = decoding.load_images(clips, tmp_path if kind == "memory map" else "off")
+    assert isinstance(images, decoding.Stream) == (kind == "stream")
+    batches = [np.array(b) for b in ([3, 1], [0], [5, 5, 2], [11, 7])] * 3
+    device, found = torch.device(device), []
+    for batch in decoding.fetch(images, batches, device):
+        assert batch.device.type == device.type and batch.dtype == torch.uint8
+        found.append(batch.cpu().numpy())
+    assert len(found) == len(batches)
+    assert all((a == plain[b]).all() for a, b in zip(found, batches))
+    assert list(decoding.fetch(images, [], device)) == []
 
 
 def test_a_changed_image_is_noticed(fresh, tmp_path):
