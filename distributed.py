@@ -12,6 +12,8 @@ import sys
 import torch
 import torch.distributed as dist
 
+from util import BadInput
+
 TIMEOUT = datetime.timedelta(minutes=10)  # of one rank for another within a step
 PATIENCE = datetime.timedelta(days=7)  # where one rank decodes or trains while the others wait
 _patient = []  # the group that barriers wait in
@@ -23,9 +25,13 @@ def rank():
 
 
 def local_device(device):
-    """The GPU of this process where several share a node."""
+    """The GPU of this process where several share a node; raises BadInput if there are fewer."""
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        gpus = torch.cuda.device_count()
+        if device.index >= gpus:
+            raise BadInput(f"--nproc_per_node: more processes than the {gpus} GPUs of this "
+                           f"machine; start {gpus}, or say --device cpu")
         torch.cuda.set_device(device)
     return device
 

@@ -163,3 +163,16 @@ def test_a_gpu_that_only_emulates_bfloat16_gets_float16(native, dtype, monkeypat
                         lambda including_emulation=True: native or including_emulation)
     autocast, _ = util.mixed_precision(SimpleNamespace(amp=True), CUDA)
     assert autocast().fast_dtype == dtype
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for local in range(4):
+        monkeypatch.setenv("LOCAL_RANK", str(local))
+        assert distributed.local_device(torch.device("cpu")) == torch.device("cpu")
+        if local < 2:
+            assert distributed.local_device(CUDA) == torch.device("cuda", local)
+        else:
+            with pytest.raises(util.BadInput, match="more processes than the 2 GPUs"):
+                distributed.local_device(CUDA)
