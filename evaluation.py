@@ -176,6 +176,7 @@ class HeldOut:
                                     {dataset.person_name(p, clips): self.sha256[path]
                                      for p, path in paths.items()})
         todo = [p for p in wanted if dataset.person_name(p, clips) not in done]
+        self.todo = [dataset.person_name(p, clips) for p in todo]
         if len(todo) < len(wanted):
             print(f"{len(wanted) - len(todo)} of {len(wanted)} held-out subjects are finished")
         if opt.resume not in (None, "auto") and not Path(opt.resume).is_file():
@@ -291,6 +292,12 @@ class HeldOut:
                   f"curves       {self.folder / 'curves.png'}\n"
                   f"TensorBoard  tensorboard --logdir {self.curves.parent}")
             return
+        missing = [name for name in self.todo
+                   if not (self.folder / "subjects" / f"{name}.json").exists()]
+        if missing:
+            raise util.RunFailed(f"{self.folder}: {len(missing)} held-out subjects of other ranks "
+                                 f"are not there ({missing[0]} the first): --save_path must be a "
+                                 f"folder that all machines share")
         keys = {(dataset.DATABASES[c.database], c.subject, c.key)
                 for c, is_blank in zip(clips.clips, blank) if is_blank}
         about["rendered"] = bool(clips.encoding.get("rendered"))

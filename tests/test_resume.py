@@ -111,6 +111,19 @@ def test_one_rank_alone_trains_the_model_on_every_clip(drawn, quick, pretrained,
     assert not list(tmp_path.rglob("last*.pth"))
 
 
+def test_subjects_that_another_machine_kept_to_itself_are_missed(drawn, quick, pretrained, tmp_path,
+                                                                monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # of which this is the first
+    monkeypatch.setattr(distributed, "group", lambda device: contextlib.nullcontext())
+    with pytest.raises(SystemExit) as end:
+        finetune("--data_folder", drawn, *quick, "--model_path", pretrained, "--subject", "s1",
+                 "s2", "s3", "--freeze_encoder", "--save_path", tmp_path)
+    assert end.value.code == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "1 held-out subjects of other ranks are not there (s2 the first)" in last
+    assert not list(tmp_path.rglob("results.json"))
+
+
 def test_a_checkpoint_is_written_when_the_minutes_are_over(drawn, quick, tmp_path, monkeypatch):
     saved, save = [], checkpoint.save
 
