@@ -16,6 +16,7 @@ from util import BadInput, RunFailed, Stopped, beside, handled
 FREE_TO_CHANGE = {"data_folder", "list_folder", "model_path", "save_path", "tb_path", "cache",
                   "pairs", "num_workers", "device", "print_freq", "save_freq", "save_minutes",
                   "resume", "subject", "seeds", "oracle_curve"}
+SAVED = "stopped and saved; go on with --resume auto"
 
 
 def save(path, state):
@@ -78,8 +79,10 @@ class Keeper:
         self.saved = time.monotonic()
         return self
 
-    def __exit__(self, *error):
-        return self.handlers.__exit__(*error)
+    def __exit__(self, kind, *error):
+        self.handlers.__exit__(kind, *error)
+        if self.signal and kind is None:  # it came after the last step, whose state is saved
+            raise Stopped(self.signal, SAVED)
 
     def _note(self, number, frame):
         if self.signal:
@@ -93,7 +96,7 @@ class Keeper:
             save()
             self.saved = time.monotonic()
         if number:
-            raise Stopped(number, "stopped and saved; go on with --resume auto")
+            raise Stopped(number, SAVED)
 
 
 def load(path):

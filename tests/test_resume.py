@@ -13,6 +13,7 @@ from test_scripts import load, only, states_differ
 
 import checkpoint
 import distributed
+import evaluation
 import util
 
 pytestmark = pytest.mark.usefixtures("small_crops")
@@ -135,6 +136,25 @@ def test_a_checkpoint_is_written_when_the_minutes_are_over(drawn, quick, tmp_pat
     pretrain(*flags, "--model_path", tmp_path / "each", "--save_minutes", 0)
     pretrain(*flags, "--model_path", tmp_path / "last")
     assert saved == [1, 2, 3, 3, 3]
+
+
+def test_a_signal_after_the_last_step_of_a_subject_ends_the_run_too(drawn, quick, pretrained,
+                                                                     tmp_path, monkeypatch):
+    flags = ["--data_folder", drawn, *quick, "--model_path", pretrained, "--subject", "s1", "s2"]
+    finetune(*flags, "--save_path", tmp_path / "whole")
+    validate = evaluation.validate
+
+    def struck(*given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return validate(*given)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(evaluation, "validate", struck)
+        finetune(*flags, "--save_path", tmp_path / "part")
+    assert end.value.code == 143
+    part = only(tmp_path / "part")
+    assert (load(part / "last.pth")["unit"], load(part / "last.pth")["epoch"]) == ("s1", 1)
+    finetune(*flags, "--save_path", tmp_path / "part", "--resume", "auto")
+    same_run(only(tmp_path / "whole"), part)
 
 
 def test_a_second_signal_ends_the_run_at_once():
