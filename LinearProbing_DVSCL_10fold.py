@@ -5,8 +5,8 @@
 
 Each image is encoded once per augmented view; the heads of all folds are then trained together
 for a fixed number of epochs, and each clip is predicted by the head that never saw its subject.
-How well
-the same features tell the subject, and find the other view of a clip, is printed beside it.
+How well the same features tell the subject, and find the other view of a clip, is printed beside
+it.
 Writes results.json, predictions.csv, confusion.png, mistakes.png and curves.png. Expect about a
 minute for the 943 clips of CAS(ME)^3 on two CPU cores.
 """
@@ -72,12 +72,13 @@ def evaluate(opt, argv, device, data):
         found = evaluation.train_frozen(opt, held, group, images, names, fold_of, device,
                                         views=opt.n_views_train,
                                         rates=opt.select_rates if inner else None)
-        for person in people:
-            members = clips.members([person])
-            held.keep(path, person, members, found.probabilities[members], **found.notes(members))
+        # before anybody counts as finished: what is finished is not run again
         if path == opt.model_path and distributed.first():
             util.write_json(held.folder / "shortcuts.json", shortcuts.measure(
                 opt, clips, images, found, held.seen[path]["normalization"]))
+        for person in people:
+            members = clips.members([person])
+            held.keep(path, person, members, found.probabilities[members], **found.notes(members))
     return held.folder, held.finish(images, protocol=opt.protocol)
 
 

@@ -240,10 +240,11 @@ class HeldOut:
                                f"{self.opt.model_path}; give another --tag, or remove it")
             yield state
 
-    def state(self, unit):
-        """The checkpoint to go on from in `unit`, or None; the furthest, where several ranks or
-        numbers of ranks have left one."""
-        mine = [state for state in self.states() if state["unit"] == unit]
+    def state(self, unit, folds=()):
+        """The checkpoint to go on from in `unit`, or in these `folds` of a unit whose others are
+        finished; the furthest, where several ranks have left one; or None."""
+        mine = [state for state in self.states() if state["unit"] == unit
+                or folds and set(folds) <= set(state.get("folds") or ())]
         if not mine:
             return None
         found = max(mine, key=lambda state: (state["epoch"],
@@ -385,19 +386,23 @@ def train_frozen(opt, held, group, images, names, fold_of, device, loss="crossen
                               opt.seed, device)
     # what each epoch's heads say of the clips they hold out, to know what picking one would add
     history = torch.full((opt.epochs, len(clips)), -1, dtype=torch.int16)
-    state = held.state(unit)
+    state = held.state(unit, chosen)
     if state:
-        heads.load_state_dict(state["model"])
+        known = state.get("folds") or chosen
+        mine = [known.index(name) for name in chosen]
+        heads.load_state_dict({name: value.unflatten(0, (len(known), -1))[mine].flatten(0, 1)
+                               for name, value in state["model"].items()})
         history = state["history"]
         if inner:
-            inner.state = state["inner"]
+            inner.state = {name: value[mine] for name, value in state["inner"].items()}
     start = state["epoch"] if state else 0
     bar = tqdm(total=opt.epochs - start, desc="heads", disable=None)
 
     def on_epoch(epoch, means):
         def save():
             checkpoint.save(held.last, {
-                "opt": vars(opt), "epoch": epoch, "unit": unit, "model": heads.state_dict(),
+                "opt": vars(opt), "epoch": epoch, "unit": unit, "folds": chosen,
+                "model": heads.state_dict(),
                 "normalization": about["normalization"], "encoding": clips.encoding,
                 "data_digest": held.header["data_digest"], "history": history,
                 "inner": inner.state if inner else None,

@@ -1,5 +1,6 @@
 """Runs that are stopped or killed anywhere end with the tensors of one that was not."""
 import contextlib
+import json
 import os
 import random
 import signal
@@ -14,6 +15,9 @@ from test_scripts import load, only, states_differ
 import checkpoint
 import distributed
 import evaluation
+import metrics
+import probing
+import shortcuts
 import util
 
 pytestmark = pytest.mark.usefixtures("small_crops")
@@ -123,6 +127,40 @@ def test_subjects_that_another_machine_kept_to_itself_are_missed(drawn, quick, p
     last = capsys.readouterr().err.splitlines()[-1]
     assert "1 held-out subjects of other ranks are not there (s2 the first)" in last
     assert not list(tmp_path.rglob("results.json"))
+@pytest.mark.parametrize("place, name", [(shortcuts, "subject_probe"),
+                                         (metrics, "write_subject")])
+def test_heads_that_were_stopped_when_all_were_trained_are_not_trained_again(
+        drawn, quick, pretrained, tmp_path, monkeypatch, place, name):
+    flags = ["--data_folder", drawn, *quick, "--model_path", pretrained, "--protocol", "loso",
+             "--epochs", 3, "--select", "inner"]
+    probe(*flags, "--save_path", tmp_path / "whole")
+    done, count = getattr(place, name), []
+
+    def struck(*given, **more):
+        count.append(1)
+        if len(count) == 2 or name == "subject_probe":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return done(*given, **more)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(place, name, struck)
+        probe(*flags, "--save_path", tmp_path / "part")
+    whole, part = only(tmp_path / "whole"), only(tmp_path / "part")
+    assert end.value.code == 143 and len(list(part.glob("subjects/*"))) == len(count) - 1
+    with monkeypatch.context() as patch:
+        patch.setattr(probing.FoldHeads, "step", refuse_heads_of_classes(probing.FoldHeads.step))
+        probe(*flags, "--save_path", tmp_path / "part", "--resume", "auto")
+    same_run(whole, part)
+    a, b = (json.loads((run / "results.json").read_text()) for run in (whole, part))
+    assert a["shortcuts"] == b["shortcuts"] and a["choices"] == b["choices"]
+    assert a["shortcuts"]["subject"]["n"] == 12
+
+
+def refuse_heads_of_classes(step):
+    """The heads' step, but for those that tell classes, not subjects, apart."""
+    def checked(self, *given):
+        assert self.bias.shape[1] == 4, "trained again"
+        step(self, *given)
+    return checked
 
 
 def test_a_checkpoint_is_written_when_the_minutes_are_over(drawn, quick, tmp_path, monkeypatch):
