@@ -379,7 +379,8 @@ def train_frozen(opt, held, group, images, names, fold_of, device, loss="crossen
             util.mixed_precision(opt, device)[0], views)
     chosen, inner = [[*names, "all"][f] for f in held_out], None
     if rates:
-        _, inner_groups = dataset.ten_folds(clips, INNER_FOLDS)
+        # stratified, the labels of a held-out clip would move training subjects between groups
+        _, inner_groups = dataset.ten_folds(clips, INNER_FOLDS, stratified=False)
         inner = probing.InnerFolds(chosen, clips.labels, clips.n_label, fold_of, held_out,
                                    inner_groups, rates)
     heads = probing.FoldHeads(inner.names if inner else chosen, features.shape[-1], clips.n_label,

@@ -1,15 +1,17 @@
 """Nested choice of epochs and rate, what picking on the test subjects would give, shortcuts."""
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import finetune, probe
+from conftest import draw_set, finetune, probe
 from scipy.stats import rankdata
 from sklearn.metrics import f1_score
 from test_scripts import curves, only, rows
 
+import dataset
 import metrics
 import probing
 import shortcuts
@@ -107,6 +109,31 @@ def test_probing_with_inner_selection_from_end_to_end(drawn, quick, pretrained, 
     assert all(c["epochs"] in (1, 2, 3) and c["learning_rate"] in (0.05, 0.5)
                for c in results["choices"].values())
     assert results["n"] == 12 and "oracle_best_epoch" not in results
+
+
+@pytest.mark.parametrize("held_out", [4, 6])
+def test_inner_groups_do_not_move_with_the_labels_of_a_held_out_subject(tmp_path, monkeypatch,
+                                                                       held_out):
+    draw_set(tmp_path, 6, 4, n_label=3)
+    clips = read_clips(tmp_path)
+    garbage = replace(clips, clips=[replace(c, label=(c.label + 1) % 3)
+                                    if c.subject == f"s{held_out}" else c for c in clips.clips])
+    stratified = [dataset.ten_folds(these, 5)[1].tolist() for these in (clips, garbage)]
+    assert stratified[0] != stratified[1]
+    groups = []
+
+    def seen(names, labels, n_label, fold_of, held_out, inner, rates):
+        groups.append(inner)
+        raise util.RunFailed("seen")
+    monkeypatch.setattr(probing, "InnerFolds", seen)
+    for these in (clips, garbage):
+        write_lists(tmp_path, these.clips)
+        with pytest.raises(SystemExit):
+            probe("--data_folder", tmp_path, "--cache", "off", "--model", "resnet18v1", "--layer",
+                  2, "--model_path", "random", "--protocol", "loso", "--select", "inner",
+                  "--save_path", tmp_path / f"out{len(groups)}")
+    assert groups[0].tolist() == groups[1].tolist()
+    assert sorted(np.bincount(groups[0])) == [4, 4, 4, 4, 8]  # whole subjects, evenly
 
 
 def test_inner_selection_takes_three_subjects(drawn, quick, pretrained, tmp_path, capsys):
