@@ -44,7 +44,7 @@ def parse_option(argv):
     evaluation.add_result_options(parser)
     options.add_output_options(parser, "--save_path", "folder for the runs' results", 20)
     opt = parser.parse_args(argv)
-    evaluation.check_layer(parser, opt)
+    evaluation.check_options(parser, opt)
     if opt.protocol == "10fold" and "{subject}" in opt.model_path:
         parser.error("argument --model_path: {subject} goes with --protocol loso, {fold} with both")
     return opt

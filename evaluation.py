@@ -59,12 +59,16 @@ def add_result_options(parser):
                        help="run each of these seeds and report mean and standard deviation "
                             "[--seed alone]")
     group.add_argument("--oracle_curve", action="store_true",
-                       help="TensorBoard also shows, under oracle/, the pooled figures of the "
-                            "held-out subjects per epoch; picking by them is cheating")
+                       help="TensorBoard (under oracle/) and curves.png also show the pooled "
+                            "figures of the held-out subjects per epoch; picking by them is "
+                            "cheating")
 
 
-def check_layer(parser, opt):
-    """Fills in the model's own layer where none is given; refuses one out of range."""
+def check_options(parser, opt):
+    """Fills in the model's own layer where none is given; refuses one out of range, and seeds of
+    which no deviation can be had."""
+    if opt.seeds and (len(opt.seeds) < 2 or len(set(opt.seeds)) < len(opt.seeds)):
+        parser.error("argument --seeds: give two or more, each once; --seed for a single one")
     if opt.layer is None:
         opt.layer = default_layer(opt.model)
         print(f"heads on layer {opt.layer} of {opt.model}")
@@ -309,13 +313,13 @@ class HeldOut:
             about["shortcuts"] |= json.loads(known.read_text())
         results = metrics.write_results(self.folder, {**self.header, **about}, clips.n_label,
                                         clips.classes, keys)
-        oracle = []
+        held_out = {}
         if self.opt.oracle_curve and "oracle_best_epoch" in results:
-            oracle = [{"epoch": epoch, **{pictures.ORACLE + name: of[name]
-                                          for name in metrics.MEASURES}}
-                      for epoch, of in enumerate(metrics.epochs_of(self.folder, clips.n_label), 1)]
-            util.Log(self.folder, self.curves, None).curves(oracle)
-        pictures.draw_curves(self.folder, oracle)
+            each = metrics.epochs_of(self.folder, clips.n_label)
+            held_out = {f"{pictures.ORACLE}{name}": [of[name] for of in each]
+                        for name in metrics.MEASURES}
+            util.Log(self.folder, self.curves, None).curves(held_out)
+        pictures.draw_curves(self.folder, held_out)
         pictures.draw_mistakes(self.folder / "mistakes.png", clips, images,
                                *metrics.read_mistakes(self.folder))
         print("\n".join([metrics.describe(results),

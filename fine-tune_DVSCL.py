@@ -51,7 +51,7 @@ def parse_option(argv):
     evaluation.add_result_options(parser)
     options.add_output_options(parser, "--save_path", "folder for the runs' results", 10)
     opt = parser.parse_args(argv)
-    evaluation.check_layer(parser, opt)
+    evaluation.check_options(parser, opt)
     if opt.oversample and (opt.loss == "balanced" or opt.freeze_encoder):
         parser.error("--oversample excludes --loss balanced, which weights the classes already, "
                      "and --freeze_encoder, whose heads share their batches")

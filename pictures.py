@@ -25,7 +25,7 @@ PANELS = (("contrastive loss", "nats", {"rgb_loss": ("RGB", BLUE), "depth_loss":
           ("training loss", "", {"train_loss": ("", BLUE)}),
           ("training accuracy", "", {"train_accuracy": ("", BLUE)}),
           ("learning rate", "", {"learning_rate": ("", GREEN)}))
-ORACLE = "oracle/"  # fields of the log that look at the held-out subjects
+ORACLE = "oracle/"  # names of figures that look at the held-out subjects
 PANEL, GAP, BLOCKS = 1.35, 0.06, 2  # mistakes.png: side and gap of a panel, inches; clips in a row
 TITLE, BELOW = 0.5, 0.2  # inches above a clip's panels, for its text and their heads, and below
 
@@ -71,24 +71,24 @@ def draw_confusion(path, confusion, classes, title=""):
 
 # ---------------------------------------------------------------- curves
 
-def draw_curves(folder, oracle=()):
+def draw_curves(folder, held_out=None):
     """`<folder>/curves.png` from its log.jsonl: a panel per kind of figure, epochs to the right.
 
     Where a run holds several trainings (held-out subjects), each is a faint line and their mean a
-    strong one. oracle: lines with held-out figures, whose names begin with ORACLE; without them
-    none are drawn.
+    strong one. held_out: figures of the held-out subjects (name under ORACLE → values at the
+    epochs 1, 2, …), where they may be shown.
     """
     header, *lines = read_log(folder)
-    lines += oracle
+    lines += [{"epoch": epoch, name: value} for name, curve in (held_out or {}).items()
+              for epoch, value in enumerate(curve, 1)]
     second = dataset.second_view(header["opt"].get("view", "RGB_D"))
-    held_out = sorted({name for line in lines for name in line if name.startswith(ORACLE)})
     panels = [(title, unit, {name: (second if label is None else label, colour)
                              for name, (label, colour) in fields.items()
                              if any(name in line for line in lines)})
               for title, unit, fields in PANELS]
     panels += [("oracle: sees the held-out subjects", "", {
         name: (name.removeprefix(ORACLE), (PURPLE, GREEN, ORANGE, BLUE)[i % 4])
-        for i, name in enumerate(held_out)})]
+        for i, name in enumerate(held_out or {})})]
     panels = [panel for panel in panels if panel[2]]
     figure = Figure(figsize=(3.9 * max(len(panels), 1), 3.3), layout="constrained")
     figure.suptitle(shorten(Path(folder).resolve().name, 44 * max(len(panels), 1)),
@@ -104,7 +104,7 @@ def draw_curves(folder, oracle=()):
         axes.grid(alpha=0.3)
         if title == "learning rate":
             _scale_rate(axes, [line["learning_rate"] for line in lines if "learning_rate" in line])
-        elif "prob" in title or "accuracy" in title:
+        elif "prob" in title or "accuracy" in title or ORACLE[:-1] in title:
             axes.set_ylim(-0.03, 1.03)
         elif axes.get_ylim()[0] > 0:
             axes.set_ylim(bottom=0)

@@ -295,12 +295,11 @@ class Log:
             self.writer.log_value(f"{name}/{subject}" if subject else name, value, epoch)
 
 
-    def curves(self, lines):
-        """Curves that the log does not hold: dicts with `epoch` and the values by name."""
-        for line in lines:
-            for name, value in line.items():
-                if name != "epoch":
-                    self.writer.log_value(name, value, line["epoch"])
+    def curves(self, values):
+        """Whole curves that the log does not hold: name → values at the epochs 1, 2, …"""
+        for name, curve in values.items():
+            for epoch, value in enumerate(curve, 1):
+                self.writer.log_value(name, value, epoch)
 
 
 def read_log(folder):

@@ -504,6 +504,8 @@ def test_a_wrong_checkpoint_is_not_resumed(drawn, quick, pretrained, tmp_path, c
     (["--model", "resnet18v2"], "not a checkpoint of resnet18v2 but of resnet18v1"),
     (["--layer", 7], "--layer: 7 is out of range; resnet18v1 has taps 1 to 6"),
     (["--layer", 0], "--layer"),
+    (["--seeds", 1], "--seeds: give two or more, each once"),
+    (["--seeds", 1, 2, 1], "--seeds: give two or more, each once"),
     (["--model", "alexnet", "--layer", 6], "--layer: 6 is out of range; alexnet has taps 1 to 5"),
     (["--view", "RGB_gray"], "--view RGB_D, but the data have RGB_gray"),
     (["--dataset", "samm"], "--dataset samm: the lists hold casme3"),

@@ -261,13 +261,15 @@ def test_curves_of_several_trainings_are_faint_under_their_mean(drawn_figure, tm
                                                           "learning rate"]
 
 
-def test_held_out_figures_are_drawn_only_where_the_log_names_them_oracle(drawn_figure, tmp_path):
-    write_log(tmp_path, [{"epoch": 1, "train_loss": 1.0, "uf1": 0.5, "oracle/uf1": 0.4,
-                          "learning_rate": 0.0}])
-    figure = drawn_figure(pictures.draw_curves, tmp_path)
-    assert [axes.get_title() for axes in figure.axes] \
-        == ["training loss", "learning rate", "oracle: sees the held-out subjects"]
-    assert figure.axes[2].lines[0].get_ydata() == [0.4]
+def test_held_out_figures_are_drawn_only_where_they_are_given(drawn_figure, tmp_path):
+    write_log(tmp_path, [{"epoch": e, "train_loss": 1.0, "uf1": 0.5, "learning_rate": 0.0}
+                         for e in (1, 2)])
+    titles = ["training loss", "learning rate", "oracle: sees the held-out subjects"]
+    for held_out, count in (None, 2), ({"oracle/uf1": [0.4, 0.3], "oracle/uar": [0.2, 0.5]}, 3):
+        figure = drawn_figure(pictures.draw_curves, tmp_path, held_out)
+        assert [axes.get_title() for axes in figure.axes] == titles[:count]
+    assert [(line.get_label(), *line.get_ydata()) for line in figure.axes[2].lines] \
+        == [("uf1", 0.4, 0.3), ("uar", 0.2, 0.5)]
 
 
 def mistakes_of(n, classes, maps, encoding="signed"):

@@ -13,6 +13,7 @@ from test_scripts import curves, only, rows
 
 import dataset
 import metrics
+import pictures
 import probing
 import shortcuts
 import util
@@ -207,8 +208,11 @@ def test_oracle_best_epoch_needs_everybody_over_the_same_epochs():
 
 @pytest.mark.parametrize("run, flags", [(probe, ["--protocol", "loso"]),
                                         (finetune, ["--subject", "s1", "s3"])])
-def test_the_last_epoch_of_the_history_is_the_prediction(drawn, quick, pretrained, tmp_path, run,
-                                                         flags):
+def test_the_last_epoch_of_the_history_is_the_prediction(drawn, quick, pretrained, tmp_path,
+                                                         monkeypatch, run, flags):
+    drawn_curves, draw = [], pictures.draw_curves
+    monkeypatch.setattr(pictures, "draw_curves", lambda folder, held_out=None: (
+        drawn_curves.append(held_out), draw(folder, held_out)))
     run("--data_folder", drawn, *quick, *flags, "--epochs", 2, "--model_path", pretrained,
         "--save_path", tmp_path, "--oracle_curve")
     folder = only(tmp_path)
@@ -220,6 +224,8 @@ def test_the_last_epoch_of_the_history_is_the_prediction(drawn, quick, pretraine
     assert results["oracle_best_epoch"]["common"]["uf1"] >= results["uf1"] - 1e-9
     shown = curves(tmp_path / "tensorboard" / folder.name)["oracle/uf1"]
     assert shown[2] == pytest.approx(results["uf1"], abs=1e-6)
+    assert drawn_curves[0].keys() == {"oracle/uf1", "oracle/uar", "oracle/accuracy"}
+    assert drawn_curves[0]["oracle/uf1"] == pytest.approx([shown[1], shown[2]], abs=1e-6)
 
 
 def test_no_oracle_curve_unless_asked_for(drawn, quick, pretrained, tmp_path):
