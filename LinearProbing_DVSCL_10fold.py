@@ -68,7 +68,7 @@ def evaluate(opt, argv, device, data):
     held = evaluation.HeldOut("probe", opt, argv, __file__, clips, digest,
                               [opt.protocol, opt.encoder, *["inner"] * inner], together=True)
     for group in held.groups:
-        path, people, _ = group
+        path, people, unit = group
         found = evaluation.train_frozen(opt, held, group, images, names, fold_of, device,
                                         views=opt.n_views_train,
                                         rates=opt.select_rates if inner else None)
@@ -79,6 +79,7 @@ def evaluate(opt, argv, device, data):
         for person in people:
             members = clips.members([person])
             held.keep(path, person, members, found.probabilities[members], **found.notes(members))
+        held.finished(unit)
     return held.folder, held.finish(images, protocol=opt.protocol)
 
 

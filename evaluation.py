@@ -5,6 +5,7 @@ What linear probing and fine-tuning share.
 import argparse
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -154,7 +155,7 @@ class HeldOut:
     """
 
     def __init__(self, stage, opt, argv, script, clips, digest, parts, together):
-        self.opt, self.clips, self.seen = opt, clips, {}
+        self.opt, self.clips, self.together, self.seen = opt, clips, together, {}
         self.maps = {}  # of mistakes, by clip
         name = util.head_run_name(stage, opt, parts)
         self.folder = Path(opt.save_path) / name
@@ -185,8 +186,6 @@ class HeldOut:
             print(f"{len(wanted) - len(todo)} of {len(wanted)} held-out subjects are finished")
         if opt.resume not in (None, "auto") and not Path(opt.resume).is_file():
             raise BadInput(f"--resume {opt.resume}: no such checkpoint")
-        number = 0 if distributed.first() else distributed.rank()[0]
-        self.last = self.folder / (f"last_rank{number}.pth" if number else "last.pth")
         units = self._groups(todo, paths, together) or [(None, [], None)]
         self.groups = self._groups(distributed.share(todo), paths, together)
         if self.all:
@@ -206,6 +205,16 @@ class HeldOut:
             groups.setdefault(paths[person], []).append(person)
         return [(path, people, self._unit(people)) for path, people in groups.items()]
 
+    def last(self, unit=None):
+        """The checkpoint of a unit in training; last.pth is that of everybody, and of the unit
+        that was finished last. So ranks and jobs in one folder keep out of each other's way."""
+        return self.folder / ("last.pth" if unit in (None, "all") else f"last_{unit}.pth")
+
+    def finished(self, unit):
+        """A unit's persons are all kept: its checkpoint makes room."""
+        if self.last(unit).exists():
+            os.replace(self.last(unit), self.last())
+
     def _unit(self, people):
         """Name of a group in the log: None for everybody, else it tells any two groups apart."""
         names = [dataset.person_name(p, self.clips) for p in people]
@@ -219,9 +228,7 @@ class HeldOut:
 
         units: names of what is still to be trained. Rank 0 writes the file, the others append.
         """
-        done = {}
-        for state in self.states():
-            done[state["unit"]] = max(state["epoch"], done.get(state["unit"], 0))
+        done = {state["unit"]: state["epoch"] for state in self.states(units)}
         log = None
         if distributed.first():
             log = util.Log(self.folder, self.curves, self.header, lambda line: (
@@ -230,12 +237,15 @@ class HeldOut:
         distributed.barrier()
         return log or util.Log(self.folder, self.curves, None)
 
-    def states(self):
-        """The checkpoints that --resume means: the file given, or each rank's last."""
+    def states(self, units):
+        """The checkpoints that --resume means: the file given, or those of `units`."""
         if not self.opt.resume:
             return
-        for path in [Path(self.opt.resume)] if self.opt.resume != "auto" else \
-                sorted(self.folder.glob("last*.pth")):
+        paths = {self.last(unit) for unit in (*units, None)}
+        if self.together:  # they may lie among others
+            paths |= set(self.folder.glob("last*.pth"))
+        for path in sorted(filter(Path.exists, paths)) if self.opt.resume == "auto" else \
+                [Path(self.opt.resume)]:
             state = checkpoint.load(path)
             checkpoint.check_resumable(path, state, self.opt,
                                        data_digest=self.header["data_digest"])
@@ -246,15 +256,12 @@ class HeldOut:
 
     def state(self, unit, folds=()):
         """The checkpoint to go on from in `unit`, or in these `folds` of a unit whose others are
-        finished; the furthest, where several ranks have left one; or None."""
-        mine = [state for state in self.states() if state["unit"] == unit
-                or folds and set(folds) <= set(state.get("folds") or ())]
-        if not mine:
-            return None
-        found = max(mine, key=lambda state: (state["epoch"],
-                                             (state.get("within") or {}).get("step", 0)))
-        print(f"{unit or 'heads'}: goes on after epoch {found['epoch']}")
-        return found
+        finished; or None."""
+        for state in self.states([unit]):
+            if state["unit"] == unit or folds and set(folds) <= set(state.get("folds") or ()):
+                print(f"{unit or 'heads'}: goes on after epoch {state['epoch']}")
+                return state
+        return None
 
     def encoder(self, path):
         """`load_encoder`'s (encoder, about) of a group; remembers whom the encoder saw."""
@@ -293,7 +300,7 @@ class HeldOut:
             return
         if self.all:
             pictures.draw_curves(self.folder)
-            print(f"checkpoint   {self.last}\nlog          {self.folder / 'log.jsonl'}\n"
+            print(f"checkpoint   {self.last()}\nlog          {self.folder / 'log.jsonl'}\n"
                   f"curves       {self.folder / 'curves.png'}\n"
                   f"TensorBoard  tensorboard --logdir {self.curves.parent}")
             return
@@ -405,7 +412,7 @@ def train_frozen(opt, held, group, images, names, fold_of, device, loss="crossen
 
     def on_epoch(epoch, means):
         def save():
-            checkpoint.save(held.last, {
+            checkpoint.save(held.last(unit), {
                 "opt": vars(opt), "epoch": epoch, "unit": unit, "folds": chosen,
                 "model": heads.state_dict(),
                 "normalization": about["normalization"], "encoding": clips.encoding,

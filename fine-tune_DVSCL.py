@@ -194,13 +194,13 @@ def tune(opt, held, group, images, device):
 
 
 def save(opt, held, path, about, unit, epoch, model, head, members, within=None, **states):
-    """The run's last.pth: all that prediction and --resume need.
+    """The unit's checkpoint: all that prediction and --resume need.
 
     within: what is done of the epoch after `epoch`.
     """
     clips = held.clips
     people = sorted({clips.clips[i].person for i in members})
-    checkpoint.save(held.last, {
+    checkpoint.save(held.last(unit), {
         "opt": vars(opt), "epoch": epoch, "within": within or {}, "unit": unit,
         "model": model.state_dict(),
         "classifier": head.state_dict(), "classes": clips.classes, "layer": opt.layer,
@@ -217,7 +217,7 @@ def tune_frozen(opt, held, group, images, device):
     clips, (path, people, unit) = held.clips, group
     state = held.state(unit)
     if state and "classifier" in state:
-        print(f"{held.last}: finished")
+        print(f"{held.last()}: finished")
         return None
     names, fold_of = dataset.subject_folds(clips)
     found = evaluation.train_frozen(opt, held, group, images, names, fold_of, device, opt.loss)
@@ -241,7 +241,7 @@ def evaluate(opt, argv, device, data):
     held = evaluation.HeldOut("finetune", opt, argv, __file__, clips, digest, parts,
                               together=opt.freeze_encoder)
     for group in held.groups:
-        path, people, _ = group
+        path, people, unit = group
         if opt.freeze_encoder:
             found = tune_frozen(opt, held, group, images, device)
         else:
@@ -251,6 +251,7 @@ def evaluate(opt, argv, device, data):
             if opt.freeze_encoder:
                 probabilities, notes = found.probabilities[members], found.notes(members)
             held.keep(path, person, members, probabilities, **notes)
+        held.finished(unit)
     return held.folder, held.finish(images, protocol="loso")
 
 

@@ -3,6 +3,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -85,24 +86,6 @@ def test_heads_that_were_stopped_go_on_to_the_same_result(drawn, quick, pretrain
     assert end.value.code == 143
     run(*flags, "--save_path", tmp_path / "part", "--resume", "auto")
     same_run(only(tmp_path / "whole"), only(tmp_path / "part"))
-
-
-def test_the_furthest_checkpoint_of_several_ranks_counts(drawn, quick, pretrained, tmp_path,
-                                                         monkeypatch):
-    """Another number of ranks leaves a rank's older checkpoint of the same subject behind."""
-    flags = ["--data_folder", drawn, *quick, "--model_path", pretrained, "--batch_size", 4,
-             "--epochs", 3, "--subject", "s1"]
-    finetune(*flags, "--save_path", tmp_path / "whole")
-    # nine clips: two steps an epoch, as a batch of one is dropped
-    for step, place in ((3, "last_rank1.pth"), (2, "last.pth")):
-        with monkeypatch.context() as patch, pytest.raises(SystemExit):
-            stop_at(patch, step)
-            finetune(*flags, "--save_path", tmp_path / "part", "--resume", "auto")
-        part = only(tmp_path / "part")
-        (part / "last.pth").rename(part / place)
-    assert [load(part / name)["epoch"] for name in ("last.pth", "last_rank1.pth")] == [2, 1]
-    finetune(*flags, "--save_path", tmp_path / "part", "--resume", "auto")
-    same_run(only(tmp_path / "whole"), part)
 
 
 def test_one_rank_alone_trains_the_model_on_every_clip(drawn, quick, pretrained, tmp_path,
@@ -190,9 +173,28 @@ def test_a_signal_after_the_last_step_of_a_subject_ends_the_run_too(drawn, quick
         finetune(*flags, "--save_path", tmp_path / "part")
     assert end.value.code == 143
     part = only(tmp_path / "part")
-    assert (load(part / "last.pth")["unit"], load(part / "last.pth")["epoch"]) == ("s1", 1)
+    assert load(part / "last_s1.pth")["epoch"] == 1 and not (part / "last_s2.pth").exists()
     finetune(*flags, "--save_path", tmp_path / "part", "--resume", "auto")
     same_run(only(tmp_path / "whole"), part)
+
+
+def test_jobs_in_one_folder_keep_their_own_checkpoints(drawn, quick, pretrained, tmp_path,
+                                                       monkeypatch, capsys):
+    flags = ["--data_folder", drawn, *quick, "--model_path", pretrained, "--batch_size", 4,
+             "--epochs", 2, "--save_path", tmp_path, "--subject"]
+    for subject, step in (("s1", 3), ("s2", 4)):  # two steps an epoch
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            stop_at(patch, step)
+            finetune(*flags, subject)
+    run = only(tmp_path)
+    for subject, step in (("s1", 1), ("s2", 2)):
+        state = load(run / f"last_{subject}.pth")
+        assert (state["unit"], state["epoch"], state["within"]["step"]) == (subject, 1, step)
+    finetune(*flags, "s1", "s2", "--resume", "auto")
+    assert re.findall("(s.): goes on after epoch 1", capsys.readouterr().out) == ["s1", "s2"]
+    assert [path.name for path in run.glob("*.pth")] == ["last.pth"]
+    assert sorted((line["subject"], line["epoch"]) for line in lines(run)) \
+        == [("s1", 1), ("s1", 2), ("s2", 1), ("s2", 2)]
 
 
 def test_a_second_signal_ends_the_run_at_once():
