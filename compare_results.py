@@ -51,10 +51,12 @@ def read_results(path):
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         assert {*MEASURES, "opt", "n_label", "confusion", "protocol"} <= found.keys()
-        assert {"model", "model_path", "encoder", "seed"} <= found["opt"].keys()
+        assert all(isinstance(found["opt"][name], kind) for name, kind in (
+            ("model", str), ("model_path", str), ("encoder", str), ("seed", int)))
+        assert isinstance(found["n_label"], int) and found["n_label"] == len(found["confusion"])
     except FileNotFoundError:
         raise BadInput(f"{path}: missing; name a results.json")
-    except (ValueError, AssertionError, TypeError, AttributeError):
+    except (ValueError, AssertionError, TypeError, AttributeError, KeyError, RecursionError):
         raise BadInput(f"{path}: not a results.json; run the script that wrote it again")
     found["stage"] = path.resolve().parent.name.split("_")[0]
     table = path.with_name("predictions.csv")

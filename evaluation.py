@@ -134,7 +134,10 @@ def load_encoder(opt, path, clips):
     try:
         people = {(int(d), str(s)) for d, s in state["seen"]["people"]} \
             if state.get("seen") else None
-        lengths = {len([float(v) for v in normalization[name]]) for name in ("mean", "std")}
+        mean, std = np.float64(normalization["mean"]), np.float64(normalization["std"])
+        lengths = {len(mean), len(std)} if np.isfinite([mean, std]).all() and (std > 0).all() \
+            else set()
+        normalization = {"mean": mean.tolist(), "std": std.tolist()}
     except (KeyError, TypeError, ValueError):
         lengths = set()
     if lengths != {sum(clips.channels)}:

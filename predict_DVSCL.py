@@ -104,6 +104,7 @@ def read_checkpoint(path):
     try:
         state["channels"] = tuple(int(n) for n in state["channels"])
         assert len(state["channels"]) == 2 and state["opt"]["model"]
+        assert isinstance(state["classes"], list)
         assert all(isinstance(name, str) for name in state["classes"])
         assert state["encoding"]["difference"] in decoding.NO_CHANGE
         assert isinstance(state["layer"], int) and isinstance(state["view"], str)
@@ -120,6 +121,8 @@ def set_model(path, state, clips, device):
         head = create_classifier(opt.model, state["layer"], len(state["classes"]),
                                  state["channels"], state["opt"].get("encoder", "both"))
         head.load_state_dict(state["classifier"])
+        if not all(value.isfinite().all() for value in head.parameters()):
+            raise BadInput(f"{path}: its head holds weights that are not finite; fine-tune again")
     except (ValueError, RuntimeError, TypeError, AttributeError):
         raise BadInput(f"{path}: its head does not fit {opt.model}, layer {state['layer']} and "
                        f"{len(state['classes'])} classes; fine-tune again") from None

@@ -1,6 +1,7 @@
 """predict_DVSCL.py: raw frames and prepared lists give the same numbers; what does not fit is
 refused in one line."""
 import json
+import math
 import re
 import shutil
 
@@ -258,7 +259,10 @@ def test_a_checkpoint_that_contradicts_itself(raw, made, tmp_path, capsys):
             (lambda s: s["encoding"].pop("crop"), "does not record 'crop'"),
             (lambda s: s["encoding"].pop("depth_scale"), "does not record 'depth_scale'"),
             (lambda s: s.update(view="RGB_flow"), "second view is flow"),
-            (lambda s: s["normalization"].pop("mean"), "'normalization' cannot be read")):
+            (lambda s: s["normalization"].pop("mean"), "'normalization' cannot be read"),
+            (lambda s: s["normalization"].update(std=[0.0] * 4), "'normalization' cannot be read"),
+            (lambda s: s["normalization"].update(mean=[math.nan] * 4), "'normalization' cannot"),
+            (lambda s: s["classifier"]["classifier.bias"].fill_(math.nan), "not finite")):
         line = refused(capsys, "--model_path", changed(path, tmp_path, change),
                        *frames(raw, ROWS[0]))
         assert "changed.pth" in line and message in line, (message, line)
