@@ -291,6 +291,7 @@ class HeldOut:
             self.folder, dataset.person_name(person, self.clips),
             metrics.rows_of(self.clips, members, probabilities), transductive=transductive,
             checkpoint=None if path == "random" else path, sha256=self.sha256[path],
+            made_by={name: self.header[name] for name in ("command", "versions")},
             maps={self.clips.clips[i].key: self.maps[i] for i in members if i in self.maps},
             **notes)
 

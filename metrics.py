@@ -170,8 +170,8 @@ def write_subject(folder, name, rows, **about):
     """Keeps one held-out subject's predictions: `<folder>/subjects/<name>.json`.
 
     rows: dicts with COLUMNS and `probabilities`; about: `transductive`, the `checkpoint` file the
-    encoder came from with its `sha256`, and `maps` of mistakes (key → [RGB, second view], each a
-    list of rows of 0..255, or None).
+    encoder came from with its `sha256`, `made_by` (command and versions), and `maps` of mistakes
+    (key → [RGB, second view], each a list of rows of 0..255, or None).
     """
     path = Path(folder) / "subjects" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -379,7 +379,12 @@ def write_results(folder, about, n_label, classes, blank_keys=()):
     rows = [row for _, rows in kept for row in rows]
     rows.sort(key=_order)
     known = {subject["transductive"] for subject, _ in kept}
+    made_by = []  # subjects may come of several calls, on several machines
+    for subject, _ in kept:
+        if subject.get("made_by") and subject["made_by"] not in made_by:
+            made_by.append(subject["made_by"])
     results = {**about, "transductive": True if True in known else None if None in known else False,
+               "made_by": made_by,
                "checkpoints": dict(sorted({(str(s["checkpoint"]), s["sha256"]) for s, _ in kept})),
                **summarise(rows, n_label, blank_keys), "classes": classes}
     choices = {name: about["choice"] for name, (about, _) in named.items() if "choice" in about}

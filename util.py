@@ -333,7 +333,8 @@ def versions():
     """What a result depends on besides its options."""
     return {"commit": commit(), "python": platform.python_version(), "torch": torch.__version__,
             "numpy": np.__version__, "platform": platform.platform(),
-            "threads": torch.get_num_threads()}
+            "threads": torch.get_num_threads(), "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
 
 def header(script, opt, argv, **more):

@@ -310,7 +310,11 @@ def test_merged_subjects_equal_one_run_over_all(drawn, quick, pretrained, probed
     assert json.loads((run / "results.json").read_text())["n_subjects"] == 2
     probe(*flags, "s2", "s4", "s1")
     assert same_predictions(run, probed)
-    assert json.loads((run / "results.json").read_text())["n_subjects"] == 4
+    found = json.loads((run / "results.json").read_text())
+    assert found["n_subjects"] == 4
+    assert [made["command"].rpartition("--subject ")[2] for made in found["made_by"]] \
+        == ["s3 s1", "s2 s4 s1"]
+    assert found["made_by"][1] == {name: found[name] for name in ("command", "versions")}
 
 
 def test_ten_folds_and_the_random_encoder(drawn, quick, tmp_path):
