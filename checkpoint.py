@@ -4,6 +4,7 @@ import contextlib
 import os
 import pickle
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -67,8 +68,10 @@ class Keeper:
 
     `with Keeper(minutes) as keeper:` around the training; `keeper.step(save)` after each step
     calls `save()` where it is time. together: the ranks step in unison, and all stop if one is
-    told to. A second signal ends the run at once.
+    told to. A second SIGINT, somebody's second Ctrl-C, ends the run at once; one that comes with
+    the first does not: schedulers and torchrun pass the same stop on several ways.
     """
+    PATIENCE = 3  # seconds within which signals are one
 
     def __init__(self, minutes, together=False):
         self.seconds, self.together, self.signal = 60 * minutes, together, 0
@@ -86,9 +89,11 @@ class Keeper:
 
     def _note(self, number, frame):
         if self.signal:
-            raise Stopped(number, "stopped at once; go on from the last checkpoint with "
-                                  "--resume auto")
-        self.signal = number
+            if number == signal.SIGINT and time.monotonic() - self.struck > self.PATIENCE:
+                raise Stopped(number, "stopped at once; go on from the last checkpoint with "
+                                      "--resume auto")
+            return
+        self.signal, self.struck = number, time.monotonic()
 
     def step(self, save):
         number = distributed.highest(self.signal) if self.together else self.signal

@@ -185,7 +185,8 @@ def pick_device(name):
                               if name == "auto" else name)
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("only cpu and cuda are supported")
-        torch.empty(1, device=device)
+        if "LOCAL_RANK" not in os.environ:  # torchrun: every process would open the first GPU
+            torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"--device {name}: not available here ({str(error).splitlines()[0]}); "
                        f"use auto or cpu") from None

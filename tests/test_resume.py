@@ -197,11 +197,16 @@ def test_jobs_in_one_folder_keep_their_own_checkpoints(drawn, quick, pretrained,
         == [("s1", 1), ("s1", 2), ("s2", 1), ("s2", 2)]
 
 
-def test_a_second_signal_ends_the_run_at_once():
-    with pytest.raises(util.Stopped), checkpoint.Keeper(10) as keeper:
-        os.kill(os.getpid(), signal.SIGTERM)
+def test_a_later_second_interrupt_ends_the_run_at_once(monkeypatch):
+    with pytest.raises(util.Stopped) as end, checkpoint.Keeper(10) as keeper:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):  # one stop, passed on
+            os.kill(os.getpid(), number)
         assert keeper.signal == signal.SIGTERM
+        monkeypatch.setattr(checkpoint.Keeper, "PATIENCE", -1)
         os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("not reached")
+    assert "at once" in str(end.value)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
