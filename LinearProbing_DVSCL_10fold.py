@@ -6,9 +6,8 @@
 Each image is encoded once per augmented view; the heads of all folds are then trained together
 for a fixed number of epochs, and each clip is predicted by the head that never saw its subject.
 How well the same features tell the subject, and find the other view of a clip, is printed beside
-it.
-Writes results.json, predictions.csv, confusion.png, mistakes.png and curves.png. Expect about a
-minute for the 943 clips of CAS(ME)^3 on two CPU cores.
+it. Writes results.json, predictions.csv, confusion.png, mistakes.png and curves.png. Expect about
+half a minute for the 943 clips of CAS(ME)^3 on two CPU cores.
 """
 import dataset
 import distributed
@@ -36,8 +35,9 @@ def parse_option(argv):
                         help="inner: epochs and learning rate chosen for each held-out fold by "
                              "inner folds of its training subjects; fixed: as given")
     method.add_argument("--select_rates", nargs="+", metavar="RATE",
-                        type=options.number(float, 0, low_open=True), default=[0.03, 0.1, 0.3],
-                        help="learning rates that --select inner chooses from")
+                        type=options.number(float, 0, low_open=True),
+                        help="learning rates that --select inner chooses from [0.3, 1 and 3 times "
+                             "--learning_rate]")
     options.add_optimisation_options(parser, 256, 0.1, [10, 20, 30, 40, 50, 60, 70], 0.2, 80,
                                   "initial learning rate; 30 to 50 for layer 6 of a ResNet")
     options.add_running_options(parser)
