@@ -45,6 +45,8 @@ def parse_option(argv):
     options.add_output_options(parser, "--save_path", "folder for the runs' results", 20)
     opt = parser.parse_args(argv)
     evaluation.check_options(parser, opt)
+    if opt.select_rates is None:
+        opt.select_rates = [float(f"{share * opt.learning_rate:g}") for share in (0.3, 1, 3)]
     if opt.protocol == "10fold" and "{subject}" in opt.model_path:
         parser.error("argument --model_path: {subject} goes with --protocol loso, {fold} with both")
     return opt
@@ -76,9 +78,7 @@ def evaluate(opt, argv, device, data):
         if path == opt.model_path and distributed.first():
             util.write_json(held.folder / "shortcuts.json", shortcuts.measure(
                 opt, clips, images, found, held.seen[path]["normalization"]))
-        for person in people:
-            members = clips.members([person])
-            held.keep(path, person, members, found.probabilities[members], **found.notes(members))
+        held.keep_frozen(path, people, found)
         held.finished(unit)
     return held.folder, held.finish(images, protocol=opt.protocol)
 

@@ -159,7 +159,6 @@ class HeldOut:
 
     def __init__(self, stage, opt, argv, script, clips, digest, parts, together):
         self.opt, self.clips, self.together, self.seen = opt, clips, together, {}
-        self.maps = {}  # of mistakes, by clip
         name = util.head_run_name(stage, opt, parts)
         self.folder = Path(opt.save_path) / name
         self.curves = util.curve_folder(opt, opt.save_path, name)
@@ -273,11 +272,16 @@ class HeldOut:
         return model, about
 
     def look(self, path, model, head, images, members, probabilities, device, weights_of):
-        """Maps of where the model looked in the clips of `members` it is most confidently wrong
-        about (gradcam.maps_of_mistakes), for `keep`."""
-        self.maps |= gradcam.maps_of_mistakes(
-            model, head, images, members, self.clips.labels[members], probabilities,
+        """Adds maps of where the model looked in the clips of `members` that it is most confidently
+        wrong about (gradcam.maps_of_mistakes). Reads their labels, hence after `keep`."""
+        clips = self.clips
+        maps = gradcam.maps_of_mistakes(
+            model, head, images, members, clips.labels[members], probabilities,
             self.seen[path]["normalization"], self.opt.layer, device, weights_of)
+        for person in dict.fromkeys(clips.clips[i].person for i in maps):
+            metrics.add_to_subject(
+                self.folder, dataset.person_name(person, clips),
+                maps={clips.clips[i].key: maps[i] for i in clips.members([person]) if i in maps})
 
     def keep(self, path, person, members, probabilities, **notes):
         """Keeps a person's predictions, probabilities `[len(members), C]`, and `notes` on them."""
@@ -292,8 +296,14 @@ class HeldOut:
             metrics.rows_of(self.clips, members, probabilities), transductive=transductive,
             checkpoint=None if path == "random" else path, sha256=self.sha256[path],
             made_by={name: self.header[name] for name in ("command", "versions")},
-            maps={self.clips.clips[i].key: self.maps[i] for i in members if i in self.maps},
             **notes)
+
+    def keep_frozen(self, path, people, found):
+        """Keeps the predictions of a Frozen for each of `people`."""
+        for person in people:
+            members = self.clips.members([person])
+            self.keep(path, person, members, found.probabilities[members], **found.notes(members))
+        found.look()
 
     def finish(self, images, **about):
         """Merges everything finished into the result files and pictures, and prints figures and
@@ -370,6 +380,7 @@ class Frozen(NamedTuple):
     heads: probing.FoldHeads
     probabilities: np.ndarray  # [N, C], NaN where none of these heads holds the clip out
     notes: Callable  # members → what the results say of the held-out clips besides
+    look: Callable  # adds the maps of mistakes to what was kept
     model: torch.nn.Module
     features: torch.Tensor  # [V, N, D]
     positions: int
@@ -448,14 +459,17 @@ def train_frozen(opt, held, group, images, names, fold_of, device, loss="crossen
     if inner:
         heads.weight, heads.bias = (inner.state[name].to(device) for name in ("weight", "bias"))
     probabilities = probing.predict(heads, features, fold_of, held_out)
-    held.look(path, model, pooling, images, np.arange(len(clips)), probabilities, device,
-              lambda i, c: heads.weight[held_out.index(fold_of[i]), c])
 
     def notes(members):
         if inner:
             return {"choice": inner.chosen(fold_of[members[0]])}
         return {"history": history[:, members].t().tolist()}
-    return Frozen(heads, probabilities, notes, model, features, positions)
+
+    def look():
+        members = clips.members(people)
+        held.look(path, model, pooling, images, members, probabilities[members], device,
+                  lambda i, c: heads.weight[held_out.index(fold_of[i]), c])
+    return Frozen(heads, probabilities, notes, look, model, features, positions)
 
 
 def validate(opt, images, members, normalization, model, head, autocast, device):

@@ -138,7 +138,7 @@ def train(epoch, opt, clips, images, members, normalization, model, head, optimi
 
 def tune(opt, held, group, images, device):
     """Trains one of `held.groups` from its pre-trained encoder, going on from the run's last
-    checkpoint where there is one; returns probabilities of the clips it holds out, and notes."""
+    checkpoint where there is one, and keeps the predictions of the clips it holds out."""
     path, people, unit = group
     clips, mixed = held.clips, util.mixed_precision(opt, device)
     model, head, about = set_model(opt, held, path, unit, device)
@@ -183,14 +183,13 @@ def tune(opt, held, group, images, device):
             if epoch % opt.save_freq == 0 or epoch == opt.epochs:
                 save_last(epoch, {})
     if not people:
-        return None, {}
+        return
     found = evaluation.validate(opt, images, test, about["normalization"], model, head, mixed[0],
                                 device)
+    person, = people
+    held.keep(path, person, test, found, history=np.array(history).T.tolist())
     held.look(path, model, head, images, test, found, device,
               lambda _, c: head.classifier.weight[c])
-    return found, {"history": np.array(history).T.tolist()}
-
-
 
 
 def save(opt, held, path, about, unit, epoch, model, head, members, within=None, **states):
@@ -212,22 +211,23 @@ def save(opt, held, path, about, unit, epoch, model, head, members, within=None,
 
 
 def tune_frozen(opt, held, group, images, device):
-    """The heads of one of `held.groups` on the encoder as it is: a Frozen, or None where the one
-    of --subject all is finished."""
+    """Trains the heads of one of `held.groups` on the encoder as it is; keeps the predictions, or
+    the one head of --subject all."""
     clips, (path, people, unit) = held.clips, group
     state = held.state(unit)
     if state and "classifier" in state:
         print(f"{held.last()}: finished")
-        return None
+        return
     names, fold_of = dataset.subject_folds(clips)
     found = evaluation.train_frozen(opt, held, group, images, names, fold_of, device, opt.loss)
-    if not people:
-        model, about = held.encoder(path)
-        head = create_classifier(opt.model, opt.layer, clips.n_label, clips.channels, opt.encoder)
-        head.classifier.load_state_dict({"weight": found.heads.weight[0].detach(),
-                                         "bias": found.heads.bias[0].detach()})
-        save(opt, held, path, about, unit, opt.epochs, model, head, np.arange(len(clips)))
-    return found
+    if people:
+        held.keep_frozen(path, people, found)
+        return
+    model, about = held.encoder(path)
+    head = create_classifier(opt.model, opt.layer, clips.n_label, clips.channels, opt.encoder)
+    head.classifier.load_state_dict({"weight": found.heads.weight[0].detach(),
+                                     "bias": found.heads.bias[0].detach()})
+    save(opt, held, path, about, unit, opt.epochs, model, head, np.arange(len(clips)))
 
 
 def evaluate(opt, argv, device, data):
@@ -241,17 +241,11 @@ def evaluate(opt, argv, device, data):
     held = evaluation.HeldOut("finetune", opt, argv, __file__, clips, digest, parts,
                               together=opt.freeze_encoder)
     for group in held.groups:
-        path, people, unit = group
         if opt.freeze_encoder:
-            found = tune_frozen(opt, held, group, images, device)
+            tune_frozen(opt, held, group, images, device)
         else:
-            probabilities, notes = tune(opt, held, group, images, device)
-        for person in people:
-            members = clips.members([person])
-            if opt.freeze_encoder:
-                probabilities, notes = found.probabilities[members], found.notes(members)
-            held.keep(path, person, members, probabilities, **notes)
-        held.finished(unit)
+            tune(opt, held, group, images, device)
+        held.finished(group[2])
     return held.folder, held.finish(images, protocol="loso")
 
 

@@ -178,6 +178,12 @@ def write_subject(folder, name, rows, **about):
     write_json(path, {**about, "rows": rows})
 
 
+def add_to_subject(folder, name, **about):
+    """Adds to what `write_subject` kept."""
+    path = Path(folder) / "subjects" / f"{name}.json"
+    write_json(path, json.loads(path.read_text(encoding="utf-8")) | about)
+
+
 def read_subject(path):
     """(what is known of the encoder, prediction rows) of a kept subject; raises BadInput."""
     try:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import draw_set, finetune, probe
+from conftest import draw_set, finetune, probe, script
 from scipy.stats import rankdata
 from sklearn.metrics import f1_score
 from test_scripts import curves, only, rows
@@ -135,6 +135,14 @@ def test_inner_groups_do_not_move_with_the_labels_of_a_held_out_subject(tmp_path
                   "--save_path", tmp_path / f"out{len(groups)}")
     assert groups[0].tolist() == groups[1].tolist()
     assert sorted(np.bincount(groups[0])) == [4, 4, 4, 4, 8]  # whole subjects, evenly
+
+
+def test_rates_to_choose_from_follow_the_learning_rate():
+    parse = script("LinearProbing_DVSCL_10fold").parse_option
+    needed = ["--data_folder", "d", "--save_path", "s", "--model_path", "random"]
+    assert parse(needed).select_rates == [0.03, 0.1, 0.3]
+    assert parse([*needed, "--learning_rate", "30"]).select_rates == [9, 30, 90]
+    assert parse([*needed, "--select_rates", "1", "2"]).select_rates == [1, 2]
 
 
 def test_inner_selection_takes_three_subjects(drawn, quick, pretrained, tmp_path, capsys):
