@@ -10,6 +10,7 @@ between the two, and each counts with its best round, which other programs distu
 """
 import argparse
 import contextlib
+from functools import partial
 from importlib import import_module
 import os
 import platform
@@ -32,6 +33,7 @@ import probing  # noqa: E402
 import transforms  # noqa: E402
 import util  # noqa: E402
 from models import create_classifier, create_model  # noqa: E402
+from models.alexnet import ConvBlock  # noqa: E402
 from NCE.NCECriterion import NCESoftmaxLoss  # noqa: E402
 
 PARTS = ("pretrain", "probe", "finetune", "start", "growth")
@@ -107,6 +109,9 @@ def textbook_pretrain(opt):
 def textbook_heads(opt, frozen, batch_size=128):
     """Clips per second of one epoch of one subject's head, the encoder frozen or trained."""
     model = create_model("alexnet").to(opt.device).eval().requires_grad_(not frozen)
+    for block in model.modules():  # norms with fixed statistics are layers of their own
+        if isinstance(block, ConvBlock):
+            block.forward = partial(torch.nn.Sequential.forward, block)
     head = create_classifier("alexnet", 5, opt.clips.n_label).to(opt.device)
     optimizer, start = sgd(*[head] if frozen else [model, head]), time.perf_counter()
     for x, _, label in textbook_loader(opt, batch_size):

@@ -3,15 +3,30 @@
 from functools import partial
 
 from torch import nn
+from torch.nn import functional as F
 
 from models.dual import DualView, Tower
 
 
-def conv_block(in_channels, out_channels, kernel, stride=1, padding=0, pool=False):
+class ConvBlock(nn.Sequential):
     """Convolution, batch norm (hence no bias), ReLU and, if asked for, an overlapping pooling."""
-    layers = [nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=False),
-              nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers, *[nn.MaxPool2d(3, 2)] * pool)
+
+    def __init__(self, in_channels, out_channels, kernel, stride=1, padding=0, pool=False):
+        super().__init__(
+            nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=False),
+            nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True), *[nn.MaxPool2d(3, 2)] * pool)
+
+    def forward(self, x):
+        conv, norm, *rest = self
+        if norm.training:
+            return super().forward(x)
+        # with fixed statistics the norm is a factor per channel, and cheaper in the weights
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        x = F.conv2d(x, conv.weight * scale.view(-1, 1, 1, 1),
+                     norm.bias - norm.running_mean * scale, conv.stride, conv.padding)
+        for layer in rest:
+            x = layer(x)
+        return x
 
 
 def fc_block(in_features, out_features):
@@ -28,11 +43,11 @@ class AlexNetTower(Tower):
     def __init__(self, in_channels, feat_dim=128):
         super().__init__()
         self.channels = c1, c2, c3, c4, c5 = 48, 128, 192, 192, 128
-        self.conv_block_1 = conv_block(in_channels, c1, 11, 4, 2, pool=True)
-        self.conv_block_2 = conv_block(c1, c2, 5, padding=2, pool=True)
-        self.conv_block_3 = conv_block(c2, c3, 3, padding=1)
-        self.conv_block_4 = conv_block(c3, c4, 3, padding=1)
-        self.conv_block_5 = conv_block(c4, c5, 3, padding=1, pool=True)
+        self.conv_block_1 = ConvBlock(in_channels, c1, 11, 4, 2, pool=True)
+        self.conv_block_2 = ConvBlock(c1, c2, 5, padding=2, pool=True)
+        self.conv_block_3 = ConvBlock(c2, c3, 3, padding=1)
+        self.conv_block_4 = ConvBlock(c3, c4, 3, padding=1)
+        self.conv_block_5 = ConvBlock(c4, c5, 3, padding=1, pool=True)
         self.fc6 = fc_block(c5 * 6 * 6, 2048)
         self.fc7 = fc_block(2048, 2048)
         self.fc8 = nn.Sequential(nn.Linear(2048, feat_dim))
