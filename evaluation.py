@@ -386,6 +386,20 @@ class Frozen(NamedTuple):
     positions: int
 
 
+def _go_on(state, folds, heads, inner):
+    """Restores `heads`, and an InnerFolds, from a checkpoint that holds these `folds` and maybe
+    others; (epochs done, history), or (0, None) without one."""
+    if not state:
+        return 0, None
+    known = state.get("folds") or folds
+    mine = [known.index(name) for name in folds]
+    heads.load_state_dict({name: value.unflatten(0, (len(known), -1))[mine].flatten(0, 1)
+                           for name, value in state["model"].items()})
+    if inner:
+        inner.state = {name: value[mine] for name, value in state["inner"].items()}
+    return state["epoch"], state["history"]
+
+
 def train_frozen(opt, held, group, images, names, fold_of, device, loss="crossentropy", views=2,
                  rates=None):
     """Encodes every clip with one checkpoint and trains the heads of one of `held.groups`.
@@ -403,32 +417,23 @@ def train_frozen(opt, held, group, images, names, fold_of, device, loss="crossen
         features, positions = probing.encode(
             model, pooling.to(device), images, about["normalization"], opt.layer, device,
             util.mixed_precision(opt, device)[0], views)
-    chosen, inner = [[*names, "all"][f] for f in held_out], None
+    folds, inner = [[*names, "all"][f] for f in held_out], None
     if rates:
         # stratified, the labels of a held-out clip would move training subjects between groups
         _, inner_groups = dataset.ten_folds(clips, INNER_FOLDS, stratified=False)
-        inner = probing.InnerFolds(chosen, clips.labels, clips.n_label, fold_of, held_out,
+        inner = probing.InnerFolds(folds, clips.labels, clips.n_label, fold_of, held_out,
                                    inner_groups, rates)
-    heads = probing.FoldHeads(inner.names if inner else chosen, features.shape[-1], clips.n_label,
+    heads = probing.FoldHeads(inner.names if inner else folds, features.shape[-1], clips.n_label,
                               opt.seed, device)
-    # what each epoch's heads say of the clips they hold out, to know what picking one would add
-    history = torch.full((opt.epochs, len(clips)), -1, dtype=torch.int16)
-    state = held.state(unit, chosen)
-    if state:
-        known = state.get("folds") or chosen
-        mine = [known.index(name) for name in chosen]
-        heads.load_state_dict({name: value.unflatten(0, (len(known), -1))[mine].flatten(0, 1)
-                               for name, value in state["model"].items()})
-        history = state["history"]
-        if inner:
-            inner.state = {name: value[mine] for name, value in state["inner"].items()}
-    start = state["epoch"] if state else 0
+    start, history = _go_on(held.state(unit, folds), folds, heads, inner)
+    if history is None:
+        history = torch.full((opt.epochs, len(clips)), -1, dtype=torch.int16)
     bar = tqdm(total=opt.epochs - start, desc="heads", disable=None)
 
     def on_epoch(epoch, means):
         def save():
             checkpoint.save(held.last(unit), {
-                "opt": vars(opt), "epoch": epoch, "unit": unit, "folds": chosen,
+                "opt": vars(opt), "epoch": epoch, "unit": unit, "folds": folds,
                 "model": heads.state_dict(),
                 "normalization": about["normalization"], "encoding": clips.encoding,
                 "data_digest": held.header["data_digest"], "history": history,
@@ -437,7 +442,7 @@ def train_frozen(opt, held, group, images, names, fold_of, device, loss="crossen
 
         if inner:
             inner.look(epoch, heads, features)
-        elif people:
+        elif people:  # to know what picking an epoch by the held-out clips would add
             said = probing.predict(heads, features, fold_of, held_out)
             history[epoch - 1] = torch.from_numpy(np.where(np.isnan(said[:, 0]), -1,
                                                            said.argmax(1)))

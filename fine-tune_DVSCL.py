@@ -27,6 +27,7 @@ from models import create_classifier
 
 SCALE_CLIPS = 128  # training clips from which the length of the features is taken
 
+
 def parse_option(argv):
     parser = options.ArgumentParser(description=__doc__)
     data, _ = evaluation.add_head_options(parser, "fine-tune")
@@ -152,7 +153,8 @@ def tune(opt, held, group, images, device):
     print(f"{unit}: learning rate of the head {opt.learning_rate:g} x {scale:.3g}, of the encoder "
           f"{opt.encoder_lr:g}")
     optimizer, start, within = set_optimizer(opt, model, head, scale), 0, {}
-    history, state = [], held.state(unit)  # predictions of the held-out clips, per epoch
+    found, history = None, []  # of the held-out clips: probabilities, predictions per epoch
+    state = held.state(unit)
     if state:
         model.load_state_dict(state["model"])
         head.load_state_dict(state["classifier"])
@@ -169,9 +171,12 @@ def tune(opt, held, group, images, device):
         for epoch in tqdm(range(start + 1, opt.epochs + 1), unit, disable=None):
             for part in optimizer.param_groups:
                 part["lr"] = util.learning_rate(opt, epoch, part["base"])
+
+            def on_step(within, done=epoch - 1):
+                keeper.step(lambda: save_last(done, within))
+
             means = train(epoch, opt, clips, images, members, about["normalization"], model, head,
-                          optimizer, mixed, device, within, lambda within, done=epoch - 1:
-                          keeper.step(lambda: save_last(done, within)))
+                          optimizer, mixed, device, within, on_step)
             within, means["learning_rate"] = {}, util.learning_rate(opt, epoch)
             held.log.epoch(epoch, means, unit)
             if people:
@@ -184,8 +189,9 @@ def tune(opt, held, group, images, device):
                 save_last(epoch, {})
     if not people:
         return
-    found = evaluation.validate(opt, images, test, about["normalization"], model, head, mixed[0],
-                                device)
+    if found is None:  # stopped between the last epoch and its predictions
+        found = evaluation.validate(opt, images, test, about["normalization"], model, head,
+                                    mixed[0], device)
     person, = people
     held.keep(path, person, test, found, history=np.array(history).T.tolist())
     held.look(path, model, head, images, test, found, device,

@@ -433,10 +433,10 @@ def describe(results):
                      f"UAR {results['without_blank_clips']['uar']:.3f}")
     if "choices" in results:
         chosen = list(results["choices"].values())
-        lines.append("chosen by inner folds: epochs " + ", ".join(
-            f"{low:g} to {high:g}" if low != high else f"{low:g}" for low, high in
-            [(min(c[n] for c in chosen), max(c[n] for c in chosen))
-             for n in ("epochs", "learning_rate")]).replace(", ", ", learning rate "))
+        epochs, rates = ([choice[name] for choice in chosen]
+                         for name in ("epochs", "learning_rate"))
+        lines.append(f"chosen by inner folds: epochs {min(epochs)} to {max(epochs)}, learning rate "
+                     f"{min(rates):g} to {max(rates):g}")
     if "oracle_best_epoch" in results:
         oracle = results["oracle_best_epoch"]
         lines.append(f"oracle_best_epoch (picked on the held-out subjects, no result): UF1 "

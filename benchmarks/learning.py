@@ -30,7 +30,7 @@ import dataset
 import decoding
 import metrics
 import options
-import transforms
+import shortcuts
 import util
 from models import create_model
 
@@ -124,19 +124,15 @@ def matching(path, clips, images):
     seen = {tuple(p) for p in state["seen"]["people"]}
     blank = decoding.blank(images, clips.encoding)
     chosen = [i for i, c in enumerate(clips.clips) if c.person not in seen and not blank[i]]
-    with torch.no_grad():
-        batch = transforms.eval_transform(torch.from_numpy(images[chosen]), state["normalization"])
-        rgb, depth = model.eval()(batch)
-    scores = (rgb @ depth.t()).numpy()
-    people = [clips.clips[i].person for i in chosen]
+    rgb, depth = shortcuts.embed(model, images[chosen], state["normalization"],
+                                 torch.device("cpu"))
+    unseen = replace(clips, clips=[clips.clips[i] for i in chosen])
+    found, scores = shortcuts.retrieval(unseen, rgb, depth), (rgb @ depth.t()).numpy()
+    people = [clip.person for clip in unseen.clips]
     same = np.array([[a == b for b in people] for a in people])
-    found = {}
-    for name, others in (("all", np.ones_like(same)), ("within a subject", same)):
-        others = others & ~np.eye(len(chosen), dtype=bool)
-        above = scores.diagonal()[:, None] > scores
-        top = (above | ~others).all(1)
-        found[name] = above[others].mean(), top.mean(), (1 / (others.sum(1) + 1)).mean()
-    return found
+    above, other = scores.diagonal()[:, None] > scores, ~np.eye(len(chosen), dtype=bool)
+    return {name: (above[among & other].mean(), found[key]["top1"], found[key]["chance"])
+            for name, key, among in (("all", "all", other), ("within a subject", "within", same))}
 
 
 @util.command_line
