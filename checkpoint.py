@@ -17,6 +17,8 @@ from util import BadInput, RunFailed, Stopped, beside, handled
 FREE_TO_CHANGE = {"data_folder", "list_folder", "model_path", "save_path", "tb_path", "cache",
                   "pairs", "num_workers", "device", "print_freq", "save_freq", "save_minutes",
                   "resume", "subject", "seeds", "oracle_curve"}
+# what runs did from before there was an option for it
+BEFORE = {"lr_schedule": "step", "warmup_epochs": 0, "size": 224, "contrast": "bank"}
 SAVED = "stopped and saved; go on with --resume auto"
 
 
@@ -197,12 +199,13 @@ def check_resumable(path, old, opt, grow=False, **identity):
     equal besides the options, such as data_digest.
     """
     new, free = vars(opt), FREE_TO_CHANGE | ({"epochs"} if grow else set())
-    differing = [f"--{k} {old['opt'][k]} there, {new[k]} here" for k in sorted(new)
-                 if k in old["opt"] and old["opt"][k] != new[k] and k not in free]
-    if grow and old["opt"].get("epochs", 0) > new["epochs"]:
-        differing.append(f"--epochs {old['opt']['epochs']} there, {new['epochs']} here: it may "
+    before = BEFORE | old["opt"]
+    differing = [f"--{k} {before[k]} there, {new[k]} here" for k in sorted(new)
+                 if k in before and before[k] != new[k] and k not in free]
+    if grow and before.get("epochs", 0) > new["epochs"]:
+        differing.append(f"--epochs {before['epochs']} there, {new['epochs']} here: it may "
                          f"only grow")
-    elif not grow and old["opt"].get("epochs") != new["epochs"]:
+    elif not grow and before.get("epochs") != new["epochs"]:
         differing.append("held-out subjects train for a fixed number: give another --tag")
     differing += [f"{k.replace('_', ' ')} differs" for k, v in identity.items() if old.get(k) != v]
     if differing:

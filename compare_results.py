@@ -17,6 +17,7 @@ from pathlib import Path
 import checkpoint
 import metrics
 import options
+import pictures
 import util
 from metrics import MEASURES
 from util import BadInput
@@ -40,6 +41,8 @@ def parse_option(argv):
     parser.add_argument("--published", action="store_true",
                         help=f"add the literature's figures of {PUBLISHED.name}, apart: they are "
                              f"of other clips and other rules")
+    parser.add_argument("--picture", metavar="FILE.png",
+                        help="also draw UF1 and its intervals to this file [none]")
     return parser.parse_args(argv)
 
 
@@ -266,6 +269,11 @@ def main(argv=None):
         tables.append(published_table())
     show = latex if opt.latex else markdown
     print("\n\n".join(show(*table) for table in tables))
+    if opt.picture:
+        pictures.draw_comparison(
+            opt.picture, [(f"{number}: {title(found)}", its["uf1"], its["ci95"]["uf1"])
+                          for number, (found, its) in enumerate(zip(results, figures), 1)],
+            {name: scores["uf1"] for name, scores in figures[0]["baselines"].items()}, note)
 
 
 if __name__ == "__main__":

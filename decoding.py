@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from util import BadInput, beside, write_json
 
-SIZE = 256  # images are stored with this side, in pixels; training crops 224 of them
+SIZE = 256  # images are stored with this side, in pixels, where training crops CROP of them
+CROP = 224
 PIXEL_LIMIT = 50_000_000  # an image of more pixels than any camera's frame is an accident
 GREY = (0.299, 0.587, 0.114)  # ITU-R 601 luminance
 NO_CHANGE = {"signed": 128, "wrap": 0, "absolute": 0}  # grey level of an unchanged pixel
@@ -53,10 +54,15 @@ def _grey8(image, path):
     return Image.fromarray(np.ascontiguousarray(rgb[..., 0]))
 
 
-def decode(clip, clips):
-    """Both views of one clip: uint8 `[C1+C2, 256, 256]`.
+def stored_side(size):
+    """Side of the stored images of which `size` pixels are cropped, both in pixels."""
+    return round(size * SIZE / CROP)
 
-    The shorter side is brought to 256 pixels, both views alike, and the centre kept. Raises
+
+def decode(clip, clips, side=SIZE):
+    """Both views of one clip: uint8 `[C1+C2, side, side]`.
+
+    The shorter side is brought to `side` pixels, both views alike, and the centre kept. Raises
     BadInput for an image that cannot be read, views of differing shape, and a 'wrap' image of
     another size, which resizing would destroy.
     """
@@ -71,9 +77,9 @@ def decode(clip, clips):
             second = second.convert("RGB") if clips.channels[1] == 3 else _grey8(second, path)
     except (OSError, ValueError, SyntaxError) as error:
         raise BadInput(f"{path}: cannot be decoded ({error}); replace it") from None
-    scale = SIZE / min(rgb.size)
-    size = tuple(max(SIZE, round(side * scale)) for side in rgb.size)
-    other = tuple(round(side * SIZE / min(second.size)) for side in second.size)
+    scale = side / min(rgb.size)
+    size = tuple(max(side, round(length * scale)) for length in rgb.size)
+    other = tuple(round(length * side / min(second.size)) for length in second.size)
     if max(abs(a - b) for a, b in zip(size, other)) > 1:
         raise BadInput(f"{path}: {second.width}x{second.height}, but {clip.rgb} is "
                        f"{rgb.width}x{rgb.height}: the views of a clip must have one shape")
@@ -82,23 +88,25 @@ def decode(clip, clips):
         if image.size != size:
             if clips.encoding["difference"] == "wrap":
                 raise BadInput(f"{clips.folder / file}: {image.width}x{image.height} pixels; "
-                               f"differences modulo 256 cannot be resized to {SIZE}: prepare them "
+                               f"differences modulo 256 cannot be resized to {side}: prepare them "
                                f"at that size, or say --encoding signed or absolute")
             image = image.resize(size, Image.Resampling.BILINEAR)
-        left, top = (size[0] - SIZE) // 2, (size[1] - SIZE) // 2
-        pixels = np.asarray(image)[top:top + SIZE, left:left + SIZE]
-        views.append(pixels.reshape(SIZE, SIZE, -1).transpose(2, 0, 1))
+        left, top = (size[0] - side) // 2, (size[1] - side) // 2
+        pixels = np.asarray(image)[top:top + side, left:left + side]
+        views.append(pixels.reshape(side, side, -1).transpose(2, 0, 1))
     return np.concatenate(views)
 
 
-def load_images(clips, cache="off", num_workers=4):
-    """Every clip decoded once: (uint8 `[N, C1+C2, 256, 256]`, digest of the pixels).
+def load_images(clips, cache="off", num_workers=4, size=CROP):
+    """Every clip decoded once: (uint8 `[N, C1+C2, S, S]`, digest of the pixels).
 
-    cache: a folder keeps the array as a memory-mapped file, under a name that follows from the
-    paths, sizes and times of the images, and later calls map it; 'off' keeps it in memory. Where
-    it fits neither, a Stream takes its place, and the digest is that of paths, sizes and times.
+    size: of the crops to be taken of them, for which S is 8/7 of it. cache: a folder keeps the
+    array as a memory-mapped file, under a name that follows from the paths, sizes and times of the
+    images, and later calls map it; 'off' keeps it in memory. Where it fits neither, a Stream takes
+    its place, and the digest is that of paths, sizes and times.
     """
-    folder, shape = Path(cache), (len(clips), sum(clips.channels), SIZE, SIZE)
+    side = stored_side(size)
+    folder, shape = Path(cache), (len(clips), sum(clips.channels), side, side)
     stamp = hashlib.sha256(repr((clips.luminance, clips.encoding["difference"], shape)).encode())
     for clip in clips.clips:
         for name in (clip.rgb, clip.second):
@@ -111,13 +119,13 @@ def load_images(clips, cache="off", num_workers=4):
         return np.load(path, mmap_mode="r"), known["sha256"]
     if cache != "off":
         folder.mkdir(parents=True, exist_ok=True)
-    size = math.prod(shape)
+    volume = math.prod(shape)
     room = shutil.disk_usage(folder).free if cache != "off" else _free_memory()
-    if size > 0.9 * room:
-        print(f"{size / 2 ** 30:.1f} GiB of images do not fit the {room / 2 ** 30:.1f} GiB free "
+    if volume > 0.9 * room:
+        print(f"{volume / 2 ** 30:.1f} GiB of images do not fit the {room / 2 ** 30:.1f} GiB free "
               f"{'in memory' if cache == 'off' else f'in {folder}'}: they are decoded for every "
               f"batch anew, by {num_workers} threads")
-        return Stream(clips, num_workers), stamp.hexdigest()
+        return Stream(clips, num_workers, side), stamp.hexdigest()
     part = None if cache == "off" else beside(path)
     try:
         if part:
@@ -128,7 +136,7 @@ def load_images(clips, cache="off", num_workers=4):
         else:
             images = np.empty(shape, np.uint8)
         with ThreadPoolExecutor(max(num_workers, 1)) as pool:
-            decoded = pool.map(lambda clip: decode(clip, clips), clips.clips)
+            decoded = pool.map(lambda clip: decode(clip, clips, side), clips.clips)
             for i, pair in enumerate(tqdm(decoded, "decoding", len(clips), disable=None)):
                 images[i] = pair
         digest = hashlib.sha256(images.data).hexdigest()
@@ -155,22 +163,23 @@ def _free_memory():
 class Stream:
     """Stands in for the array of decoded clips: decodes what is asked for, by several threads."""
 
-    def __init__(self, clips, num_workers):
-        self.clips, self.pool = clips, ThreadPoolExecutor(max(num_workers, 1))
+    def __init__(self, clips, num_workers, side=SIZE):
+        self.clips, self.side, self.pool = clips, side, ThreadPoolExecutor(max(num_workers, 1))
 
     def __len__(self):
         return len(self.clips)
 
     def __getitem__(self, index):
-        """An int, slice or array of indices → uint8 `[C, 256, 256]` or `[B, C, 256, 256]`."""
+        """An int, slice or array of indices → uint8 `[C, S, S]` or `[B, C, S, S]`."""
+        def get(i):
+            return decode(self.clips.clips[i], self.clips, self.side)
         if isinstance(index, (int, np.integer)):
-            return decode(self.clips.clips[index], self.clips)
-        chosen = [self.clips.clips[i] for i in np.arange(len(self))[index]]
-        return np.stack(list(self.pool.map(lambda clip: decode(clip, self.clips), chosen)))
+            return get(index)
+        return np.stack(list(self.pool.map(get, np.arange(len(self))[index])))
 
 
 def fetch(images, batches, device):
-    """`images[index]` on `device`, uint8 `[B, C, 256, 256]`, for each index array of `batches`.
+    """`images[index]` on `device`, uint8 `[B, C, S, S]`, for each index array of `batches`.
 
     The next one is fetched while one is used, for a GPU from pinned memory on a stream of its own:
     a copy from other memory would wait for the step before it, and the GPU for the copy.

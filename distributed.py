@@ -89,6 +89,25 @@ def gather(tensor):
     return torch.cat([p[:n] for p, n in zip(parts, sizes)])
 
 
+class _Gather(torch.autograd.Function):
+    """`gather`, whose gradient is the sum of what all ranks have for this rank's part."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        return gather(tensor)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return part(gradient)
+
+
+def gather_features(features):
+    """`gather` for parts of a global batch as `part` cuts it, through which gradients pass."""
+    return _Gather.apply(features) if active() else features
+
+
 def mean(values, count):
     """Mean over all ranks of `values` `[...]`, each rank's being a mean over `count` samples."""
     if not active():

@@ -19,6 +19,7 @@ import dataset
 import decoding
 import distributed
 import gradcam
+import logistic
 import metrics
 import options
 import pictures
@@ -32,14 +33,17 @@ from util import BadInput
 INNER_FOLDS = 5  # groups of training subjects that choose epochs and learning rate
 
 
-def add_head_options(parser, stage):
-    """Adds the data and model flags of the scripts that put a head on a pre-trained encoder.
+def add_head_options(parser, stage, protocol):
+    """Adds the data and model flags of the scripts that put a head on a pre-trained encoder;
+    protocol: the one they follow by default.
 
     Returns both groups.
     """
     data, model = options.add_data_options(parser), parser.add_argument_group("model")
     data.add_argument("--dataset", choices=(*dataset.DATABASES, "all"), default="casme3",
                       help="the database in the lists to evaluate; all: every one of them")
+    data.add_argument("--protocol", choices=("10fold", "loso"), default=protocol,
+                      help="ten groups of whole subjects, or leave one subject out")
     model.add_argument("--model_path", required=True, metavar="FILE",
                        help=f"checkpoint of pre-train_DVSCL.py to {stage}; a {{subject}} or "
                             f"{{fold}} in it is replaced by the one held out, a {{seed}} by "
@@ -51,6 +55,14 @@ def add_head_options(parser, stage):
     model.add_argument("--encoder", choices=("both", "rgb", "depth"), default="both",
                        help="view whose features the head sees")
     return data, model
+
+
+def add_penalty_option(group):
+    """Adds --l2 of the heads that are solved for."""
+    group.add_argument("--l2", type=options.number(float, 0, low_open=True), metavar="X",
+                       help="L2 penalty of a head, for features of unit length [of "
+                            + " ".join(f"{x:g}" for x in probing.GRID) + " the one that does best "
+                            "on inner folds of the training subjects]")
 
 
 def add_result_options(parser):
@@ -66,10 +78,12 @@ def add_result_options(parser):
 
 
 def check_options(parser, opt):
-    """Fills in the model's own layer where none is given; refuses one out of range, and seeds of
-    which no deviation can be had."""
+    """Fills in the model's own layer where none is given; refuses one out of range, seeds of which
+    no deviation can be had, and placeholders that the protocol cannot fill."""
     if opt.seeds and (len(opt.seeds) < 2 or len(set(opt.seeds)) < len(opt.seeds)):
         parser.error("argument --seeds: give two or more, each once; --seed for a single one")
+    if opt.protocol == "10fold" and "{subject}" in opt.model_path:
+        parser.error("argument --model_path: {subject} goes with --protocol loso, {fold} with both")
     if opt.layer is None:
         opt.layer = default_layer(opt.model)
         print(f"heads on layer {opt.layer} of {opt.model}")
@@ -78,8 +92,16 @@ def check_options(parser, opt):
                      f"{n_layers(opt.model)} for a head")
 
 
+def split(opt, clips):
+    """(names `[F]`, fold of each clip `[N]`) of --protocol; raises BadInput for one subject."""
+    names, fold_of = (dataset.subject_folds if opt.protocol == "loso" else dataset.ten_folds)(clips)
+    if len(names) < 2:
+        raise BadInput(f"{clips.folder}: one subject; held-out evaluation takes two")
+    return names, fold_of
+
+
 def read_labelled(opt):
-    """(ClipSet of --dataset, uint8 array `[N, C, 256, 256]`, its digest)"""
+    """(ClipSet of --dataset, uint8 array `[N, C, S, S]`, its digest)"""
     clips = dataset.read_clips(opt.data_folder, opt.list_folder, opt.view, opt.encoding)
     if opt.dataset != "all":
         wanted = dataset.DATABASES.index(opt.dataset)
@@ -90,7 +112,8 @@ def read_labelled(opt):
             print(f"{opt.dataset} alone, of {', '.join(held)}; --dataset all takes every one")
         clips = clips.subset([c.database == wanted for c in clips.clips])
     with distributed.in_turn():
-        images, digest = decoding.load_images(clips, opt.cache, opt.num_workers)
+        images, digest = decoding.load_images(clips, opt.cache, opt.num_workers,
+                                              opt.size)
     return clips, images, digest
 
 
@@ -102,6 +125,12 @@ def checkpoint_for(opt, clips, person):
         names, fold_of = dataset.ten_folds(lists)
         path = path.replace("{fold}", names[fold_of[lists.members([person])[0]]])
     return path.replace("{subject}", dataset.person_name(person, clips))
+
+
+def create_head(opt, clips):
+    """A fresh linear head for the options and clips of a run."""
+    return create_classifier(opt.model, opt.layer, clips.n_label, clips.channels, opt.encoder,
+                             opt.size)
 
 
 def load_encoder(opt, path, clips):
@@ -117,17 +146,18 @@ def load_encoder(opt, path, clips):
         about = {"normalization": transforms.fixed_normalization(encoding, clips.channels,
                                                                  clips.second),
                  "people": set()}
-        return create_model(opt.model, in_channels=clips.channels), about
+        return create_model(opt.model, in_channels=clips.channels, size=opt.size), about
     state = checkpoint.load(path)
     old = state.get("encoding") or {}
     for what, ours, theirs in (("--view", opt.view, state["opt"].get("view", opt.view)),
+                               ("--size", opt.size, state["opt"].get("size", decoding.CROP)),
                                ("difference", encoding, old.get("difference", encoding)),
                                ("classes", clips.encoding.get("classes"), old.get("classes"))):
         if ours != theirs and None not in (ours, theirs):
             raise BadInput(f"{path}: trained with {what} {theirs}, but the data have {ours}")
     feat_dim = [v.shape[0] for k, v in state["model"].items()
                 if k in ("rgb_to_d.fc8.0.weight", "rgb_to_d.fc.weight") and v.dim() == 2]
-    model = create_model(opt.model, *(feat_dim or [128])[:1], in_channels=clips.channels)
+    model = create_model(opt.model, *(feat_dim or [128])[:1], clips.channels, opt.size)
     checkpoint.load_model(model, state, path, opt.model)
     normalization = state.get("normalization") or transforms.fixed_normalization(
         "wrap", clips.channels, clips.second)
@@ -150,15 +180,26 @@ def load_encoder(opt, path, clips):
 
 # ---------------------------------------------------------------- held-out persons and results
 
+class Group(NamedTuple):
+    """What is trained in one go: from the checkpoint `path`, for the results of `people`, under
+    the name `unit` in the log; `out`: who is held out, those of `people` and who shares their
+    fold and is finished."""
+    path: str
+    people: list
+    unit: str
+    out: list
+
+
 class HeldOut:
     """A run over held-out persons: its folder, its log, who is left to do, and the results.
 
-    stage: 'probe' or 'finetune'; parts: what of the options joins in the run's name; together:
-    whether all persons of one checkpoint are trained in one pass. Raises BadInput.
+    stage: 'probe' or 'finetune'; parts: what of the options joins in the run's name; folds:
+    (names, fold of each clip `[N]`), a training for each; None: those of one checkpoint are
+    trained in one pass. Raises BadInput.
     """
 
-    def __init__(self, stage, opt, argv, script, clips, digest, parts, together):
-        self.opt, self.clips, self.together, self.seen = opt, clips, together, {}
+    def __init__(self, stage, opt, argv, script, clips, digest, parts, folds=None):
+        self.opt, self.clips, self.folds, self.seen = opt, clips, folds, {}
         name = util.head_run_name(stage, opt, parts)
         self.folder = Path(opt.save_path) / name
         self.curves = util.curve_folder(opt, opt.save_path, name)
@@ -188,24 +229,33 @@ class HeldOut:
             print(f"{len(wanted) - len(todo)} of {len(wanted)} held-out subjects are finished")
         if opt.resume not in (None, "auto") and not Path(opt.resume).is_file():
             raise BadInput(f"--resume {opt.resume}: no such checkpoint")
-        units = self._groups(todo, paths, together) or [(None, [], None)]
-        self.groups = self._groups(distributed.share(todo), paths, together)
         if self.all:
-            units = [(opt.model_path, [], "all")]
-            self.groups = units if distributed.first() else []
+            groups = [Group(opt.model_path, [], "all", [])]
+            self.groups = groups if distributed.first() else []
+        else:
+            groups = self._groups(todo, paths)
+            self.groups = distributed.share(groups) if folds else \
+                self._groups(distributed.share(todo), paths)
         if self.groups:
-            self.encoder(self.groups[0][0])  # a wrong checkpoint leaves no run folder behind
+            self.encoder(self.groups[0].path)  # a wrong checkpoint leaves no run folder behind
         distributed.barrier()
-        self.log = self._open_log({unit for _, _, unit in units}) if todo else None
+        self.log = self._open_log({group.unit for group in groups} or {None}) if todo else None
 
-    def _groups(self, todo, paths, together):
-        """(checkpoint, persons, unit): what is trained in one go, and its name in the log."""
-        if not together:
-            return [(paths[p], [p], dataset.person_name(p, self.clips)) for p in todo]
+    def _groups(self, todo, paths):
+        """The Groups that train for the persons in `todo`."""
         groups = {}
         for person in todo:
-            groups.setdefault(paths[person], []).append(person)
-        return [(path, people, self._unit(people)) for path, people in groups.items()]
+            fold = self._fold(person) if self.folds else None
+            groups.setdefault((paths[person], fold), []).append(person)
+        if not self.folds:
+            return [Group(path, people, self._unit(people), people)
+                    for (path, _), people in groups.items()]
+        return [Group(path, people, self.folds[0][fold],
+                      [p for p in self.clips.people if self._fold(p) == fold])
+                for (path, fold), people in groups.items()]
+
+    def _fold(self, person):
+        return int(self.folds[1][self.clips.members([person])[0]])
 
     def last(self, unit=None):
         """The checkpoint of a unit in training; last.pth is that of everybody, and of the unit
@@ -244,7 +294,7 @@ class HeldOut:
         if not self.opt.resume:
             return
         paths = {self.last(unit) for unit in (*units, None)}
-        if self.together:  # they may lie among others
+        if not self.folds:  # they may lie among others
             paths |= set(self.folder.glob("last*.pth"))
         for path in sorted(filter(Path.exists, paths)) if self.opt.resume == "auto" else \
                 [Path(self.opt.resume)]:
@@ -271,17 +321,18 @@ class HeldOut:
         self.seen[path] = about
         return model, about
 
-    def look(self, path, model, head, images, members, probabilities, device, weights_of):
+    def look(self, group, model, head, images, members, probabilities, device, weights_of):
         """Adds maps of where the model looked in the clips of `members` that it is most confidently
-        wrong about (gradcam.maps_of_mistakes). Reads their labels, hence after `keep`."""
+        wrong about (gradcam.maps_of_mistakes), for the people of a Group. Reads their labels,
+        hence after `keep`."""
         clips = self.clips
         maps = gradcam.maps_of_mistakes(
             model, head, images, members, clips.labels[members], probabilities,
-            self.seen[path]["normalization"], self.opt.layer, device, weights_of)
-        for person in dict.fromkeys(clips.clips[i].person for i in maps):
-            metrics.add_to_subject(
-                self.folder, dataset.person_name(person, clips),
-                maps={clips.clips[i].key: maps[i] for i in clips.members([person]) if i in maps})
+            self.seen[group.path]["normalization"], self.opt.layer, device, weights_of)
+        for person in group.people:
+            own = {clips.clips[i].key: maps[i] for i in clips.members([person]) if i in maps}
+            if own:
+                metrics.add_to_subject(self.folder, dataset.person_name(person, clips), maps=own)
 
     def keep(self, path, person, members, probabilities, **notes):
         """Keeps a person's predictions, probabilities `[len(members), C]`, and `notes` on them."""
@@ -298,16 +349,17 @@ class HeldOut:
             made_by={name: self.header[name] for name in ("command", "versions")},
             **notes)
 
-    def keep_frozen(self, path, people, found):
-        """Keeps the predictions of a Frozen for each of `people`."""
-        for person in people:
+    def keep_frozen(self, group, found):
+        """Keeps the predictions of a Frozen for each person of a Group."""
+        for person in group.people:
             members = self.clips.members([person])
-            self.keep(path, person, members, found.probabilities[members], **found.notes(members))
+            self.keep(group.path, person, members, found.probabilities[members],
+                      **found.notes(members))
         found.look()
 
     def finish(self, images, **about):
         """Merges everything finished into the result files and pictures, and prints figures and
-        places. images: uint8 array `[N, C, 256, 256]`."""
+        places. images: uint8 array `[N, C, S, S]`."""
         clips, blank = self.clips, decoding.blank(images, self.clips.encoding)
         distributed.barrier()  # the other ranks' subjects are finished too
         if not distributed.first():
@@ -384,6 +436,7 @@ class Frozen(NamedTuple):
     model: torch.nn.Module
     features: torch.Tensor  # [V, N, D]
     positions: int
+    l2: list  # penalty of each fold's head; None where they have none
 
 
 def _go_on(state, folds, heads, inner):
@@ -400,55 +453,112 @@ def _go_on(state, folds, heads, inner):
     return state["epoch"], state["history"]
 
 
-def train_frozen(opt, held, group, images, names, fold_of, device, loss="crossentropy", views=2,
-                 rates=None):
+def inner_groups(clips):
+    """The group `[N]` of each clip in the inner folds, which are whole subjects."""
+    # stratified, the labels of a held-out clip would move training subjects between groups
+    return dataset.ten_folds(clips, INNER_FOLDS, stratified=False)[1]
+
+
+def train_frozen(opt, held, group, images, names, fold_of, device, solver="lbfgs", views=2,
+                 loss="crossentropy", start="random", rates=None):
     """Encodes every clip with one checkpoint and trains the heads of one of `held.groups`.
 
-    names `[F]`, fold_of `[N]`: the folds; rates: of which inner folds choose one, and the number of
-    epochs (probing.InnerFolds). Returns a Frozen.
+    names `[F]`, fold_of `[N]`: the folds; solver: 'lbfgs': the heads that minimise the loss with
+    the penalty opt.l2; 'sgd': heads trained by SGD, from those (start: 'probe'), from zeros or
+    from random ones; rates: of which inner folds choose one, and the number of epochs
+    (probing.InnerFolds). Returns a Frozen.
     """
-    path, people, unit = group
-    clips, (model, about) = held.clips, held.encoder(path)
+    clips, (model, about) = held.clips, held.encoder(group.path)
     # a fold that no clip has: the head of --subject all holds nothing out
-    held_out = sorted(set(fold_of[clips.members(people)].tolist())) if people else [len(names)]
-    pooling = create_classifier(opt.model, opt.layer, clips.n_label, clips.channels, opt.encoder)
+    held_out = sorted(set(fold_of[clips.members(group.people)].tolist())) if group.people \
+        else [len(names)]
+    pooling = create_head(opt, clips)
     model.to(device)
     with checkpoint.frozen(model):
         features, positions = probing.encode(
             model, pooling.to(device), images, about["normalization"], opt.layer, device,
             util.mixed_precision(opt, device)[0], views)
-    folds, inner = [[*names, "all"][f] for f in held_out], None
+    folds = [[*names, "all"][f] for f in held_out]
+    job = features, clips.labels, fold_of, held_out
+    choice = None
+    if solver == "lbfgs" or start == "probe":
+        heads, choice = probing.solve_heads(
+            logistic.Regression(features, clips.labels, clips.n_label), *job, opt.l2,
+            inner_groups(clips), loss)
+        describe_choice(opt, choice)
+    if solver == "lbfgs":
+        for number, tried in enumerate(choice.tried, 1):
+            held.log.epoch(number, tried, group.unit)
+        notes = {fold: {"choice": {"l2": l2, **({} if uf1 is None else {"inner_uf1": uf1})}}
+                 for fold, l2, uf1 in zip(held_out, choice.l2, choice.uf1)}
+        history = None
+    else:
+        initial = None
+        if start == "probe":
+            initial = heads.weight.detach(), heads.bias.detach()
+        elif start == "zero":
+            initial = [torch.zeros(len(folds), clips.n_label, *shape)
+                       for shape in ((features.shape[-1],), ())]
+        heads, history, notes = _descend(opt, held, group, job, positions, folds, loss, rates,
+                                         initial, choice and choice.l2)
+    probabilities = probing.predict(heads, features, fold_of, held_out)
+
+    def notes_on(members):
+        return notes[fold_of[members[0]]] if history is None else \
+            {"history": history[:, members].t().tolist()}
+
+    def look():
+        members, weight = clips.members(group.people), heads.plain()[0]
+        held.look(group, model, pooling, images, members, probabilities[members], device,
+                  lambda i, c: weight[held_out.index(fold_of[i]), c])
+    return Frozen(heads, probabilities, notes_on, look, model, features, positions,
+                  choice and choice.l2)
+
+
+def describe_choice(opt, choice):
+    """Says which penalty the heads have."""
+    low, high = min(choice.l2), max(choice.l2)
+    print(f"heads solved with --l2 {low:g}" + (f" to {high:g}" if high > low else "")
+          + ("" if opt.l2 is not None or choice.uf1[0] is None else ", chosen by inner folds"))
+
+
+def _descend(opt, held, group, job, positions, folds, loss, rates, start, l2):
+    """The heads of a group by SGD: (heads, history int16 `[E, N]` or None, notes by fold)."""
+    features, labels, fold_of, held_out = job
+    clips, inner, names = held.clips, None, folds
+    training = probing.training_clips(fold_of, held_out)
     if rates:
-        # stratified, the labels of a held-out clip would move training subjects between groups
-        _, inner_groups = dataset.ten_folds(clips, INNER_FOLDS, stratified=False)
-        inner = probing.InnerFolds(folds, clips.labels, clips.n_label, fold_of, held_out,
-                                   inner_groups, rates)
-    heads = probing.FoldHeads(inner.names if inner else folds, features.shape[-1], clips.n_label,
-                              opt.seed, device)
-    start, history = _go_on(held.state(unit, folds), folds, heads, inner)
+        inner = probing.InnerFolds(folds, labels, clips.n_label, fold_of, held_out,
+                                   inner_groups(clips), rates)
+        names = inner.names
+        training = probing.training_clips(fold_of, inner.held_out) & torch.from_numpy(
+            inner.allowed)
+    heads = probing.FoldHeads(names, logistic.statistics(features, training), clips.n_label,
+                              opt.seed, start)
+    first, history = _go_on(held.state(group.unit, folds), folds, heads, inner)
     if history is None:
         history = torch.full((opt.epochs, len(clips)), -1, dtype=torch.int16)
-    bar = tqdm(total=opt.epochs - start, desc="heads", disable=None)
+    bar = tqdm(total=opt.epochs - first, desc="heads", disable=None)
 
     def on_epoch(epoch, means):
         def save():
-            checkpoint.save(held.last(unit), {
-                "opt": vars(opt), "epoch": epoch, "unit": unit, "folds": folds,
-                "model": heads.state_dict(),
-                "normalization": about["normalization"], "encoding": clips.encoding,
+            checkpoint.save(held.last(group.unit), {
+                "opt": vars(opt), "epoch": epoch, "unit": group.unit, "folds": folds,
+                "model": heads.state_dict(), "normalization":
+                held.seen[group.path]["normalization"], "encoding": clips.encoding,
                 "data_digest": held.header["data_digest"], "history": history,
                 "inner": inner.state if inner else None,
-                "encoder_sha256": held.sha256[path]})
+                "encoder_sha256": held.sha256[group.path]})
 
         if inner:
             inner.look(epoch, heads, features)
-        elif people:  # to know what picking an epoch by the held-out clips would add
+        elif group.people:  # to know what picking an epoch by the held-out clips would add
             said = probing.predict(heads, features, fold_of, held_out)
             history[epoch - 1] = torch.from_numpy(np.where(np.isnan(said[:, 0]), -1,
                                                            said.argmax(1)))
         if not inner:
             means["learning_rate"] = util.learning_rate(opt, epoch)
-        held.log.epoch(epoch, means, unit)
+        held.log.epoch(epoch, means, group.unit)
         bar.update()
         if epoch % opt.print_freq == 0 or epoch == opt.epochs:
             tqdm.write(util.epoch_line(opt, epoch, means))
@@ -457,24 +567,14 @@ def train_frozen(opt, held, group, images, names, fold_of, device, loss="crossen
         keeper.step(save)
 
     with checkpoint.Keeper(opt.save_minutes) as keeper:
-        probing.train_heads(heads, features, positions, clips.labels, fold_of,
-                            inner.held_out if inner else held_out, opt, loss, start, on_epoch,
-                            inner)
+        probing.train_heads(heads, features, positions, labels, fold_of,
+                            inner.held_out if inner else held_out, opt, loss, first, on_epoch,
+                            inner, l2)
     bar.close()
-    if inner:
-        heads.weight, heads.bias = (inner.state[name].to(device) for name in ("weight", "bias"))
-    probabilities = probing.predict(heads, features, fold_of, held_out)
-
-    def notes(members):
-        if inner:
-            return {"choice": inner.chosen(fold_of[members[0]])}
-        return {"history": history[:, members].t().tolist()}
-
-    def look():
-        members = clips.members(people)
-        held.look(path, model, pooling, images, members, probabilities[members], device,
-                  lambda i, c: heads.weight[held_out.index(fold_of[i]), c])
-    return Frozen(heads, probabilities, notes, look, model, features, positions)
+    if not inner:
+        return heads, history, None
+    inner.keep_best(heads)
+    return heads, None, {fold: {"choice": inner.chosen(fold)} for fold in held_out}
 
 
 def validate(opt, images, members, normalization, model, head, autocast, device):

@@ -3,8 +3,9 @@
   python fine-tune_DVSCL.py --dataset casme3 --data_folder D --save_path results --tb_path tb \\
       --model_path runs/RUN/last.pth --model alexnet --learning_rate 0.1 --layer 5
 
-Every held-out subject starts from a fresh copy of the pre-trained encoder and a fresh head and
-trains for a fixed number of epochs; the last one counts. `--subject A B` does some of them and
+Every held-out subject starts from a fresh copy of the pre-trained encoder and the head that
+probing would give it, and trains both for a fixed number of epochs; the last one counts.
+`--protocol 10fold` holds out ten groups of subjects instead; `--subject A B` does some of them and
 merges what is finished; `--subject all` trains one model on every clip, for prediction. Expect
 some ten minutes a subject on two CPU cores, seconds with --freeze_encoder.
 """
@@ -15,29 +16,35 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
-import dataset
 import decoding
 import distributed
 import evaluation
+import logistic
 import options
 import probing
 import transforms
 import util
-from models import create_classifier
 
-SCALE_CLIPS = 128  # training clips from which the length of the features is taken
-
+VIEWS = 2  # of a training image, from which the head is solved: plain and mirrored
 
 def parse_option(argv):
     parser = options.ArgumentParser(description=__doc__)
-    data, _ = evaluation.add_head_options(parser, "fine-tune")
+    data, _ = evaluation.add_head_options(parser, "fine-tune", "loso")
     data.add_argument("--subject", nargs="+", metavar="NAME",
                       help="only these held-out subjects, merged with those finished before; all: "
                            "one model on every clip, for prediction [each subject in turn]")
     method = parser.add_argument_group("method")
+    method.add_argument("--head", choices=("probe", "zero", "random"), default="probe",
+                        help="what the head starts from: probe: the one that linear probing gives "
+                             "on the encoder as it is, whose penalty it keeps; zeros; or random "
+                             "weights")
+    evaluation.add_penalty_option(method)
     method.add_argument("--freeze_encoder", action="store_true", help="train the head alone")
     method.add_argument("--encoder_lr", type=options.number(float, 0), default=0.001,
                         help="initial learning rate of the encoder")
+    method.add_argument("--trust", type=options.number(float, 0), default=0.001, metavar="SHARE",
+                        help="a gradient moves the encoder by this share of its weights' length at "
+                             "most; 0: no limit, for an encoder trained from scratch")
     method.add_argument("--train_bn", action="store_true",
                         help="let batch-norm statistics move; else they stay those of pre-training")
     method.add_argument("--loss", choices=("crossentropy", "focal", "balanced"),
@@ -47,7 +54,8 @@ def parse_option(argv):
     method.add_argument("--oversample", action="store_true",
                         help="draw training clips so that all classes are equally frequent")
     options.add_optimisation_options(parser, 128, 0.1, [10, 20], 0.1, 30,
-                                  "initial learning rate of the head")
+                                     "initial learning rate of the head", "step", 2,
+                                     " of the encoder")
     options.add_running_options(parser)
     evaluation.add_result_options(parser)
     options.add_output_options(parser, "--save_path", "folder for the runs' results", 10)
@@ -56,6 +64,8 @@ def parse_option(argv):
     if opt.oversample and (opt.loss == "balanced" or opt.freeze_encoder):
         parser.error("--oversample excludes --loss balanced, which weights the classes already, "
                      "and --freeze_encoder, whose heads share their batches")
+    if opt.l2 is not None and opt.head != "probe":
+        parser.error("--l2 goes with --head probe")
     if opt.subject and "all" in opt.subject and len(opt.subject) > 1:
         parser.error("--subject all stands alone")
     if opt.train_bn and (opt.batch_size == 1 or opt.freeze_encoder):
@@ -64,29 +74,70 @@ def parse_option(argv):
 
 
 def set_loader(opt):
-    """(clips, images, digest)"""
+    """(clips, images, digest, fold names `[F]`, fold of each clip `[N]`)"""
     clips, images, digest = evaluation.read_labelled(opt)
-    if len(clips.people) < 2 and opt.subject != ["all"]:
-        raise util.BadInput(f"{clips.folder}: one subject; held-out evaluation takes two")
+    names, fold_of = [], np.zeros(len(clips), int)
+    if opt.subject != ["all"]:
+        names, fold_of = evaluation.split(opt, clips)
     print(f"{len(clips)} clips, {len(clips.people)} subjects")
-    return clips, images, digest
+    return clips, images, digest, names, fold_of
 
 
-def set_model(opt, held, path, unit, device):
+class Encoded:
+    """The features that an encoder gives before it is tuned, from which heads start."""
+
+    def __init__(self, opt, model, head, images, labels, n_label, normalization, device):
+        self.features, self.positions = probing.encode(
+            model, head, images, normalization, opt.layer, device,
+            util.mixed_precision(opt, device)[0], VIEWS)
+        self.labels, self.regression = labels, None
+        if opt.head == "probe":
+            self.regression = logistic.Regression(self.features, labels, n_label)
+
+    def start(self, opt, clips, fold_of, fold, head):
+        """Fits `head` to the clips outside a fold: their statistics and, with --head probe, the
+        solved weights. Returns (mean squared length of what it sees, penalty or None)."""
+        training = probing.training_clips(fold_of, [fold])
+        stats, l2 = logistic.statistics(self.features, training), None
+        length = int(stats.varies.sum())
+        state = {"mean": stats.mean[0], "std": stats.std[0],
+                 "classifier.weight": head.classifier.weight / length ** 0.5}
+        if self.regression:
+            heads, choice = probing.solve_heads(
+                self.regression, self.features, self.labels, fold_of, [fold], opt.l2,
+                evaluation.inner_groups(clips),
+                "balanced" if opt.loss == "balanced" or opt.oversample else "crossentropy")
+            evaluation.describe_choice(opt, choice)
+            l2 = choice.l2[0]
+            state |= {"classifier.weight": heads.weight[0], "classifier.bias": heads.bias[0]}
+        elif opt.head == "zero":
+            state["classifier.weight"] = torch.zeros_like(head.classifier.weight)
+        head.load_state_dict({**head.state_dict(), **state})
+        return length, l2
+
+
+def set_model(opt, held, group, device):
     """A fresh copy of the pre-trained encoder, a fresh head of its own seed, and what is known of
     the encoder."""
-    clips, (model, about) = held.clips, held.encoder(path)
+    clips, (model, about) = held.clips, held.encoder(group.path)
     torch.manual_seed(int(np.random.SeedSequence(
-        (opt.seed, zlib.crc32(unit.encode()))).generate_state(1)[0]))
-    head = create_classifier(opt.model, opt.layer, clips.n_label, clips.channels, opt.encoder)
+        (opt.seed, zlib.crc32(group.unit.encode()))).generate_state(1)[0]))
+    head = evaluation.create_head(opt, clips)
     return model.to(device, memory_format=torch.channels_last), head.to(device), about
 
 
-def set_optimizer(opt, model, head, scale):
+def set_optimizer(opt, model, head, scale, penalty):
     """SGD with a rate for the encoder and one for the head, which is --learning_rate times
-    `scale` (probing.rate_scale); `base` keeps the initial rates."""
-    groups = [{"params": module.parameters(), "lr": rate, "base": rate}
-              for module, rate in ((model, opt.encoder_lr), (head, opt.learning_rate * scale))]
+    `scale` (probing.rate_scale); `base` keeps the initial rates, `warmup` whose rate rises first.
+
+    penalty: of the head's weights, as the solved head had it; None: --weight_decay.
+    """
+    rate, linear = opt.learning_rate * scale, head.classifier
+    decays = [opt.weight_decay] * 2 if penalty is None else [penalty, 0]
+    groups = [{"params": model.parameters(), "lr": opt.encoder_lr, "base": opt.encoder_lr,
+               "warmup": opt.warmup_epochs}]
+    groups += [{"params": [part], "lr": rate, "base": rate, "warmup": 0, "weight_decay": decay}
+               for part, decay in zip((linear.weight, linear.bias), decays)]
     return torch.optim.SGD(groups, momentum=opt.momentum, weight_decay=opt.weight_decay)
 
 
@@ -117,7 +168,10 @@ def train(epoch, opt, clips, images, members, normalization, model, head, optimi
              enumerate(util.batches(len(members), opt.batch_size, rng), 1)]
     steps = steps[within.get("step", 0):]
     wanted = [members[index] for _, index in steps]
+    total = len(steps) + within.get("step", 0)
     for (step, index), batch in zip(steps, decoding.fetch(images, wanted, device)):
+        for part in optimizer.param_groups:
+            part["lr"] = util.scheduled(opt, part["base"], epoch, step, total, part["warmup"])
         drawn = transforms.draw(len(index), util.generator(opt.seed, epoch, step), encoding, 0)
         batch = transforms.train_transform(batch, drawn, normalization, encoding, clips.channels)
         target = torch.from_numpy(labels[index]).to(device)
@@ -129,6 +183,12 @@ def train(epoch, opt, clips, images, members, normalization, model, head, optimi
                                  f"checkpoint is kept; lower --learning_rate or --encoder_lr")
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        # a head of large weights would throw the encoder out of what it has learnt
+        if opt.trust and opt.encoder_lr:
+            encoder = [part for part in model.parameters() if part.grad is not None]
+            length = torch.stack([part.detach().norm() for part in encoder]).norm().item()
+            torch.nn.utils.clip_grad_norm_(encoder, opt.trust * length / opt.encoder_lr)
         scaler.step(optimizer)
         scaler.update()
         means["train_loss"].update(loss.detach(), len(index))
@@ -137,24 +197,31 @@ def train(epoch, opt, clips, images, members, normalization, model, head, optimi
     return means.means()
 
 
-def tune(opt, held, group, images, device):
+def tune(opt, held, group, images, encoded, device):
     """Trains one of `held.groups` from its pre-trained encoder, going on from the run's last
-    checkpoint where there is one, and keeps the predictions of the clips it holds out."""
-    path, people, unit = group
+    checkpoint where there is one, and keeps the predictions of the clips it holds out.
+
+    encoded: dict that keeps the Encoded of the last checkpoint.
+    """
     clips, mixed = held.clips, util.mixed_precision(opt, device)
-    model, head, about = set_model(opt, held, path, unit, device)
-    test = clips.members(people)
+    model, head, about = set_model(opt, held, group, device)
+    test = clips.members(group.out)
     members = np.setdiff1d(np.arange(len(clips)), test)
-    chosen = members[::-(-len(members) // SCALE_CLIPS)]
-    features, positions = probing.encode(model, head, images, about["normalization"], opt.layer,
-                                         device, mixed[0], members=chosen)
-    scale = probing.rate_scale(features.square().sum(-1).mean().item(), positions)
+    if group.path not in encoded:
+        encoded.clear()
+        encoded[group.path] = Encoded(opt, model, head, images, clips.labels, clips.n_label,
+                                      about["normalization"], device)
+    fold_of = np.zeros(len(clips), int)
+    fold_of[test] = 1
+    length, l2 = encoded[group.path].start(opt, clips, fold_of, 1, head)
+    scale = probing.rate_scale(length, encoded[group.path].positions)
     util.announce_dropped(len(members), opt.batch_size)
-    print(f"{unit}: learning rate of the head {opt.learning_rate:g} x {scale:.3g}, of the encoder "
-          f"{opt.encoder_lr:g}")
-    optimizer, start, within = set_optimizer(opt, model, head, scale), 0, {}
+    print(f"{group.unit}: learning rate of the head {opt.learning_rate:g} x {scale:.3g}, of the "
+          f"encoder {opt.encoder_lr:g}")
+    optimizer = set_optimizer(opt, model, head, scale, None if l2 is None else l2 * length)
+    start, within = 0, {}
     found, history = None, []  # of the held-out clips: probabilities, predictions per epoch
-    state = held.state(unit)
+    state = held.state(group.unit)
     if state:
         model.load_state_dict(state["model"])
         head.load_state_dict(state["classifier"])
@@ -164,95 +231,98 @@ def tune(opt, held, group, images, device):
         history = state.get("history") or []
 
     def save_last(epoch, within):
-        save(opt, held, path, about, unit, epoch, model, head, members, within, history=history,
+        save(opt, held, group, about, epoch, model, head, members, within, history=history,
              optimizer=optimizer.state_dict(), scaler=mixed[1].state_dict())
 
     with checkpoint.Keeper(opt.save_minutes) as keeper:
-        for epoch in tqdm(range(start + 1, opt.epochs + 1), unit, disable=None):
-            for part in optimizer.param_groups:
-                part["lr"] = util.learning_rate(opt, epoch, part["base"])
+        for epoch in tqdm(range(start + 1, opt.epochs + 1), group.unit, disable=None):
 
             def on_step(within, done=epoch - 1):
                 keeper.step(lambda: save_last(done, within))
 
             means = train(epoch, opt, clips, images, members, about["normalization"], model, head,
                           optimizer, mixed, device, within, on_step)
-            within, means["learning_rate"] = {}, util.learning_rate(opt, epoch)
-            held.log.epoch(epoch, means, unit)
-            if people:
+            within, means["learning_rate"] = {}, optimizer.param_groups[1]["lr"] / scale
+            held.log.epoch(epoch, means, group.unit)
+            if group.people:
                 found = evaluation.validate(opt, images, test, about["normalization"], model, head,
                                             mixed[0], device)
                 history.append(found.argmax(1).tolist())
             if epoch % opt.print_freq == 0 or epoch == opt.epochs:
-                tqdm.write(f"{unit}  {util.epoch_line(opt, epoch, means)}")
+                tqdm.write(f"{group.unit}  {util.epoch_line(opt, epoch, means)}")
             if epoch % opt.save_freq == 0 or epoch == opt.epochs:
                 save_last(epoch, {})
-    if not people:
+    if not group.people:
         return
     if found is None:  # stopped between the last epoch and its predictions
         found = evaluation.validate(opt, images, test, about["normalization"], model, head,
                                     mixed[0], device)
-    person, = people
-    held.keep(path, person, test, found, history=np.array(history).T.tolist())
-    held.look(path, model, head, images, test, found, device,
-              lambda _, c: head.classifier.weight[c])
+    history = np.array(history).T
+    for person in group.people:
+        mine = np.flatnonzero(np.isin(test, clips.members([person])))
+        held.keep(group.path, person, test[mine], found[mine], history=history[mine].tolist())
+    held.look(group, model, head, images, test, found, device,
+              lambda _, c: head.plain_weight()[c])
 
 
-def save(opt, held, path, about, unit, epoch, model, head, members, within=None, **states):
+def save(opt, held, group, about, epoch, model, head, members, within=None, **states):
     """The unit's checkpoint: all that prediction and --resume need.
 
     within: what is done of the epoch after `epoch`.
     """
     clips = held.clips
     people = sorted({clips.clips[i].person for i in members})
-    checkpoint.save(held.last(unit), {
-        "opt": vars(opt), "epoch": epoch, "within": within or {}, "unit": unit,
+    checkpoint.save(held.last(group.unit), {
+        "opt": vars(opt), "epoch": epoch, "within": within or {}, "unit": group.unit,
         "model": model.state_dict(),
         "classifier": head.state_dict(), "classes": clips.classes, "layer": opt.layer,
         "view": opt.view, "channels": list(clips.channels), "encoding": clips.encoding,
         "normalization": about["normalization"], "data_digest": held.header["data_digest"],
-        "encoder_sha256": held.sha256[path],
+        "encoder_sha256": held.sha256[group.path],
         "seen": {"people": [list(p) for p in people], "clips": len(members)},
         **states})
 
 
-def tune_frozen(opt, held, group, images, device):
+def tune_frozen(opt, held, group, images, names, fold_of, device):
     """Trains the heads of one of `held.groups` on the encoder as it is; keeps the predictions, or
     the one head of --subject all."""
-    clips, (path, people, unit) = held.clips, group
-    state = held.state(unit)
+    clips, state = held.clips, held.state(group.unit)
     if state and "classifier" in state:
         print(f"{held.last()}: finished")
         return
-    names, fold_of = dataset.subject_folds(clips)
-    found = evaluation.train_frozen(opt, held, group, images, names, fold_of, device, opt.loss)
-    if people:
-        held.keep_frozen(path, people, found)
+    found = evaluation.train_frozen(opt, held, group, images, names, fold_of, device, "sgd",
+                                    VIEWS, opt.loss, opt.head)
+    if group.people:
+        held.keep_frozen(group, found)
         return
-    model, about = held.encoder(path)
-    head = create_classifier(opt.model, opt.layer, clips.n_label, clips.channels, opt.encoder)
-    head.classifier.load_state_dict({"weight": found.heads.weight[0].detach(),
-                                     "bias": found.heads.bias[0].detach()})
-    save(opt, held, path, about, unit, opt.epochs, model, head, np.arange(len(clips)))
+    model, about = held.encoder(group.path)
+    head = evaluation.create_head(opt, clips)
+    heads = found.heads
+    head.load_state_dict({"mean": heads.mean[0], "std": heads.std[0],
+                          "classifier.weight": heads.weight[0].detach(),
+                          "classifier.bias": heads.bias[0].detach()})
+    save(opt, held, group, about, opt.epochs, model, head, np.arange(len(clips)))
 
 
 def evaluate(opt, argv, device, data):
     """Trains what is left to do and writes the results: (run folder, results or None)."""
-    clips, images, digest = data
-    parts = [opt.encoder, opt.loss, *["frozen"] * opt.freeze_encoder,
-             *["oversample"] * opt.oversample, *["bn"] * opt.train_bn,
-             *["all"] * (opt.subject == ["all"])]
-    if not opt.freeze_encoder:
-        parts.insert(0, f"elr_{opt.encoder_lr:g}")
-    held = evaluation.HeldOut("finetune", opt, argv, __file__, clips, digest, parts,
-                              together=opt.freeze_encoder)
+    clips, images, digest, names, fold_of = data
+    parts = [util.rate_name(opt), f"elr_{opt.encoder_lr:g}" * (not opt.freeze_encoder),
+             f"trust_{opt.trust:g}" * (opt.trust != 0.001),
+             util.penalty_name(opt) if opt.head == "probe" else opt.head, opt.protocol,
+             opt.encoder, opt.loss, "frozen" * opt.freeze_encoder, "oversample" * opt.oversample,
+             "bn" * opt.train_bn, "all" * (opt.subject == ["all"])]
+    held = evaluation.HeldOut("finetune", opt, argv, __file__, clips, digest,
+                              filter(None, parts),
+                              None if opt.freeze_encoder else (names, fold_of))
+    encoded = {}
     for group in held.groups:
         if opt.freeze_encoder:
-            tune_frozen(opt, held, group, images, device)
+            tune_frozen(opt, held, group, images, names, fold_of, device)
         else:
-            tune(opt, held, group, images, device)
-        held.finished(group[2])
-    return held.folder, held.finish(images, protocol="loso")
+            tune(opt, held, group, images, encoded, device)
+        held.finished(group.unit)
+    return held.folder, held.finish(images, protocol=opt.protocol)
 
 
 @util.command_line

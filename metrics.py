@@ -431,12 +431,12 @@ def describe(results):
         lines.append(f"without the {blank} blank clips: "
                      f"UF1 {results['without_blank_clips']['uf1']:.3f}, "
                      f"UAR {results['without_blank_clips']['uar']:.3f}")
-    if "choices" in results:
-        chosen = list(results["choices"].values())
-        epochs, rates = ([choice[name] for choice in chosen]
-                         for name in ("epochs", "learning_rate"))
-        lines.append(f"chosen by inner folds: epochs {min(epochs)} to {max(epochs)}, learning rate "
-                     f"{min(rates):g} to {max(rates):g}")
+    chosen = list(results.get("choices", {}).values())
+    for name, title in (("epochs", "epochs"), ("learning_rate", "learning rate"),
+                        ("l2", "penalty (--l2)")):
+        values = [choice[name] for choice in chosen if name in choice and "inner_uf1" in choice]
+        if values:
+            lines.append(f"chosen by inner folds: {title} {min(values):g} to {max(values):g}")
     if "oracle_best_epoch" in results:
         oracle = results["oracle_best_epoch"]
         lines.append(f"oracle_best_epoch (picked on the held-out subjects, no result): UF1 "

@@ -39,6 +39,12 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; see --help\n")
 
 
+def given(group, argv):
+    """The flags of an argument group that a command line names."""
+    names = {name for action in group._group_actions for name in action.option_strings}
+    return [name for name in (word.partition("=")[0] for word in argv) if name in names]
+
+
 def number(kind, low=None, high=None, low_open=False):
     """An argparse type: `kind` (int or float) within [low, high], or (low, high]."""
     def convert(text):
@@ -93,6 +99,9 @@ def add_data_options(parser):
     group.add_argument("--encoding", choices=("signed", "wrap", "absolute"),
                        help="what a pixel of a difference image means, where no encoding.json "
                             "lies beside the lists [wrap: d modulo 256, as published]")
+    group.add_argument("--size", type=number(int, 32, 1024), default=224,
+                       help="side of the crops that the encoder sees, pixels; 112 takes a quarter "
+                            "of the time")
     group.add_argument("--cache", default=os.path.join("data", "cache"), metavar="DIR|off",
                        help="folder for the decoded images, 0.26 MB a clip, read again by later "
                             "runs; off: keep them in memory only")
@@ -100,8 +109,13 @@ def add_data_options(parser):
 
 
 def add_optimisation_options(parser, batch_size, learning_rate, decay_epochs, decay_rate, epochs,
-                             learning_rate_help="initial learning rate"):
-    """Adds CMC's optimisation flags with a script's own defaults; returns the group."""
+                             learning_rate_help="initial learning rate", schedule="step",
+                             warmup=None, of=""):
+    """Adds CMC's optimisation flags with a script's own defaults; returns the group.
+
+    schedule, warmup: defaults of --lr_schedule and --warmup_epochs, which need a warmup; `of`:
+    what the warm-up's rate belongs to.
+    """
     group = parser.add_argument_group("optimisation")
     group.add_argument("--batch_size", type=positive_int, default=batch_size,
                        help="clips per step, over all devices; never more than there are")
@@ -113,6 +127,12 @@ def add_optimisation_options(parser, batch_size, learning_rate, decay_epochs, de
                        metavar="EPOCH", help="epochs after which the rate decays")
     group.add_argument("--lr_decay_rate", type=number(float, 0, 1), default=decay_rate,
                        help="factor at each decay")
+    if warmup is not None:
+        group.add_argument("--lr_schedule", choices=("step", "cosine"), default=schedule,
+                           help="step: the two flags above; cosine: half a cosine down to 0, step "
+                                "by step")
+        group.add_argument("--warmup_epochs", type=number(float, 0), default=warmup,
+                           metavar="EPOCHS", help=f"the rate{of} rises from 0 over so many epochs")
     group.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="SGD momentum")
     group.add_argument("--weight_decay", type=number(float, 0), default=1e-4,
                        help="SGD weight decay")

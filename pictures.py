@@ -23,6 +23,7 @@ PANELS = (("contrastive loss", "nats", {"rgb_loss": ("RGB", BLUE), "depth_loss":
           ("probability of the right pair", "", {"rgb_prob": ("RGB", BLUE),
                                                  "depth_prob": (None, ORANGE)}),
           ("training loss", "", {"train_loss": ("", BLUE)}),
+          ("UF1 on inner folds", "", {"inner_uf1": ("", GREEN)}),
           ("training accuracy", "", {"train_accuracy": ("", BLUE)}),
           ("learning rate", "", {"learning_rate": ("", GREEN)}))
 ORACLE = "oracle/"  # names of figures that look at the held-out subjects
@@ -69,6 +70,30 @@ def draw_confusion(path, confusion, classes, title=""):
     save(figure, path)
 
 
+def draw_comparison(path, rows, baselines, title=""):
+    """UF1 of several results with their 95 % intervals, and of the baselines as lines.
+
+    rows: (name, UF1, (low, high)); baselines: name → UF1.
+    """
+    figure = Figure(figsize=(7.2, 1.5 + 0.5 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    for place, (_, uf1, (low, high)) in enumerate(rows):
+        axes.plot([low, high], [place, place], color=BLUE, linewidth=2)
+        axes.plot(uf1, place, "o", color=BLUE)
+        axes.annotate(f"{uf1:.3f}", (uf1, place), (0, 6), textcoords="offset points",
+                      ha="center", fontsize="small")
+    for (name, uf1), colour, style in zip(baselines.items(), (ORANGE, GREEN), ("--", "-.")):
+        axes.axvline(uf1, color=colour, linestyle=style, label=name.replace("_", " "))
+    axes.set_yticks(range(len(rows)), [shorten(name, 60) for name, _, _ in rows],
+                    parse_math=False)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlim(0, None)
+    axes.set_xlabel("UF1 on held-out subjects, with 95 % intervals over subjects")
+    axes.set_title(title, fontsize="medium")
+    axes.legend(fontsize="small", loc="lower right")
+    save(figure, path)
+
+
 # ---------------------------------------------------------------- curves
 
 def draw_curves(folder, held_out=None):
@@ -98,9 +123,13 @@ def draw_curves(folder, held_out=None):
         for name, (label, colour) in fields.items():
             _draw_curve(axes, _series(lines, name), label, colour)
         axes.set_title(title, fontsize="medium")
-        axes.set_xlabel("epoch")
+        if any("l2" in line for line in lines):
+            axes.set_xlabel("penalty (--l2)")
+            axes.set_xscale("log")
+        else:
+            axes.set_xlabel("epoch")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
         axes.set_ylabel(unit)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
         axes.grid(alpha=0.3)
         if title == "learning rate":
             _scale_rate(axes, [line["learning_rate"] for line in lines if "learning_rate" in line])
@@ -114,11 +143,11 @@ def draw_curves(folder, held_out=None):
 
 
 def _series(lines, name):
-    """{training: {epoch: value}} of one field of the log."""
+    """{training: {epoch: value}} of one field of the log; of solved heads, {penalty: value}."""
     found = {}
     for line in lines:
         if name in line:
-            found.setdefault(line.get("subject"), {})[line["epoch"]] = line[name]
+            found.setdefault(line.get("subject"), {})[line.get("l2", line["epoch"])] = line[name]
     return found
 
 
@@ -151,7 +180,7 @@ def _scale_rate(axes, rates):
 def draw_mistakes(path, clips, images, mistakes, counts):
     """The clips most confidently wrong: both views, and where the model looked in each.
 
-    images: uint8 array `[N, C1+C2, 256, 256]` of `clips`; mistakes: (prediction row, maps) as
+    images: uint8 array `[N, C1+C2, S, S]` of `clips`; mistakes: (prediction row, maps) as
     metrics.read_mistakes gives them; counts: (mistakes, clips) in all.
     """
     place = {(clip.person, clip.key): i for i, clip in enumerate(clips.clips)}
@@ -222,7 +251,7 @@ def _describe(figure, size, left, above, row, clips):
 
 def _visible(images, encoding, channels):
     """Change of one view for the eye, float `[N, H, W, 3]` in 0..1, of images uint8
-    `[N, C, 256, 256]`: the crop the model saw, in one scale over all, "no change" grey (black
+    `[N, C, S, S]`: the crop the model saw, in one scale over all, "no change" grey (black
     where differences are absolute)."""
     levels = transforms.centre_crop(images[:, channels]).astype(np.int16) - NO_CHANGE[encoding]
     if encoding == "wrap":

@@ -26,6 +26,7 @@ import pictures
 import transforms
 import util
 from models import MODEL_NAMES, create_model
+from NCE.BatchContrast import BatchContrast
 from NCE.NCEAverage import NCEAverage
 from NCE.NCECriterion import NCECriterion, NCESoftmaxLoss
 from options import number, positive_int
@@ -53,30 +54,37 @@ def parse_option(argv):
     model.add_argument("--feat_dim", type=positive_int, default=128,
                        help="length of the contrasted features")
     method = parser.add_argument_group("method")
-    method.add_argument("--nce_k", type=positive_int, default=4096,
-                        help="negatives per clip; as many as the other clips or more: each of "
-                             "them once")
-    method.add_argument("--nce_m", type=number(float, 0, 1), default=0.5,
-                        help="momentum of the memory banks")
-    method.add_argument("--nce_t", type=number(float, 0, low_open=True), default=0.07,
-                        help="temperature")
-    method.add_argument("--softmax", action=argparse.BooleanOptionalAction, default=True,
-                        help="softmax loss over the scores; --no-softmax: NCE, whose constant Z, "
-                             "fixed at the first batch, lets the loss saturate on about a "
-                             "thousand clips")
+    method.add_argument("--contrast", choices=("batch", "bank"),
+                        help="what each clip is told apart from: batch: the others of its batch; "
+                             "bank: the published memory banks, with the flags of that group "
+                             "[batch; bank where one of those is given]")
+    method.add_argument("--nce_t", type=number(float, 0, low_open=True), metavar="T",
+                        help="temperature [0.2; bank: 0.07]")
+    bank = parser.add_argument_group("memory banks (--contrast bank)")
+    bank.add_argument("--nce_k", type=positive_int, default=4096,
+                      help="negatives per clip; as many as the other clips or more: each of "
+                           "them once")
+    bank.add_argument("--nce_m", type=number(float, 0, 1), default=0.5,
+                      help="momentum of the memory banks")
+    bank.add_argument("--softmax", action=argparse.BooleanOptionalAction, default=True,
+                      help="softmax loss over the scores; --no-softmax: NCE, whose constant Z, "
+                           "fixed at the first batch, lets the loss saturate on about a "
+                           "thousand clips")
     method.add_argument("--crop_low", type=number(float, 0, 1, low_open=True), default=1.0,
                         help="least area of the random resized crop, as a share (CMC: 0.2); 1: "
                              "the centre crop of the published code")
     method.add_argument("--no_flip", action="store_true", help="no random horizontal flip")
     method.add_argument("--jitter", type=number(float, 0, 0.9), default=0.4,
                         help="range of the gain about 'no change', as a share; not used with wrap")
-    options.add_optimisation_options(parser, 256, 0.003, [160, 200], 0.1, 240)
+    options.add_optimisation_options(parser, 256, 0.03, [160, 200], 0.1, 240, schedule="cosine",
+                                     warmup=12)
     running = options.add_running_options(parser)
     running.add_argument("--sync_bn", action="store_true",
                          help="batch-norm statistics over the global batch under torchrun, not "
                               "over each rank's slice")
     options.add_output_options(parser, "--model_path", "folder for the runs' checkpoints", 40)
     opt = parser.parse_args(argv)
+    choose_contrast(parser, opt, options.given(bank, argv))
     if opt.subject and opt.fold:
         parser.error("--subject and --fold exclude each other")
     if (opt.pairs is None) != (opt.pool == "labelled"):
@@ -88,12 +96,25 @@ def parse_option(argv):
     return opt
 
 
+def choose_contrast(parser, opt, given):
+    """Fills in --contrast and its temperature; given: the flags that only banks have."""
+    if opt.contrast is None:
+        opt.contrast = "bank" if given else "batch"
+        if given:
+            print(f"{given[0]}: clips are contrasted with memory banks; without it, with the "
+                  f"others of their batch")
+    elif opt.contrast == "batch" and given:
+        parser.error(f"{given[0]} goes with --contrast bank")
+    if opt.nce_t is None:
+        opt.nce_t = 0.07 if opt.contrast == "bank" else 0.2
+
+
 # ---------------------------------------------------------------- data
 
 def set_loader(opt):
     """The pool of clips to contrast, decoded, and which of them are blank.
 
-    Returns (ClipSet, uint8 array `[N, C, 256, 256]`, its digest, bool `[N]`).
+    Returns (ClipSet, uint8 array `[N, C, S, S]`, its digest, bool `[N]`).
     """
     labelled = unlabelled = None
     if opt.pool != "unlabelled":
@@ -110,7 +131,8 @@ def set_loader(opt):
         raise BadInput(f"--crop_low {opt.crop_low:g}: resizing destroys differences modulo 256; "
                        f"leave it at 1, or prepare signed differences")
     with distributed.in_turn():
-        images, digest = decoding.load_images(clips, opt.cache, opt.num_workers)
+        images, digest = decoding.load_images(clips, opt.cache, opt.num_workers,
+                                              opt.size)
     return clips, images, digest, decoding.blank(images, clips.encoding)
 
 
@@ -170,14 +192,18 @@ def training_clips(clips, blank, out):
 # ---------------------------------------------------------------- model
 
 def set_model(opt, channels, n_data, device):
-    """(encoder, memory banks, criterion)"""
+    """(encoder, what it is contrasted with, criterion)"""
     torch.manual_seed(opt.seed)
-    model = create_model(opt.model, opt.feat_dim, channels)
-    contrast = NCEAverage(opt.feat_dim, n_data, opt.nce_k, opt.nce_t, opt.nce_m, opt.softmax)
+    model = create_model(opt.model, opt.feat_dim, channels, opt.size)
     criterion = NCESoftmaxLoss() if opt.softmax else NCECriterion(n_data)
-    if opt.nce_k > n_data - 1:
-        print(f"--nce_k {opt.nce_k}: only {n_data - 1} other clips; each is a negative once")
-    contrast.gather = distributed.gather
+    if opt.contrast == "batch":
+        contrast = BatchContrast(opt.nce_t)
+        contrast.gather = distributed.gather_features
+    else:
+        contrast = NCEAverage(opt.feat_dim, n_data, opt.nce_k, opt.nce_t, opt.nce_m, opt.softmax)
+        contrast.gather = distributed.gather
+        if opt.nce_k > n_data - 1:
+            print(f"--nce_k {opt.nce_k}: only {n_data - 1} other clips; each is a negative once")
     if opt.sync_bn and device.type != "cuda":
         raise BadInput("--sync_bn: synchronised batch norm needs CUDA; drop the flag")
     if opt.sync_bn and distributed.active():
@@ -214,15 +240,18 @@ def train(epoch, opt, pool, normalization, model, contrast, criterion, optimizer
     """
     clips, images, members = pool
     autocast, scaler = mixed
-    device, encoding = contrast.memory_rgb.device, clips.encoding["difference"]
+    device, encoding = next(model.parameters()).device, clips.encoding["difference"]
     means = util.Meters(METERS, within.get("meters"))
     model.train()
     contrast.train()
     order = util.batches(len(members), opt.batch_size, util.generator(opt.seed, epoch))
+    decay = {"epoch": epoch, "steps": len(order), "warmup": opt.warmup_epochs}
     steps = list(enumerate(order, 1))[within.get("step", 0):]
     # drawn for the global batch, of which a rank takes its slice
     wanted = [members[distributed.part(index).numpy()] for _, index in steps]
     for (step, index), batch in zip(steps, decoding.fetch(images, wanted, device)):
+        for group in optimizer.param_groups:
+            group["lr"] = util.scheduled(opt, opt.learning_rate, step=step, **decay)
         rng = util.generator(opt.seed, epoch, step)
         drawn = transforms.draw(len(index), rng, encoding, opt.jitter, opt.crop_low,
                                 not opt.no_flip)
@@ -232,7 +261,8 @@ def train(epoch, opt, pool, normalization, model, contrast, criterion, optimizer
         batch = transforms.train_transform(batch, drawn, normalization, encoding, clips.channels)
         with autocast():
             feat_rgb, feat_depth = model(batch)  # [B, feat_dim] each
-        out_rgb, out_depth = contrast(feat_rgb.float(), feat_depth.float(), index[mine].to(device),
+        rows = mine if opt.contrast == "batch" else index[mine]
+        out_rgb, out_depth = contrast(feat_rgb.float(), feat_depth.float(), rows.to(device),
                                       None if negatives is None else negatives[mine].to(device))
         losses = criterion(out_rgb), criterion(out_depth)
         values = distributed.mean(torch.stack([
@@ -258,11 +288,15 @@ def announce(opt, n_data):
     """Prints the number of steps and where the learning rate decays; returns steps per epoch."""
     size = min(opt.batch_size, n_data)
     per_epoch = -(-n_data // size) - (n_data > size and n_data % size == 1)
-    decays = ", ".join(f"{e} (step {e * per_epoch})" for e in opt.lr_decay_epochs
-                       if e < opt.epochs)
+    rate = f"rises for {opt.warmup_epochs * per_epoch:.0f} steps, then " * (opt.warmup_epochs > 0)
+    if opt.lr_schedule == "cosine":
+        rate += "falls to 0 in a cosine"
+    else:
+        rate += "decays after epoch " + (", ".join(
+            f"{e} (step {e * per_epoch})" for e in opt.lr_decay_epochs if e < opt.epochs)
+            or "- (none within the run)")
     print(f"{n_data} clips at batch {size}: {per_epoch} steps per epoch, "
-          f"{per_epoch * opt.epochs} in all; the learning rate decays after epoch "
-          f"{decays or '- (none within the run)'}")
+          f"{per_epoch * opt.epochs} in all; the learning rate {rate}")
     util.announce_dropped(n_data, size)
     return per_epoch
 
@@ -326,10 +360,6 @@ def pretrain(opt, argv, device, clips, images, digest, blank, without, out):
             checkpoint.Keeper(opt.save_minutes, together=True) as keeper:
         for epoch in range(start + 1, opt.epochs + 1):
             began, steps = time.perf_counter(), per_epoch - within.get("step", 0)
-            rate = util.learning_rate(opt, epoch)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-
             def on_step(within, done=epoch - 1):
                 bar.update()
                 keeper.step(lambda: save_last(done, within))
@@ -337,7 +367,7 @@ def pretrain(opt, argv, device, clips, images, digest, blank, without, out):
             means = train(epoch, opt, (clips, images, members), normalization, parallel, contrast,
                           criterion, optimizer, mixed, within, on_step)
             within, share = {}, steps / per_epoch
-            means |= {"learning_rate": rate, "pairs_per_second":
+            means |= {"learning_rate": optimizer.param_groups[0]["lr"], "pairs_per_second":
                       share * len(members) / (time.perf_counter() - began)}
             log.epoch(epoch, means)
             if epoch % opt.print_freq == 0 or epoch in (start + 1, opt.epochs):

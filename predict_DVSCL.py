@@ -116,12 +116,13 @@ def read_checkpoint(path):
 
 def set_model(path, state, clips, device):
     """(encoder, head, normalization) for `clips`, on the device; raises BadInput."""
-    opt = SimpleNamespace(model=state["opt"]["model"], view=state["view"])
+    opt = SimpleNamespace(model=state["opt"]["model"], view=state["view"],
+                          size=state["opt"].get("size", decoding.CROP))
     try:
         head = create_classifier(opt.model, state["layer"], len(state["classes"]),
-                                 state["channels"], state["opt"].get("encoder", "both"))
+                                 state["channels"], state["opt"].get("encoder", "both"), opt.size)
         head.load_state_dict(state["classifier"])
-        if not all(value.isfinite().all() for value in head.parameters()):
+        if not all(value.isfinite().all() for value in head.state_dict().values()):
             raise BadInput(f"{path}: its head holds weights that are not finite; fine-tune again")
     except (ValueError, RuntimeError, TypeError, AttributeError):
         raise BadInput(f"{path}: its head does not fit {opt.model}, layer {state['layer']} and "
@@ -286,7 +287,8 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as folder:
         clips = read_list(opt, state) if opt.list else cut_frames(opt, state, folder)
         model, head, normalization = set_model(opt.model_path, state, clips, device)
-        images, _ = decoding.load_images(clips, "off", opt.num_workers)
+        images, _ = decoding.load_images(clips, "off", opt.num_workers,
+                                         state["opt"].get("size", decoding.CROP))
     plain = SimpleNamespace(batch_size=64, layer=state["layer"], amp=False)
     probabilities = evaluation.validate(plain, images, np.arange(len(clips)), normalization, model,
                                         head, util.mixed_precision(plain, device)[0], device)

@@ -1,11 +1,14 @@
 """Linear heads on a frozen encoder: features once, then the heads of all folds in one pass.
 
 A frozen encoder gives the same features in every epoch and for every held-out subject, so each
-image is encoded once per augmented view. The heads of all folds are one weight tensor
-`[F, C, D]` trained over shared batches: a fold's loss is the mean over the batch's clips that it
-does not hold out, and a batch with none of those leaves the fold untouched.
+image is encoded once per augmented view. Every head sees them centred and scaled with the
+statistics of its own training clips: most of an encoder's feature is what all clips have in
+common. `solve_heads` finds the heads of all folds as logistic regressions; `train_heads` trains
+them by SGD, as one weight tensor `[F, C, D]` over shared batches: a fold's loss is the mean over
+the batch's clips that it does not hold out, and a batch with none of those leaves it untouched.
 """
 import zlib
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,11 +16,17 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import decoding
+import logistic
 import metrics
 import transforms
 import util
 
-# (mirrored, shift in pixels): the centre crop and its mirror image, then those of the corners
+# penalties to choose from, strongest first
+GRID = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+INNER_STEPS = 40  # of the solver on inner folds, each penalty starting from the one before
+FEW = 1e-3  # where there are too few subjects to choose
+
+# (mirrored, shift in pixels of 256): the centre crop and its mirror image, then the corners' crops
 VIEWS = [(mirror, shift) for shift in ((0, 0), (-16, -16), (16, 16), (-16, 16), (16, -16))
          for mirror in (False, True)]
 
@@ -27,7 +36,7 @@ def encode(model, head, images, normalization, layer, device, autocast, views=1,
     """Pooled features of every image under the first `views` of VIEWS, float32 `[V, N, D]`, and
     the number of positions of the pooled map they are flattened from (1 for a vector).
 
-    images: uint8 array `[n, C, 256, 256]`; head: gives `pool(feat_rgb, feat_depth)` → `[B, D]`;
+    images: uint8 array `[n, C, S, S]`; head: gives `pool(feat_rgb, feat_depth)` → `[B, D]`;
     members: indices of the N images [all].
     """
     model.eval()
@@ -72,33 +81,49 @@ def classification_loss(logits, labels, kind="crossentropy", weights=None):
 
 
 class FoldHeads:
-    """The linear heads of several folds, trained together by SGD with momentum.
+    """The linear heads of several folds on features standardised for each.
 
-    names: of the held-out folds `[F]`; initial weights follow from (seed, name), normal with
-    deviation 0.01, so that a fold is the same alone, with some, or with all others.
+    names: of the held-out folds `[F]`; stats: logistic.Statistics of their training clips. Initial
+    weights follow from (seed, name), normal with deviation 0.01 for features of unit length, so
+    that a fold is the same alone, with some, or with all others; or `start`: (weight `[F, C, D]`,
+    bias `[F, C]`).
     """
 
-    def __init__(self, names, dim, n_label, seed, device):
-        drawn = {name: 0.01 * torch.randn(n_label, dim, generator=util.generator(
-            seed, zlib.crc32(name.encode()))) for name in dict.fromkeys(names)}
-        self.weight = torch.stack([drawn[n] for n in names]).to(device).requires_grad_()  # [F,C,D]
-        self.bias = torch.zeros(len(names), n_label, device=device).requires_grad_()  # [F, C]
+    def __init__(self, names, stats, n_label, seed=0, start=None):
+        self.mean, self.std = stats.mean, stats.std  # [F, D]
+        self.length = stats.varies.sum(1)  # mean squared length of what the heads see, [F]
+        if start is None:
+            drawn = {name: 0.01 * torch.randn(n_label, stats.mean.shape[1],
+                                              generator=util.generator(
+                                                  seed, zlib.crc32(name.encode())))
+                     for name in dict.fromkeys(names)}
+            # what lies outside the span of the training features stays as it was drawn
+            start = (torch.stack([drawn[n] for n in names])
+                     / self.length.cpu().clamp(min=1).sqrt().view(-1, 1, 1),
+                     torch.zeros(len(names), n_label))
+        self.weight, self.bias = (value.to(stats.mean.device).requires_grad_() for value in start)
         self.moments = [torch.zeros_like(p) for p in (self.weight, self.bias)]
+
+    def plain(self):
+        """The same heads for features that are not standardised: (weight, bias)."""
+        weight = self.weight / self.std[:, None]
+        return weight, self.bias - (weight * self.mean[:, None]).sum(2)
 
     def __call__(self, features):
         """`[B, D]` → logits `[B, F, C]`"""
-        folds, classes, dim = self.weight.shape
-        return torch.addmm(self.bias.view(-1), features,
-                           self.weight.view(-1, dim).t()).view(-1, folds, classes)
+        weight, bias = self.plain()
+        return torch.addmm(bias.flatten(), features, weight.flatten(0, 1).t()).unflatten(
+            1, bias.shape)
 
-    def step(self, loss, touched, rate, momentum, decay):
+    def step(self, loss, touched, rate, momentum, decays):
         """One SGD step as torch.optim.SGD's, on the folds `touched` (bool `[F]`) alone, each at
-        its own `rate` `[F]`."""
+        its own `rate` `[F]`; decays: of weight and bias, each a number or `[F, 1, ...]`."""
         gradients = torch.autograd.grad(loss, (self.weight, self.bias))
         with torch.no_grad():
-            for value, moment, gradient in zip((self.weight, self.bias), self.moments, gradients):
+            for value, moment, gradient, decay in zip((self.weight, self.bias), self.moments,
+                                                      gradients, decays):
                 rates = rate.view(-1, *[1] * (value.dim() - 1))
-                gradient.add_(value, alpha=decay)
+                gradient.add_(value * decay)
                 if touched.all():
                     value.addcmul_(moment.mul_(momentum).add_(gradient), rates, value=-1)
                 else:
@@ -106,16 +131,96 @@ class FoldHeads:
                     value[touched] -= rates[touched] * moment[touched]
 
     def state_dict(self):
-        return {"weight": self.weight.detach(), "bias": self.bias.detach(),
-                "weight_moment": self.moments[0], "bias_moment": self.moments[1]}
+        return {"weight": self.weight.detach(), "bias": self.bias.detach(), "mean": self.mean,
+                "std": self.std, "weight_moment": self.moments[0], "bias_moment": self.moments[1]}
 
     def load_state_dict(self, state):
         with torch.no_grad():
             self.weight.copy_(state["weight"])
             self.bias.copy_(state["bias"])
-        self.moments = [state[name].to(self.weight.device)
-                        for name in ("weight_moment", "bias_moment")]
+        self.mean, self.std, *self.moments = (
+            state[name].to(self.weight.device)
+            for name in ("mean", "std", "weight_moment", "bias_moment"))
 
+
+# ---------------------------------------------------------------- solved
+
+class Choice(NamedTuple):
+    """What was tried for the heads of all folds, strongest penalty first."""
+    l2: list  # of each fold
+    uf1: list  # of each fold, on its inner folds; None where nothing was chosen
+    tried: list  # a dict per penalty: l2, train_accuracy and, of inner folds, inner_uf1
+
+
+def training_clips(fold_of, held_out):
+    """bool `[N, F]`: the clips (folds `[N]`) that each head, holding a fold out, trains on."""
+    return torch.as_tensor(fold_of)[:, None] != torch.as_tensor(np.asarray(held_out))
+
+
+def solve_heads(regression, features, labels, fold_of, held_out, l2=None, groups=None,
+                loss="crossentropy"):
+    """The heads that minimise the penalised loss: (FoldHeads, Choice).
+
+    regression: a logistic.Regression of these features `[V, N, D]` and labels; fold_of `[N]`;
+    held_out `[F]`: the fold that each head must not see; l2: the penalty, or None: that of GRID
+    with the highest UF1 over inner folds (`groups` `[N]`) of the fold's training clips, the
+    stronger one where several are equal; loss: crossentropy or balanced. The labels of held-out
+    clips never enter.
+    """
+    training = training_clips(fold_of, held_out)
+    stats = logistic.statistics(features, training)
+    weights = None
+    if loss == "balanced":
+        weights = torch.stack([class_weights(labels[keep.numpy()], regression.n_label)
+                               for keep in training.t()])
+    if l2 is None and not _inner(training, groups).any(0).all():
+        l2 = FEW
+        print(f"too few subjects for inner folds: --l2 {l2:g}")
+    chosen, tried, uf1 = [l2] * len(held_out), [], [None] * len(held_out)
+    if l2 is None:
+        found = _inner_uf1(regression, features, labels, training, groups, weights, tried)
+        best = found.argmax(0)
+        chosen, uf1 = [GRID[i] for i in best], found.max(0).tolist()
+    solution = regression.solve(training, stats, torch.tensor(chosen), weights)
+    if not tried:
+        tried.append({"l2": l2, "train_accuracy": _accuracy(solution, labels, training)})
+    heads = FoldHeads([], stats, regression.n_label, start=regression.weights(solution, stats))
+    return heads, Choice(chosen, uf1, tried)
+
+
+def _inner(training, groups):
+    """Training clips of the inner folds, which leave a group out as well, bool `[N, F J]`."""
+    inside = torch.as_tensor(groups)[:, None] != torch.arange(int(groups.max()) + 1)
+    return (training[:, :, None] & inside[:, None]).flatten(1)
+
+
+def _inner_uf1(regression, features, labels, training, groups, weights, tried):
+    """UF1 over the inner folds of every fold for each penalty of GRID, `[len(GRID), F]`; a line
+    on each goes to `tried`."""
+    n_groups, inner = int(groups.max()) + 1, _inner(training, groups)
+    stats, found, solution = logistic.statistics(features, inner), [], None
+    weights = None if weights is None else weights.repeat_interleave(n_groups, 0)
+    for l2 in GRID:
+        solution = regression.solve(inner, stats, torch.full((inner.shape[1],), l2), weights,
+                                    solution, tolerance=1e-2, most=INNER_STEPS)
+        said = (solution.logits[:len(labels)] + solution.bias).argmax(2).cpu().numpy()
+        said = said.reshape(len(labels), -1, n_groups)[np.arange(len(labels)), :, groups]  # [N, F]
+        found.append([metrics.scores(metrics.confusion_matrix(
+            labels[keep], said[keep, fold], regression.n_label))[0].mean()
+            for fold, keep in enumerate(training.t().numpy())])
+        tried.append({"l2": l2, "inner_uf1": float(np.mean(found[-1])),
+                      "train_accuracy": _accuracy(solution, labels, inner)})
+    return np.array(found)
+
+
+def _accuracy(solution, labels, training):
+    """Accuracy on the training clips, plain view, mean over folds."""
+    logits = (solution.logits[:len(labels)] + solution.bias).cpu()
+    hits = logits.argmax(2) == torch.as_tensor(labels)[:, None]
+    return ((hits & training).sum(0) / training.sum(0)).mean().item()
+
+
+# ---------------------------------------------------------------- trained by SGD
 
 def rate_scale(lengths, positions):
     """What --learning_rate is multiplied by for features of mean squared length `lengths`.
@@ -130,19 +235,19 @@ def rate_scale(lengths, positions):
 
 
 def train_heads(heads, features, positions, labels, fold_of, held_out, opt, loss="crossentropy",
-                start=0, on_epoch=None, inner=None):
+                start=0, on_epoch=None, inner=None, l2=None):
     """Trains `heads` on features `[V, N, D]` for epochs start+1 .. opt.epochs.
 
     positions: of the map the features are flattened from (`rate_scale`); labels: int64 `[N]`;
     fold_of: fold of each clip `[N]`; held_out: the fold each head must not see, `[F]`.
     `on_epoch(epoch, means)` is called after every epoch with the mean `train_loss` and
-    `train_accuracy` over clips and folds. inner: an InnerFolds, whose heads these are. Raises
-    util.RunFailed if a loss is not finite.
+    `train_accuracy` over clips and folds. inner: an InnerFolds, whose heads these are; l2 `[F]`:
+    the penalty of solved heads goes on, in place of opt.weight_decay. Raises util.RunFailed if a
+    loss is not finite.
     """
     device, n_label = features.device, heads.bias.shape[1]
-    held = torch.as_tensor(np.asarray(held_out))
-    training = torch.as_tensor(fold_of)[:, None] != held  # [N, F]
-    rates = torch.full((len(held),), opt.learning_rate, device=device)
+    training = training_clips(fold_of, held_out)  # [N, F]
+    rates = torch.full((len(held_out),), opt.learning_rate, device=device)
     if inner:
         training &= torch.from_numpy(inner.allowed)
         rates = torch.tensor(inner.rates, device=device)
@@ -152,11 +257,12 @@ def train_heads(heads, features, positions, labels, fold_of, held_out, opt, loss
                                for keep in training.t()]).to(device)  # [F, C]
     labels = torch.as_tensor(labels)
     util.announce_dropped(len(labels), opt.batch_size)
-    lengths = features.square().sum(-1).mean(0).cpu()  # [N]
-    scale = rate_scale((lengths @ training.float()) / training.sum(0), positions).to(device)  # [F]
+    scale = rate_scale(heads.length, positions)
+    decays = (opt.weight_decay,) * 2 if l2 is None else \
+        ((torch.tensor(l2, device=device) * heads.length).view(-1, 1, 1), 0)
     given = ", ".join(f"{r:g}" for r in (inner.choices if inner else [opt.learning_rate]))
     print(f"learning rate of the heads: {given} x {scale.mean():.3g}, for features of mean squared "
-          f"length {lengths.mean():.4g} on {positions} positions")
+          f"length {heads.length.float().mean():.4g} on {positions} positions")
     for epoch in range(start + 1, opt.epochs + 1):
         rng = util.generator(opt.seed, epoch)
         means = {"train_loss": util.AverageMeter(), "train_accuracy": util.AverageMeter()}
@@ -173,7 +279,7 @@ def train_heads(heads, features, positions, labels, fold_of, held_out, opt, loss
                                      f"last checkpoint is kept; lower --learning_rate, now "
                                      f"{opt.learning_rate:g}")
             heads.step(total, count > 0, util.learning_rate(opt, epoch, rates) * scale,
-                       opt.momentum, opt.weight_decay)
+                       opt.momentum, decays)
             seen = int(mask.sum())
             if seen:
                 hits = ((logits.argmax(-1) == target) & mask).sum() / seen
@@ -190,10 +296,10 @@ def predict(heads, features, fold_of, held_out):
     """
     found = np.full((features.shape[1], heads.bias.shape[1]), np.nan)
     with torch.no_grad():
+        weight, bias = heads.plain()
         for position, fold in enumerate(held_out):
             members = np.flatnonzero(fold_of == fold)
-            logits = torch.addmm(heads.bias[position], features[0, members],
-                                 heads.weight[position].t())
+            logits = torch.addmm(bias[position], features[0, members], weight[position].t())
             found[members] = logits.softmax(-1).cpu().numpy()
     return found
 
@@ -235,8 +341,7 @@ class InnerFolds:
         plain, (n_folds, parts, n_rates) = features[0], self.shape
         for name, value in (("weight", heads.weight), ("bias", heads.bias)):
             self.state.setdefault(name, value.new_zeros(n_folds, *value.shape[1:]))
-        weight = heads.weight.view(*self.shape, *heads.weight.shape[1:])  # [F, 1+J, R, C, D]
-        bias = heads.bias.view(*self.shape, -1)
+        weight, bias = (value.view(*self.shape, *value.shape[1:]) for value in heads.plain())
         predicted = np.empty((len(plain), n_folds, n_rates), np.int64)
         for part in range(1, parts):
             rows = np.flatnonzero(self.groups == part - 1)
@@ -252,8 +357,16 @@ class InnerFolds:
             if uf1[rate] > self.state["uf1"][place] + 1e-12:
                 for name, value in (("uf1", uf1[rate]), ("epoch", epoch), ("rate", rate)):
                     self.state[name][place] = value
-                self.state["weight"][place] = weight[place, 0, rate]
-                self.state["bias"][place] = bias[place, 0, rate]
+                for name, value in (("weight", heads.weight), ("bias", heads.bias)):
+                    self.state[name][place] = value.view(*self.shape, *value.shape[1:])[
+                        place, 0, rate]
+
+    def keep_best(self, heads):
+        """Leaves in `heads` the outer fold's heads alone, in the state that was chosen."""
+        heads.weight, heads.bias = (self.state[name].to(heads.weight.device)
+                                    for name in ("weight", "bias"))
+        heads.mean, heads.std = (value.view(*self.shape, -1)[:, 0, 0]
+                                 for value in (heads.mean, heads.std))
 
     def chosen(self, fold):
         """What was chosen for an outer fold: {epochs, learning_rate, inner_uf1}."""

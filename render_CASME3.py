@@ -55,6 +55,9 @@ def parse_option(argv=None):
     group.add_argument("--unlabelled", type=options.number(int, 0), default=0, metavar="N",
                        help="unlabelled pairs to render too, in all, named in pairs.tsv; with "
                             "--raw: expressions that the annotation leaves out")
+    group.add_argument("--unlabelled_subjects", type=options.number(int, 0), default=0,
+                       metavar="N", help="people that the unlabelled pairs show, none of whom "
+                                         "is labelled; 0: the labelled people themselves")
     group.add_argument("--raw", nargs="?", const="part_A", choices=tuple(ROOTS), metavar="LAYOUT",
                        help="raw frames, annotation.csv and OpenFace's tables instead of "
                             "difference images; layout part_A (if none is named), ME_clip (the "
@@ -80,6 +83,8 @@ def parse_option(argv=None):
     if opt.raw and opt.lists:
         raise util.BadInput("--raw with --lists: lists name difference images, not frames; drop "
                             "one of the two")
+    if opt.unlabelled_subjects and (opt.raw or not opt.unlabelled):
+        raise util.BadInput("--unlabelled_subjects goes with --unlabelled N, and not with --raw")
     return opt
 
 
@@ -172,7 +177,11 @@ def _read(path):
 
 
 def plan_pairs(opt, subjects):
-    """Unlabelled pairs: list of (Clip, Job), dealt out to the subjects."""
+    """Unlabelled pairs: list of (Clip, Job), dealt out to the subjects, or to as many others as
+    --unlabelled_subjects says."""
+    if opt.unlabelled_subjects:
+        last = max(int(number) for name in subjects for number in re.findall(r"\d+", name) or [0])
+        subjects = [f"spNO{last + i}" for i in range(1, opt.unlabelled_subjects + 1)]
     plan = []
     for i in range(opt.unlabelled):
         subject = subjects[i % len(subjects)]
@@ -482,6 +491,8 @@ def asked_for(opt):
     asked = {name: getattr(opt, name) for name in
              ("subjects", "clips_per_subject", "unlabelled", "raw", "amplitude", "seed")}
     asked["size"] = opt.raw_size if opt.raw else opt.size
+    if opt.unlabelled_subjects:  # older folders do not say
+        asked["unlabelled_subjects"] = opt.unlabelled_subjects
     if opt.lists:
         digest = hashlib.sha256()
         for path in sorted(Path(opt.lists).glob("v_*/*.txt")):

@@ -12,6 +12,7 @@ import torch
 from scipy.stats import spearmanr
 
 import decoding
+import logistic
 import probing
 import transforms
 from dataset import DATABASES
@@ -21,13 +22,14 @@ CLIP_FOLDS = 5
 
 def measure(opt, clips, images, found, normalization):
     """{subject, retrieval} of an evaluation.Frozen: `subject_probe` and `retrieval`."""
-    return {"subject": subject_probe(opt, clips, found.features, found.positions),
+    return {"subject": subject_probe(opt, clips, found),
             "retrieval": retrieval(clips, *embed(found.model, images, normalization,
                                                  found.features.device))}
 
 
-def subject_probe(opt, clips, features, positions):
-    """How well linear heads on features `[V, N, D]` name the subject of clips they did not see.
+def subject_probe(opt, clips, frozen):
+    """How well linear heads on the features of an evaluation.Frozen name the subject of clips they
+    did not see; solved with the median of its penalties, or trained as its heads were.
 
     Five folds of clips, dealt out in turn within each subject; subjects with one clip, which no
     training could name, stay out. Returns {n, n_subjects, accuracy, chance}, chance being that of
@@ -41,11 +43,17 @@ def subject_probe(opt, clips, features, positions):
     labels = np.repeat(np.arange(len(people)), counts)
     fold_of = np.concatenate([np.arange(n) % CLIP_FOLDS for n in counts])
     held_out = sorted(set(fold_of.tolist()))
-    heads = probing.FoldHeads([f"clips{f + 1}of{len(held_out)}" for f in held_out],
-                              features.shape[-1], len(people), opt.seed, features.device)
-    mine = features[:, members]
-    print("telling subjects apart by the same features:")
-    probing.train_heads(heads, mine, positions, labels, fold_of, held_out, opt)
+    mine = frozen.features[:, members]
+    if frozen.l2:
+        heads, _ = probing.solve_heads(logistic.Regression(mine, labels, len(people)), mine, labels,
+                                       fold_of, held_out, float(np.median(frozen.l2)))
+    else:
+        heads = probing.FoldHeads(
+            [f"clips{f + 1}of{len(held_out)}" for f in held_out],
+            logistic.statistics(mine, probing.training_clips(fold_of, held_out)), len(people),
+            opt.seed)
+        print("telling subjects apart by the same features:")
+        probing.train_heads(heads, mine, frozen.positions, labels, fold_of, held_out, opt)
     said = probing.predict(heads, mine, fold_of, held_out).argmax(1)
     return {"n": len(members), "n_subjects": len(people),
             "accuracy": float((said == labels).mean()), "chance": max(counts) / len(members)}

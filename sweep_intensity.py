@@ -50,10 +50,8 @@ def parse_option(argv=None):
     method.add_argument("--layer", type=options.positive_int, default=5, help="layer to probe")
     method.add_argument("--epochs", type=options.positive_int, default=240,
                         help="pre-training epochs")
-    method.add_argument("--epochs_probe", type=options.positive_int, default=80,
-                        help="epochs of the heads")
     method.add_argument("--batch_size", type=options.number(int, 2), default=256,
-                        help="clips per step, in both stages")
+                        help="clips per step")
     running = parser.add_argument_group("running")
     running.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     running.add_argument("--num_workers", type=options.number(int, 0), default=4,
@@ -119,22 +117,21 @@ def count_pairs(folder, threshold):
 def run_fold(opt, threshold, folder, names):
     """(labels, predictions) of one inner fold's clips, with an encoder that never saw them."""
     root = Path(opt.save_path) / f"threshold_{threshold:g}" / folder.name
-    common = ["--data_folder", opt.data_folder, "--batch_size", opt.batch_size, "--device",
-              opt.device, "--num_workers", opt.num_workers, "--seed", opt.seed, "--resume", "auto",
-              "--model", opt.model, "--print_freq", 1000, "--save_freq", 1000,
-              "--cache", Path(opt.save_path) / "cache"]
+    common = ["--data_folder", opt.data_folder, "--device", opt.device, "--num_workers",
+              opt.num_workers, "--seed", opt.seed, "--resume", "auto", "--model", opt.model,
+              "--print_freq", 1000, "--save_freq", 1000, "--cache", Path(opt.save_path) / "cache"]
     pretrain = importlib.import_module("pre-train_DVSCL")
     argv = [str(value) for value in (
         *common, "--list_folder", folder, "--pairs", folder / "pairs.tsv", "--pool", opt.pool,
-        "--min_intensity", threshold, "--epochs", opt.epochs, "--model_path", root / "runs")]
+        "--min_intensity", threshold, "--epochs", opt.epochs, "--batch_size", opt.batch_size,
+        "--model_path", root / "runs")]
     pretrain.main(argv)
     run = root / "runs" / util.run_name(pretrain.parse_option(argv))
     # a folder for each layer and length, so that a sweep with others finds its own results
-    results = root / "results" / run.name / f"layer_{opt.layer}_{opt.epochs}_{opt.epochs_probe}"
+    results = root / "results" / run.name / f"layer_{opt.layer}_{opt.epochs}"
     importlib.import_module("LinearProbing_DVSCL_10fold").main([
         *common, "--list_folder", folder.parent / "inner", "--protocol", "loso", "--subject",
-        *names, "--epochs", opt.epochs_probe, "--layer", opt.layer, "--model_path",
-        run / "last.pth", "--save_path", results])
+        *names, "--layer", opt.layer, "--model_path", run / "last.pth", "--save_path", results])
     (table,) = results.glob("*/predictions.csv")
     with open(table, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from decoding import GREY, NO_CHANGE
+from decoding import CROP, GREY, NO_CHANGE, SIZE
 
-CROP = 224
 # Published normalisation, of differences modulo 256, in units of 255 grey levels.
 WRAP_RGB = (0.4454, 0.4474, 0.4504), (0.4474, 0.4505, 0.4502)
 WRAP_DEPTH = 0.0423, 0.1761
@@ -83,7 +82,8 @@ def _boxes(n, rng, crop_low):
 
 
 def train_transform(images, drawn, normalization, encoding, channels):
-    """Augments and normalises uint8 `[B, C1+C2, 256, 256]` → float32 `[B, C1+C2, 224, 224]`.
+    """Augments and normalises uint8 `[B, C1+C2, 256, 256]` → float32 `[B, C1+C2, 224, 224]`, or
+    images of another side to 7/8 of it.
 
     drawn: `draw`'s tensors for these B pairs. The result is channels-last. "No change" maps to
     exactly 0 whatever was drawn (but for wrap, whose constants are the published ones).
@@ -117,7 +117,7 @@ def train_transform(images, drawn, normalization, encoding, channels):
 
 
 def eval_transform(images, normalization, mirror=False, shift=(0, 0)):
-    """Centre crop, or moved by `shift` whole pixels (down, right), mirrored or not, normalised.
+    """Centre crop, or moved by `shift` pixels of 256 (down, right), mirrored or not, normalised.
 
     uint8 `[B, C, 256, 256]` → float32 `[B, C, 224, 224]`, channels-last; nothing random.
     """
@@ -128,18 +128,27 @@ def eval_transform(images, normalization, mirror=False, shift=(0, 0)):
 
 
 def centre_crop(images, shift=(0, 0)):
-    """The central 224 of 256 pixels, moved by `shift` whole pixels (down, right)."""
-    top, left = ((side - CROP) // 2 + s for side, s in zip(images.shape[-2:], shift))
-    return images[..., top:top + CROP, left:left + CROP]
+    """The central 224 of 256 pixels, or as large a share of others, moved by `shift` pixels of
+    256 (down, right), in whole pixels."""
+    side = images.shape[-1]
+    crop = crop_side(side)
+    top, left = ((side - crop) // 2 + s * side // SIZE for s in shift)
+    return images[..., top:top + crop, left:left + crop]
+
+
+def crop_side(side):
+    """Side of the crop that is taken of images with this side, both in pixels."""
+    return CROP * side // SIZE
 
 
 def _resized_crop(images, box):
-    """Bilinear resampling of each pair's own box to 224 pixels, both views in one grid."""
+    """Bilinear resampling of each pair's own box to the crop's side, both views in one grid."""
+    side = crop_side(images.shape[-1])
     centre, half = box[:, :2], box[:, 2:]
     theta = torch.zeros(len(images), 2, 3, device=images.device)
     theta[:, 0, 0], theta[:, 1, 1] = half[:, 0], half[:, 1]
     theta[:, :, 2] = centre
-    grid = F.affine_grid(theta, (len(images), 1, CROP, CROP), align_corners=False)
+    grid = F.affine_grid(theta, (len(images), 1, side, side), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 

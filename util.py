@@ -4,6 +4,7 @@ import errno
 import functools
 import itertools
 import json
+import math
 import os
 import platform
 import shlex
@@ -84,31 +85,48 @@ def command_line(main):
 
 def run_name(opt, without=None):
     """CMC's name of a pre-training run; `without`: the left-out subject or fold, if any."""
-    name = (f"memory_{'softmax' if opt.softmax else 'nce'}_{opt.nce_k}_{opt.model}"
+    kind = "batch"
+    if opt.contrast == "bank":
+        kind = f"memory_{'softmax' if opt.softmax else 'nce'}_{opt.nce_k}"
+    name = (f"{kind}_{opt.model}"
             f"_lr_{opt.learning_rate:g}_decay_{opt.weight_decay:g}_bsz_{opt.batch_size}"
             f"_view_{opt.view}")
-    name += "_amp" * opt.amp + f"_seed_{opt.seed}"
+    name += size_name(opt) + "_amp" * opt.amp + f"_seed_{opt.seed}"
     name += f"_without_{without}" if without else ""
     return name + (f"_{opt.tag}" if opt.tag else "")
 
 
 def head_run_name(stage, opt, parts):
-    """Name of a probe or fine-tuning run: the pre-training run's, layer, rate, and `parts`.
+    """Name of a probe or fine-tuning run: the pre-training run's, layer, and `parts`.
 
     stage: 'probe' or 'finetune'. A checkpoint other than `last.pth` joins in by its name.
     """
     if opt.model_path == "random":
-        source = f"random_{opt.model}_view_{opt.view}"
+        source = f"random_{opt.model}_view_{opt.view}{size_name(opt)}"
     else:
         path = Path(opt.model_path.replace("{", "").replace("}", ""))
         source = path.parent.name
         source = "_".join(filter(None, [source, "" if path.stem == "last" else path.stem]))
-    name = (f"{stage}_{source}_layer_{opt.layer}_lr_{opt.learning_rate:g}"
-            f"_decay_{opt.weight_decay:g}_bsz_{opt.batch_size}")
+    name = f"{stage}_{source}_layer_{opt.layer}"
     for part in parts:
         name += f"_{part}"
     name += "_amp" * opt.amp + f"_seed_{opt.seed}"
     return name + (f"_{opt.tag}" if opt.tag else "")
+
+
+def size_name(opt):
+    """What a run's name says of crops of another size than the published one."""
+    return "" if opt.size == 224 else f"_size_{opt.size}"
+
+
+def rate_name(opt):
+    """What a run's name says of training by SGD."""
+    return f"lr_{opt.learning_rate:g}_decay_{opt.weight_decay:g}_bsz_{opt.batch_size}"
+
+
+def penalty_name(opt):
+    """What a run's name says of the penalty of solved heads."""
+    return "l2_inner" if opt.l2 is None else f"l2_{opt.l2:g}"
 
 
 def curve_folder(opt, root, run):
@@ -150,6 +168,18 @@ def learning_rate(opt, epoch, base=None):
     """Step schedule of CMC: `base` times lr_decay_rate for every decay epoch that has passed."""
     base = opt.learning_rate if base is None else base
     return base * opt.lr_decay_rate ** sum(epoch > e for e in opt.lr_decay_epochs)
+
+
+def scheduled(opt, base, epoch, step, steps, warmup):
+    """`base` as --lr_schedule has it at step 1..`steps` of an epoch: CMC's steps, or half a cosine
+    down to 0 (Loshchilov and Hutter 2017); rising in a line over the first `warmup` epochs."""
+    done = epoch - 1 + step / steps
+    if done < warmup:
+        return base * done / warmup
+    if opt.lr_schedule == "step":
+        return learning_rate(opt, epoch, base)
+    done -= 1 / steps  # the last step still moves
+    return base * (1 + math.cos(math.pi * (done - warmup) / max(opt.epochs - warmup, 1e-9))) / 2
 
 
 def announce_dropped(n, batch_size):

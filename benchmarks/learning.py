@@ -1,181 +1,335 @@
-"""Does the method learn? UF1 on rendered data of everything a number must be held against.
+"""Does a large unlabelled pool help? UF1 on rendered data of everything a number is held against.
 
-  python benchmarks/learning.py --work runs/learning
+  python benchmarks/learning.py --work runs/learning             # about 90 minutes, two CPU cores
+  python benchmarks/learning.py --work runs/quick --quick        # 15 minutes
 
-20 subjects x 8 rendered clips, leave-one-subject-out: majority class, logistic regression on
-downsampled difference pixels, a random encoder's probe, the pre-trained encoder's probe, each
-view alone, fine-tuning; and two controls that must come out at chance: faces without expression
-(--amplitude 0) and permuted labels. Reports whatever comes out. About an hour on two CPU cores,
-fine-tuning being most of it (--epochs_finetune 0 leaves it out), minutes on a GPU.
+60 subjects x 10 rendered clips, ten folds of subjects, for each seed (of rendering, pre-training
+and heads) another set; unlabelled pairs of other people, and of the same people without those held
+out; encoders that saw as many pairs in pre-training, whatever the size of the pool. Beside them
+what can be had without any encoder, untrained encoders, the same network trained from scratch,
+controls that must come out at chance, and a ceiling: the pool with its labels. Reports whatever
+comes out, and draws UF1 against the size of the pool.
 """
+import csv
 import importlib
-import json
-import math
 import shutil
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import checkpoint
 import dataset
 import decoding
+import evaluation
+import logistic
 import metrics
 import options
-import shortcuts
+import pictures
+import probing
+import rendering
 import util
-from models import create_model
+
+PEOPLE = 250  # in the unlabelled pool
+SIZES = {"resnet18v1": 56, "alexnet": 112}  # crops, pixels, that two cores can do
 
 
 def parse_option(argv):
     parser = options.ArgumentParser(description=__doc__)
     parser.add_argument("--work", required=True, metavar="DIR", help="folder for data and runs; "
                         "what is finished there is used again")
-    parser.add_argument("--subjects", type=options.positive_int, default=20,
-                        help="rendered subjects")
-    parser.add_argument("--epochs", type=options.positive_int, default=240,
-                        help="pre-training epochs")
-    parser.add_argument("--epochs_finetune", type=options.number(int, 0), default=30,
-                        help="fine-tuning epochs; 0: leave it out")
-    parser.add_argument("--batch_size", type=options.positive_int, default=32,
-                        help="clips per step, in every stage")
-    parser.add_argument("--model", default="alexnet", help="encoder")
-    parser.add_argument("--seed", type=int, default=0, help="of rendering, training and heads")
-    return parser.parse_args(argv)
+    parser.add_argument("--quick", action="store_true",
+                        help="one seed, a third of the pairs seen, the rows that matter most")
+    parser.add_argument("--seeds", type=options.number(int, 1), default=3, help="how many")
+    parser.add_argument("--seen", type=options.positive_int, default=30_000,
+                        help="pairs seen in a pre-training, repetitions counted")
+    parser.add_argument("--pools", nargs="+", type=options.positive_int, default=[500, 2000, 5000],
+                        metavar="N", help="sizes of the pool of other people")
+    parser.add_argument("--epochs_finetune", type=options.positive_int, default=5,
+                        help="fine-tuning epochs; from scratch four times as many")
+    opt = parser.parse_args(argv)
+    if opt.quick:
+        opt.seeds, opt.seen, opt.pools = 1, opt.seen // 3, opt.pools[1:2]
+    return opt
 
 
 def pixel_regression(clips, images, side=16):
-    """Predictions `[N]` of leave-one-subject-out logistic regression on area-averaged pixels."""
-    block = decoding.SIZE // side
+    """Predictions `[N]` of logistic regressions on area-averaged pixels, ten folds, the penalty
+    chosen as for the heads."""
+    block = images.shape[-1] // side
     x = images.reshape(len(images), -1, side, block, side, block).mean((3, 5))
-    x, labels = x.reshape(len(images), -1), clips.labels
-    _, fold_of = dataset.subject_folds(clips)
-    found = np.empty_like(labels)
-    for fold in range(fold_of.max() + 1):
-        test = fold_of == fold
-        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-        found[test] = model.fit(x[~test], labels[~test]).predict(x[test])
-    return found
+    x = torch.from_numpy(x.reshape(1, len(images), -1)).float()
+    _, fold_of = dataset.ten_folds(clips)
+    held_out = sorted(set(fold_of.tolist()))
+    heads, _ = probing.solve_heads(logistic.Regression(x, clips.labels, clips.n_label), x,
+                                   clips.labels, fold_of, held_out,
+                                   groups=evaluation.inner_groups(clips))
+    return probing.predict(heads, x, fold_of, held_out).argmax(1)
 
 
 class Bench:
     """The runs of one call: each method calls a script and returns what it measured."""
 
     def __init__(self, opt):
-        self.opt, self.work = opt, Path(opt.work)
-        self.shared = ["--cache", self.work / "cache", "--resume", "auto", "--amp",
-                       "--batch_size", opt.batch_size, "--seed", opt.seed, "--model", opt.model,
-                       "--print_freq", 1000, "--tb_path", self.work / "tensorboard"]
+        self.opt, self.work, self.rows = opt, Path(opt.work), []
 
-    def render(self, name, amplitude):
+    def render(self, name, seed, *flags):
         folder = self.work / name
         importlib.import_module("render_CASME3").main([
-            "--data_folder", folder, "--subjects", self.opt.subjects, "--clips_per_subject", 8,
-            "--amplitude", amplitude, "--seed", self.opt.seed])
+            "--data_folder", folder, "--subjects", 60, "--clips_per_subject", 10, "--size", 128,
+            "--seed", seed, *flags])
         return folder
 
-    def pretrain(self, data, *flags):
-        """The checkpoint of a pre-training run on `data`."""
-        root = self.work / "runs" / data.name / ("_".join(map(str, flags)).replace("/", "of")
-                                                 or "all")
+    def shared(self, model, seed):
+        return ["--model", model, "--size", SIZES[model], "--seed", seed, "--resume", "auto",
+                "--cache", self.work / "cache", "--print_freq", 1000, "--save_freq", 1000,
+                "--tb_path", self.work / "tensorboard"]
+
+    def pretrain(self, name, model, seed, data, pairs, *flags, share=1):
+        """The checkpoint of a pre-training run on `pairs` (a file, None: the labelled clips) that
+        sees `share` of --seen pairs."""
+        root = self.work / "runs" / f"{name}_{model}_{seed}"
+        count = 600
+        if pairs:
+            count = len(pairs.read_text().splitlines()) - 1
+            flags = ["--pairs", pairs, "--pool", "unlabelled", *flags]
+        epochs = max(2, round(share * self.opt.seen / count))
         importlib.import_module("pre-train_DVSCL").main([
-            "--data_folder", data, "--model_path", root, "--epochs", self.opt.epochs,
-            "--save_freq", self.opt.epochs, *self.shared, *flags])
-        return next(root.glob("memory_*")) / "last.pth"
+            "--data_folder", data, "--model_path", root, "--epochs", epochs, "--batch_size", 128,
+            "--warmup_epochs", epochs / 20, *self.shared(model, seed), *flags])
+        return root / next(root.glob("batch_*")).name / "last.pth"
 
-    def head(self, name, data, path, tag, *flags):
-        """UF1 and its interval from a probing or fine-tuning run."""
-        root = self.work / "results" / tag
-        importlib.import_module(name).main([
-            "--data_folder", data, "--model_path", path, "--save_path", root, *self.shared, *flags])
-        found = json.loads(next(root.glob("*/results.json")).read_text())
-        return found["uf1"], found["ci95"]["uf1"]
+    def head(self, script, name, model, seed, data, path, *flags):
+        """Results of a probing or fine-tuning run."""
+        root = self.work / "results" / f"{name}_{model}_{seed}"
+        importlib.import_module(script).main([
+            "--data_folder", data, "--model_path", path, "--save_path", root, "--protocol",
+            "10fold", *self.shared(model, seed), *flags])
+        return next(root.glob("*/results.json")).parent
 
-    def probe(self, data, path, tag, *flags):
-        return self.head("LinearProbing_DVSCL_10fold", data, path, tag, "--protocol", "loso",
-                         *flags)
+    def probe(self, *args):
+        return self.head("LinearProbing_DVSCL_10fold", *args)
+
+    def finetune(self, *args):
+        return self.head("fine-tune_DVSCL", *args)
+
+    def row(self, name, folders):
+        """A row of the table from the run folders of the seeds."""
+        self.add(name, [read(folder) for folder in folders])
+
+    def add(self, name, parts):
+        """A row from (labels, predictions, subjects) of each seed: figures of all seeds' clips
+        together, intervals over their subjects, the deviation over the seeds."""
+        labels, said = (np.concatenate(of) for of in list(zip(*parts))[:2])
+        people = [(str(seed), person) for seed, part in enumerate(parts) for person in part[2]]
+        each = [metrics.evaluate(*part[:2], 4)["uf1"] for part in parts]
+        found = {"name": name, "uf1": metrics.evaluate(labels, said, 4)["uf1"], "seeds": len(each),
+                 "ci95": metrics.intervals(labels, said, people, 4)["uf1"],
+                 "std": float(np.std(each, ddof=1)) if len(each) > 1 else None}
+        self.rows.append(found)
+        util.write_json(self.work / "rows.json", self.rows)
+        print(line(found), flush=True)
 
 
-def permuted_lists(clips, data, folder, seed):
+def read(folder):
+    """(labels, predictions, subjects) of a run folder."""
+    with open(folder / "predictions.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return (np.array([int(r["label"]) for r in rows]), np.array([int(r["prediction"])
+                                                                 for r in rows]),
+            [r["subject"] for r in rows])
+
+
+def line(row):
+    low, high = row["ci95"]
+    return (f"| {row['name']} | {row['uf1']:.3f} | {low:.3f} – {high:.3f} | "
+            + ("" if row["std"] is None else f"± {row['std']:.3f} of {row['seeds']}") + " |")
+
+
+def subset(data, name, rows):
+    """The pairs `rows` (positions) of a folder's pairs.tsv, as another file beside it."""
+    head, *lines = (data / "pairs.tsv").read_text(encoding="utf-8").splitlines()
+    path = data / f"pairs_{name}.tsv"
+    util.write_text(path, "\n".join([head, *(lines[i] for i in rows)]) + "\n")
+    return path
+
+
+def intensities(data):
+    with open(data / "pairs.tsv", encoding="utf-8", newline="") as file:
+        return np.array([float(row["intensity"]) for row in csv.DictReader(file, delimiter="\t")])
+
+
+def permuted_lists(data, folder, seed):
     """The lists of `data` with labels dealt to other clips at random."""
+    clips = dataset.read_clips(data)
     labels = np.random.default_rng(seed).permutation(clips.labels)
     dataset.write_lists(folder, [replace(clip, label=int(label))
                                  for clip, label in zip(clips.clips, labels)])
     shutil.copy(data / "encoding.json", folder)
+    return folder
 
 
-def matching(path, clips, images):
-    """How the features of clips of unseen subjects match across views.
+def labelled_pool(data, folder):
+    """Lists of the unlabelled pairs with their true classes, the people as five groups: --subject
+    all trains on every one, and a list per person would name each clip hundreds of times."""
+    with open(data / "truth.csv", encoding="utf-8", newline="") as file:
+        truth = {row["key"]: row["emotion"] for row in csv.DictReader(file)}
+    clips = dataset.read_pairs(data / "pairs.tsv", data).clips
+    people = sorted({clip.subject for clip in clips})
+    dataset.write_lists(folder, [replace(
+        clip, subject=f"group{people.index(clip.subject) % 5}",
+        key=Path(clip.rgb).name.removesuffix("_diff.png"),
+        label=rendering.CLASS_OF[truth[Path(clip.rgb).name.removesuffix("_diff.png")]])
+        for clip in clips])
+    shutil.copy(data / "encoding.json", folder)
+    return folder
 
-    Returns, over all such clips and within a subject: the probability that a matching pair scores
-    above a non-matching one, and top-1 retrieval with its chance.
-    """
-    state = checkpoint.load(path)
-    model = create_model(state["opt"]["model"], in_channels=clips.channels)
-    checkpoint.load_model(model, state, path, state["opt"]["model"])
-    seen = {tuple(p) for p in state["seen"]["people"]}
-    blank = decoding.blank(images, clips.encoding)
-    chosen = [i for i, c in enumerate(clips.clips) if c.person not in seen and not blank[i]]
-    rgb, depth = shortcuts.embed(model, images[chosen], state["normalization"],
-                                 torch.device("cpu"))
-    unseen = replace(clips, clips=[clips.clips[i] for i in chosen])
-    found, scores = shortcuts.retrieval(unseen, rgb, depth), (rgb @ depth.t()).numpy()
-    people = [clip.person for clip in unseen.clips]
-    same = np.array([[a == b for b in people] for a in people])
-    above, other = scores.diagonal()[:, None] > scores, ~np.eye(len(chosen), dtype=bool)
-    return {name: (above[among & other].mean(), found[key]["top1"], found[key]["chance"])
-            for name, key, among in (("all", "all", other), ("within a subject", "within", same))}
+
+def ceiling(bench, pool, data, lists):
+    """(labels, predictions, subjects) on the clips of `data` by a network trained from scratch on
+    the whole pool's labels."""
+    root = bench.work / "results" / "ceiling"
+    importlib.import_module("fine-tune_DVSCL").main([
+        "--data_folder", pool, "--list_folder", lists, "--subject", "all", "--save_path", root,
+        "--model_path", "random", *bench.shared("resnet18v1", 0), *scratch(
+            max(2, round(bench.opt.seen / 5000)))])
+    (path,) = root.glob("*/last.pth")
+    predict = importlib.import_module("predict_DVSCL")
+    state, clips = predict.read_checkpoint(path), dataset.read_clips(data)
+    device = torch.device("cpu")
+    model, head, normalization = predict.set_model(path, state, clips, device)
+    images, _ = decoding.load_images(clips, bench.work / "cache", 4, SIZES["resnet18v1"])
+    plain = options.argparse.Namespace(batch_size=64, layer=state["layer"], amp=False)
+    said = evaluation.validate(plain, images, np.arange(len(clips)), normalization, model, head,
+                               util.mixed_precision(plain, device)[0], device).argmax(1)
+    return clips.labels, said, [clip.subject for clip in clips.clips]
+
+
+def scratch(epochs):
+    """Flags that train an encoder with its head from scratch."""
+    return ["--epochs", epochs, "--batch_size", 64, "--head", "zero", "--train_bn", "--trust", 0,
+            "--encoder_lr", 0.03, "--lr_schedule", "cosine", "--warmup_epochs", epochs / 10]
+
+
+def draw(path, rows, pools):
+    """UF1 against the size of the pool, with what it is held against."""
+    found = {row["name"]: row for row in rows}
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    drawn = [(n, found[f"pre-trained on {n} pairs of others, probe"]) for n in pools]
+    x = [n for n, _ in drawn]
+    uf1 = np.array([row["uf1"] for _, row in drawn])
+    low, high = np.array([row["ci95"] for _, row in drawn]).T
+    axes.errorbar(x, uf1, [uf1 - low, high - uf1], marker="o", capsize=3, color=pictures.BLUE,
+                  label="pre-trained on pairs of other people")
+    for name, label, colour, style in (
+            ("untrained, probe", "untrained", pictures.ORANGE, "--"),
+            ("logistic regression on pixels", "regression on pixels", pictures.GREEN, "-."),
+            ("ceiling: 5000 labelled clips of others", "ceiling: the pool labelled", "0.3", ":"),
+            ("control: no expression, probe", "control: no expression", pictures.PURPLE, "--"),
+            ("control: permuted labels, probe", "control: permuted labels", pictures.PURPLE, ":")):
+        if name in found:
+            axes.axhline(found[name]["uf1"], color=colour, linestyle=style, label=label)
+    axes.set_xscale("log")
+    axes.set_xticks(x, [f"{n:,}" for n in x])
+    axes.minorticks_off()
+    axes.set_xlabel("unlabelled pairs in pre-training")
+    axes.set_ylabel("UF1, subjects held out")
+    axes.set_ylim(0, None)
+    axes.set_title("rendered stand-in data; bars: 95 % over subjects", fontsize="medium")
+    axes.legend(fontsize="small", ncols=2, loc="lower right")
+    pictures.save(figure, path)
+
+
+def main_rows(bench, sets, pools):
+    """Baselines, pools of other people, each view, thresholds, fine-tuning: all seeds."""
+    opt, model, seeds = bench.opt, "resnet18v1", range(bench.opt.seeds)
+    everything = [dataset.read_clips(data) for data in sets]
+    for name, scores in metrics.baselines(np.concatenate([c.labels for c in everything]),
+                                          4).items():
+        print(f"| {name.replace('_', ' ')} | {scores['uf1']:.3f} | | |")
+    images = [decoding.load_images(c, bench.work / "cache", 4, 112)[0] for c in everything]
+    bench.add("logistic regression on pixels", [
+        (c.labels, pixel_regression(c, x), [clip.subject for clip in c.clips])
+        for c, x in zip(everything, images)])
+    bench.row("untrained, probe",
+              [bench.probe("untrained", model, s, sets[s], "random") for s in seeds])
+    paths = {}
+    for name, file in pools.items():
+        for seed in seeds:
+            paths[name, seed] = bench.pretrain(name, model, seed, sets[0], file)
+        title = f"pre-trained on {name} pairs of others" if name.isdigit() else \
+            f"pre-trained on the 2000 strongest of {max(opt.pools)}"
+        bench.row(f"{title}, probe", [bench.probe(name, model, s, sets[s], paths[name, s])
+                                      for s in seeds])
+    middle = str(sorted(opt.pools)[len(opt.pools) // 2])
+    for view in ("rgb", "depth"):
+        bench.row(f"the same, {middle} pairs, {view} alone", [
+            bench.probe(f"{middle}_{view}", model, s, sets[s], paths[middle, s], "--encoder", view)
+            for s in seeds])
+    bench.row("control: permuted labels, probe", [
+        bench.probe("permuted", model, s, sets[s], paths[middle, s], "--list_folder",
+                    permuted_lists(sets[s], bench.work / f"permuted_{s}", s)) for s in seeds])
+    bench.row(f"pre-trained on {middle}, fine-tuned", [
+        bench.finetune("finetuned", model, s, sets[s], paths[middle, s], "--epochs",
+                       opt.epochs_finetune, "--batch_size", 64) for s in seeds])
+    bench.row("the same network from scratch", [
+        bench.finetune("scratch", model, s, sets[s], "random", *scratch(4 * opt.epochs_finetune))
+        for s in seeds[:1]])
+
+
+def more_rows(bench, sets):
+    """What is run for one seed: other encoders, the same people, the last control, the ceiling."""
+    model, data = "resnet18v1", sets[0]
+    lists = labelled_pool(data, bench.work / "labelled_pool")
+    bench.add("ceiling: 5000 labelled clips of others", [ceiling(bench, data, data, lists)])
+    flat = bench.render("flat", 0, "--amplitude", 0, "--unlabelled", 2000,
+                        "--unlabelled_subjects", PEOPLE)
+    path = bench.pretrain("flat", model, 0, flat, flat / "pairs.tsv")
+    bench.row("control: no expression, probe", [bench.probe("flat", model, 0, flat, path)])
+    bench.row("alexnet untrained, probe",
+              [bench.probe("untrained", "alexnet", 0, data, "random")])
+    path = bench.pretrain("2000", "alexnet", 0, data, data / "pairs_2000.tsv")
+    bench.row("alexnet pre-trained on 2000 pairs of others, probe",
+              [bench.probe("2000", "alexnet", 0, data, path)])
+    same = bench.render("same", 0, "--unlabelled", 2000)
+    for name, folder, file in (("the labelled clips alone", data, None),
+                               ("2000 pairs of the same people", same, same / "pairs.tsv")):
+        paths = [bench.pretrain(f"fold{i}_{'same' if file else 'none'}", model, 0, folder, file,
+                                "--fold", f"{i}/10", share=0.25) for i in range(1, 11)]
+        template = str(paths[0]).replace("fold1_", "{fold}_").replace("fold1of10", "{fold}")
+        for i, path in enumerate(paths, 1):  # under the names that the folds have
+            link = Path(template.replace("{fold}", f"fold{i}of10"))
+            link.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, link)
+        bench.row(f"pre-trained on {name}, the held-out ones left out, probe",
+                  [bench.probe("same" if file else "none", model, 0, folder, template)])
 
 
 @util.command_line
 def main(argv=None):
-    opt = parse_option(argv)
+    opt, began = parse_option(argv), time.time()
     bench = Bench(opt)
-    data, flat = bench.render("data", 1), bench.render("amplitude0", 0)
-    clips = dataset.read_clips(data)
-    images, _ = decoding.load_images(clips)
-    labels, n_label = clips.labels, clips.n_label
-    people = [clip.person for clip in clips.clips]
-    rows = [(f"baseline: {name}", scores["uf1"], None)
-            for name, scores in metrics.baselines(labels, n_label).items()]
-    guess = pixel_regression(clips, images)
-    rows.append(("logistic regression on pixels", metrics.evaluate(labels, guess, n_label)["uf1"],
-                 metrics.intervals(labels, guess, people, n_label)["uf1"]))
-    rows.append(("random encoder, probe", *bench.probe(data, "random", "random")))
-    path = bench.pretrain(data)
-    rows.append(("pre-trained, probe", *bench.probe(data, path, "probe")))
-    for view in ("rgb", "depth"):
-        rows.append((f"pre-trained, probe, {view} alone",
-                     *bench.probe(data, path, view, "--encoder", view)))
-    if opt.epochs_finetune:
-        rows.append(("fine-tuned", *bench.head(
-            "fine-tune_DVSCL", data, path, "finetune", "--epochs", opt.epochs_finetune,
-            "--save_freq", 1000)))
-    rows.append(("control: no expression, probe",
-                 *bench.probe(flat, bench.pretrain(flat), "amplitude0")))
-    permuted_lists(clips, data, bench.work / "permuted", opt.seed)
-    rows.append(("control: permuted labels, probe", *bench.probe(
-        data, path, "permuted", "--list_folder", bench.work / "permuted")))
-    unseen = matching(bench.pretrain(data, "--fold", "1/10"), clips, images)
-    print(f"\nrendered stand-in data, {len(clips)} clips, {len(clips.people)} subjects, seed "
-          f"{opt.seed}, torch {torch.__version__}\n\n| | UF1 | 95 % interval |\n|---|---|---|")
-    for name, uf1, interval in rows:
-        print(f"| {name} | {uf1:.3f} | "
-              + (f"{interval[0]:.3f} – {interval[1]:.3f} |" if interval else "|"))
-    last, chance = util.read_log(path.parent)[-1], math.log(len(images) - 1)
-    print(f"\nloss per view after {last['epoch']} epochs: rgb {last['rgb_loss']:.3f}, depth "
-          f"{last['depth_loss']:.3f}; chance log(K'+1) is at most {chance:.3f}")
-    for name, (auc, top, expected) in unseen.items():
-        print(f"unseen subjects, {name}: matching above non-matching {auc:.3f}, retrieval top-1 "
-              f"{top:.3f} (chance {expected:.3f})")
+    sets = [bench.render("data_0", 0, "--unlabelled", 5000, "--unlabelled_subjects", PEOPLE),
+            *(bench.render(f"data_{seed}", seed) for seed in range(1, opt.seeds))]
+    pools = {str(n): subset(sets[0], n, range(n)) for n in opt.pools}
+    strongest = np.argsort(-intensities(sets[0]), kind="stable")[:2000]
+    pools["strongest"] = subset(sets[0], "strongest", sorted(strongest))
+    main_rows(bench, sets, pools)
+    if not opt.quick:
+        more_rows(bench, sets)
+    draw(bench.work / "learning.png", bench.rows, opt.pools)
+    print(f"\nrendered stand-in data, 60 subjects x 10 clips, {opt.seeds} seeds, {opt.seen} pairs "
+          f"seen in pre-training, torch {torch.__version__}, {(time.time() - began) / 60:.0f} "
+          f"minutes\n\n| | UF1 | 95 % interval | seeds |\n|---|---|---|---|")
+    print("\n".join(map(line, bench.rows)))
+    print(f"\ntable    {bench.work / 'rows.json'}\npicture  {bench.work / 'learning.png'}")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 import bank_step  # noqa: E402
 import dataset  # noqa: E402
+import logistic  # noqa: E402
 import probing  # noqa: E402
 import transforms  # noqa: E402
 import util  # noqa: E402
@@ -148,7 +149,7 @@ def our_pretrain(opt, amp):
     """Pairs per second of the script's second epoch, as its log says; the first one warms up."""
     with tempfile.TemporaryDirectory() as folder:
         quietly(import_module("pre-train_DVSCL").main, *opt.flags, "--model_path", folder,
-                "--epochs", 2, *["--amp"] * amp)
+                "--epochs", 2, "--contrast", "bank", *["--amp"] * amp)
         (run,) = Path(folder).glob("*/log.jsonl")
         return util.read_log(run.parent)[-1]["pairs_per_second"]
 
@@ -206,12 +207,14 @@ def probe(opt):
           f"  usual way      {usual:8.0f}  ({usual / 3600:.1f} hours; one epoch of one subject "
           f"measured)")
     for title, name, flags in (
-            ("probing", "LinearProbing_DVSCL_10fold", ["--protocol", "loso"]),
-            ("--freeze_encoder", "fine-tune_DVSCL", ["--freeze_encoder"])):
+            ("probing, --l2 given", "LinearProbing_DVSCL_10fold", ["--l2", 1e-3]),
+            ("probing, l2 by inner folds", "LinearProbing_DVSCL_10fold", []),
+            ("probing by SGD", "LinearProbing_DVSCL_10fold", ["--epochs", 30]),
+            ("--freeze_encoder", "fine-tune_DVSCL", ["--freeze_encoder", "--epochs", 30])):
         with tempfile.TemporaryDirectory() as folder:
             seconds = quietly(import_module(name).main, *opt.flags, "--model_path", "random",
-                              "--save_path", folder, "--epochs", 30, *flags)
-        print(f"  {title:17s}{seconds:6.1f}  {usual / seconds:.0f}x")
+                              "--save_path", folder, "--protocol", "loso", *flags)
+        print(f"  {title:27s}{seconds:6.1f}  {usual / seconds:.0f}x", flush=True)
 
 
 def finetune(opt):
@@ -265,7 +268,8 @@ def growth(opt):
     for people, dim in ((10, 9216), (95, 9216), (500, 9216), (95, 1024), (95, 36_864)):
         features, labels = torch.randn(1, clips, dim, device=opt.device), torch.arange(clips) % 4
         fold_of = torch.arange(clips).numpy() % people
-        heads = probing.FoldHeads([str(i) for i in range(people)], dim, 4, 0, opt.device)
+        stats = logistic.statistics(features, probing.training_clips(fold_of, range(people)))
+        heads = probing.FoldHeads([str(i) for i in range(people)], stats, 4)
         run = import_module("LinearProbing_DVSCL_10fold").parse_option(
             ["--data_folder", ".", "--save_path", ".", "--model_path", "random", "--epochs", "3",
              "--learning_rate", "0.001"])

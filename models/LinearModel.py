@@ -13,22 +13,30 @@ ENCODERS = ("both", "rgb", "depth")
 
 
 class LinearClassifier(nn.Module):
-    """Pooling, concatenation of the views along the channels, one linear layer.
+    """Pooling, concatenation of the views along the channels, standardisation, one linear layer.
 
-    family: key of POOLS; layer: tap, from 1; channels: of one view at that tap; encoder: the
-    views to use, "both", "rgb" or "depth". Raises ValueError for another encoder.
+    The buffers `mean` and `std` `[D]` are those of the features the head was trained on; without
+    them a linear layer mostly sees what all clips have in common. A state_dict from before there
+    were any loads all the same.
+
+    family: key of POOLS; layer: tap, from 1; shape: (channels, side or None) of one view at that
+    tap, whose side the pooling never exceeds; encoder: the views to use, "both", "rgb" or "depth".
+    Raises ValueError for another encoder.
     """
 
-    def __init__(self, family, layer, channels, n_label, encoder="both"):
+    def __init__(self, family, layer, shape, n_label, encoder="both"):
         super().__init__()
         if encoder not in ENCODERS:
             raise ValueError(f"encoder {encoder!r}: choose from {', '.join(ENCODERS)}")
         self.encoder = encoder
         pooling, sides = POOLS[family]
-        side = sides[layer - 1]
+        side = sides[layer - 1] and min(sides[layer - 1], shape[-1])
         self.pooling = nn.Identity() if side is None else pooling(side)
         n_views = 2 if encoder == "both" else 1
-        self.classifier = nn.Linear(n_views * channels * (side or 1) ** 2, n_label)
+        dim = n_views * shape[0] * (side or 1) ** 2
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+        self.classifier = nn.Linear(dim, n_label)
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
 
@@ -40,4 +48,13 @@ class LinearClassifier(nn.Module):
 
     def forward(self, feat_rgb, feat_depth):
         """Features of each view → scores `[B, n_label]`."""
-        return self.classifier(self.pool(feat_rgb, feat_depth))
+        return self.classifier((self.pool(feat_rgb, feat_depth) - self.mean) / self.std)
+
+    def plain_weight(self):
+        """The linear layer's weight `[n_label, D]` for features that are not standardised."""
+        return self.classifier.weight / self.std
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        state_dict.setdefault(prefix + "mean", torch.zeros_like(self.mean))
+        state_dict.setdefault(prefix + "std", torch.ones_like(self.std))
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -43,17 +43,17 @@ def default_layer(name):
     return n_layers(name)
 
 
-def create_model(name, feat_dim=128, in_channels=(3, 1)):
-    """Dual-view encoder, `[B, C1+C2, 224, 224]` → two unit vectors `[B, feat_dim]`.
+def create_model(name, feat_dim=128, in_channels=(3, 1), size=224):
+    """Dual-view encoder, `[B, C1+C2, size, size]` → two unit vectors `[B, feat_dim]`.
 
-    Raises ValueError for a name not in MODEL_NAMES.
+    Raises ValueError for a name not in MODEL_NAMES, and a size too small for it.
     """
     _family(name)
-    return FACTORIES[name](feat_dim=feat_dim, in_channels=in_channels)
+    return FACTORIES[name](feat_dim=feat_dim, in_channels=in_channels, size=size)
 
 
-def create_classifier(model_name, layer, n_label, in_channels=(3, 1), encoder="both"):
-    """Linear head on tap `layer` of the views "both", "rgb" or "depth".
+def create_classifier(model_name, layer, n_label, in_channels=(3, 1), encoder="both", size=224):
+    """Linear head on tap `layer` of the views "both", "rgb" or "depth", of crops of `size` pixels.
 
     Raises ValueError for an unknown model name or encoder, and for a layer without a head.
     """
@@ -62,6 +62,6 @@ def create_classifier(model_name, layer, n_label, in_channels=(3, 1), encoder="b
                          f"{n_layers(model_name)}")
     # on the meta device a model costs milliseconds, no memory and no random numbers
     with torch.device("meta"):
-        model = create_model(model_name, in_channels=in_channels)
-    channels = model.rgb_to_d.channels[layer - 1]
-    return LinearClassifier(_family(model_name), layer, channels, n_label, encoder)
+        model = create_model(model_name, in_channels=in_channels, size=size)
+    shape = model.rgb_to_d.shapes[layer - 1]
+    return LinearClassifier(_family(model_name), layer, shape, n_label, encoder)

@@ -35,24 +35,33 @@ def fc_block(in_features, out_features):
 
 
 class AlexNetTower(Tower):
-    """Half an AlexNet for crops of 224 pixels.
+    """Half an AlexNet for crops of `size` pixels.
 
-    Taps: 1–5 convolution blocks, 6 and 7 fully connected `[B, 2048]`, 8 projection.
+    Taps: 1–5 convolution blocks, 6 and 7 fully connected `[B, 2048]`, 8 projection. Raises
+    ValueError for crops of which the poolings leave nothing.
     """
 
-    def __init__(self, in_channels, feat_dim=128):
+    def __init__(self, in_channels, feat_dim=128, size=224):
         super().__init__()
-        self.channels = c1, c2, c3, c4, c5 = 48, 128, 192, 192, 128
+        channels = c1, c2, c3, c4, c5 = 48, 128, 192, 192, 128
         self.conv_block_1 = ConvBlock(in_channels, c1, 11, 4, 2, pool=True)
         self.conv_block_2 = ConvBlock(c1, c2, 5, padding=2, pool=True)
         self.conv_block_3 = ConvBlock(c2, c3, 3, padding=1)
         self.conv_block_4 = ConvBlock(c3, c4, 3, padding=1)
         self.conv_block_5 = ConvBlock(c4, c5, 3, padding=1, pool=True)
-        self.fc6 = fc_block(c5 * 6 * 6, 2048)
+        sides = [(size + 4 - 11) // 4 + 1]  # after the first convolution, then after each pooling
+        for _ in range(3):
+            sides.append((sides[-1] - 3) // 2 + 1)
+        if sides[-1] < 1:
+            raise ValueError(f"size {size}: AlexNet takes crops of 63 pixels or more")
+        _, s1, s2, s5 = sides
+        self.shapes = list(zip(channels, (s1, s2, s2, s2, s5)))
+        self.fc6 = fc_block(c5 * s5 * s5, 2048)
         self.fc7 = fc_block(2048, 2048)
         self.fc8 = nn.Sequential(nn.Linear(2048, feat_dim))
 
     def stages(self):
+        # shapes for crops of 224 pixels
         return (self.conv_block_1,  # [B, 48, 27, 27]
                 self.conv_block_2,  # [B, 128, 13, 13]
                 self.conv_block_3,  # [B, 192, 13, 13]
@@ -63,6 +72,6 @@ class AlexNetTower(Tower):
                 self.fc8)  # [B, feat_dim]
 
 
-def alexnet(feat_dim=128, in_channels=(3, 1)):
-    """Dual-view AlexNet, `[B, C1+C2, 224, 224]` → two features `[B, feat_dim]`."""
-    return DualView(partial(AlexNetTower, feat_dim=feat_dim), in_channels)
+def alexnet(feat_dim=128, in_channels=(3, 1), size=224):
+    """Dual-view AlexNet, `[B, C1+C2, size, size]` → two features `[B, feat_dim]`."""
+    return DualView(partial(AlexNetTower, feat_dim=feat_dim, size=size), in_channels)

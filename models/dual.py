@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 class Tower(nn.Module):
     """Encoder of one view; subclasses list their `stages()`, the last of which projects, and the
-    `channels` of the taps that a linear head accepts.
+    `shapes` of the taps that a linear head accepts: (channels, side), the side None for a vector.
 
     The tap `layer` is the output of stage number `layer`, counted from 1. The last tap, which
     `layer=None` means as well, is L2-normalised: the critic of CMC (Tian, Krishnan, Isola 2020,

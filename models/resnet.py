@@ -66,20 +66,22 @@ class Bottleneck(Residual):
 
 
 class ResNetTower(Tower):
-    """ResNet of a given block, blocks per stage and width; any input size.
+    """ResNet of a given block, blocks per stage and width; any input size, `shapes` being those
+    for crops of `size` pixels.
 
     Taps: 1 stem, 2–5 stages, 6 average-pooled vector, 7 projection. The width scales the stages,
     not the stem.
     """
 
-    def __init__(self, in_channels, block, blocks, width=1, feat_dim=128):
+    def __init__(self, in_channels, block, blocks, width=1, feat_dim=128, size=224):
         super().__init__()
         channels = 64
         self.conv1 = conv(in_channels, channels, 7, 2)
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        self.channels = [channels]
+        side = -(-size // 4)  # stem and pooling halve, rounding up
+        self.shapes = [(channels, side)]
         for number, count in enumerate(blocks, 1):
             planes = int(64 * width) * 2 ** (number - 1)
             stage = []
@@ -87,8 +89,9 @@ class ResNetTower(Tower):
                 stage.append(block(channels, planes, 2 if number > 1 and i == 0 else 1))
                 channels = planes * block.expansion
             self.add_module(f"layer{number}", nn.Sequential(*stage))
-            self.channels.append(channels)
-        self.channels.append(channels)  # pooled
+            side = side if number == 1 else -(-side // 2)
+            self.shapes.append((channels, side))
+        self.shapes.append((channels, None))  # pooled
         self.fc = nn.Linear(channels, feat_dim)
         for module in self.modules():
             # on the meta device there is nothing to fill, and asking for it imports for a second
@@ -109,9 +112,10 @@ class ResNetTower(Tower):
                 self.fc)  # [B, feat_dim]
 
 
-def resnet(block, blocks, width, feat_dim=128, in_channels=(3, 1)):
-    """Dual-view ResNet, `[B, C1+C2, H, W]` → two features `[B, feat_dim]`."""
-    tower = partial(ResNetTower, block=block, blocks=blocks, width=width, feat_dim=feat_dim)
+def resnet(block, blocks, width, feat_dim=128, in_channels=(3, 1), size=224):
+    """Dual-view ResNet, `[B, C1+C2, H, W]` → two features `[B, feat_dim]`, whatever the size."""
+    tower = partial(ResNetTower, block=block, blocks=blocks, width=width, feat_dim=feat_dim,
+                    size=size)
     return DualView(tower, in_channels)
 
 
