@@ -58,6 +58,20 @@ def test_two_ranks_pretrain_to_the_weights_and_banks_of_one(drawn, tmp_path, los
         assert_close({"m": ours["momentum_buffer"]}, {"m": theirs["momentum_buffer"]}, 1e-5)
 
 
+def test_two_ranks_contrast_within_the_whole_batch(drawn, tmp_path):
+    flags = ["pre-train_DVSCL", "--data_folder", drawn, "--cache", tmp_path / "cache", "--model",
+             "resnet18v1", "--batch_size", 13, "--epochs", 1, "--contrast", "batch"]
+    states = []
+    for ranks in (1, 2):
+        done = run(ranks, *flags, "--model_path", tmp_path / str(ranks), folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        (last,) = (tmp_path / str(ranks)).glob("batch_*/last.pth")
+        states.append(checkpoint.load(last))
+    assert_close(states[0]["model"], states[1]["model"], 1e-5)
+    for ours, theirs in zip(*(state["optimizer"]["state"].values() for state in states)):
+        assert_close({"m": ours["momentum_buffer"]}, {"m": theirs["momentum_buffer"]}, 1e-5)
+
+
 @pytest.mark.parametrize("script, more", [
     ("LinearProbing_DVSCL_10fold", ["--protocol", "loso"]),
     pytest.param("fine-tune_DVSCL", ["--subject", "s1", "s2", "s3"], marks=pytest.mark.slow)])

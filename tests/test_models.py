@@ -244,3 +244,22 @@ def test_what_does_not_exist_is_refused_with_the_choices():
     for layer in (0, 8, -1):
         with pytest.raises(ValueError, match=f"layer {layer}.*1 to 7"):
             model(x, layer)
+
+
+@pytest.mark.parametrize("size", [64, 100, 112])
+@pytest.mark.parametrize("name", ["alexnet", "resnet18v1", "resnet50v1"])
+def test_heads_fit_the_taps_of_any_size(name, size):
+    model, x = create_model(name, 16, size=size).eval(), torch.randn(2, 4, size, size)
+    for layer in range(1, n_layers(name) + 1):
+        head = create_classifier(name, layer, 3, size=size)
+        assert head(*model(x, layer)).shape == (2, 3)
+        side = model(x, layer)[0].shape[-1]
+        if model(x, layer)[0].dim() == 4:  # pooled maps are never larger than the taps
+            assert head.pooling(model(x, layer)[0]).shape[-1] <= side
+    assert model(x)[0].shape == (2, 16)
+
+
+def test_a_size_of_which_alexnet_leaves_nothing_is_refused():
+    with pytest.raises(ValueError, match="63 pixels"):
+        create_model("alexnet", size=62)
+    assert create_model("alexnet", size=63)(torch.randn(2, 4, 63, 63))[0].shape == (2, 128)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from NCE import NCEAverage as module
+from NCE.BatchContrast import BatchContrast
 from NCE.NCEAverage import NCEAverage
 from NCE.NCECriterion import NCECriterion, NCESoftmaxLoss
 
@@ -388,3 +389,35 @@ def test_losses_by_hand():
 def test_empty_sizes_are_refused(sizes):
     with pytest.raises(ValueError, match="at least 1"):
         NCEAverage(*sizes)
+
+
+# ---------------------------------------------------------------- contrast within the batch
+
+def test_the_batch_is_scored_as_a_loop_over_its_pairs():
+    torch.manual_seed(0)
+    rgb, depth = (unit(5, 8).requires_grad_() for _ in range(2))
+    out_rgb, out_depth = BatchContrast(0.2)(rgb, depth, torch.arange(5))
+    for i in range(5):
+        others = [i] + [j for j in range(5) if j != i]
+        assert out_rgb[i, 0].item() == pytest.approx((rgb[i] @ depth[i]).item() / 0.2, rel=1e-5)
+        for found, one, other in ((out_rgb, rgb, depth), (out_depth, depth, rgb)):
+            assert sorted(found[i].tolist()) == pytest.approx(
+                sorted((one[i] @ other[j]).item() / 0.2 for j in others), rel=1e-5)
+    loss = sum(map(NCESoftmaxLoss(), (out_rgb, out_depth)))
+    scores = rgb @ depth.t() / 0.2
+    same = F.cross_entropy(scores, torch.arange(5)) + F.cross_entropy(scores.t(), torch.arange(5))
+    assert loss.item() == pytest.approx(same.item(), rel=1e-5)
+    ours = torch.autograd.grad(loss, (rgb, depth))
+    for a, b in zip(ours, torch.autograd.grad(same, (rgb, depth))):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_a_rank_scores_its_part_against_the_whole_batch():
+    torch.manual_seed(0)
+    rgb, depth = unit(5, 8), unit(5, 8)
+    whole, part = BatchContrast(0.1), BatchContrast(0.1)
+    mine = [rgb[3:], depth[3:]]
+    part.gather = lambda features: rgb if features is mine[0] else depth
+    for all_rows, rows in zip(whole(rgb, depth, torch.arange(5)),
+                              part(*mine, torch.tensor([3, 4]))):
+        assert torch.equal(all_rows[3:], rows)

@@ -52,6 +52,19 @@ def rendered(tmp_path_factory):
     return folder
 
 
+def test_unlabelled_pairs_show_as_many_other_people_as_asked_for(tmp_path, capsys):
+    folder = tmp_path / "set"
+    render("--data_folder", folder, *SMALL, "--unlabelled_subjects", 3)
+    pairs = table(folder / "pairs.tsv", "\t")
+    assert [row["subject"] for row in pairs] == ["spNO5", "spNO6", "spNO7"] * 2
+    labelled = {clip.subject for clip in dataset.read_clips(folder).clips}
+    assert labelled == {f"spNO{i}" for i in range(1, 5)}
+    assert all((folder / row["rgb"]).exists() for row in pairs)
+    assert "rendered with other options" in refused(capsys, "--data_folder", folder, *SMALL)
+    assert "goes with --unlabelled" in refused(
+        capsys, "--data_folder", tmp_path / "x", "--unlabelled_subjects", 3)
+
+
 @pytest.fixture(scope="module")
 def face():
     return rendering.Face("spNO1")
