@@ -1,6 +1,7 @@
 """One save and one load for all scripts: plain types and tensors only, never code."""
 import argparse
 import contextlib
+import errno
 import os
 import pickle
 import shutil
@@ -25,27 +26,44 @@ SAVED = "stopped and saved; go on with --resume auto"
 def save(path, state):
     """Writes `state` under a temporary name, flushes it to the disk and renames it.
 
-    Raises RunFailed, and keeps what is there, if a weight is not finite or the disk is full.
+    Raises RunFailed, and keeps what is there, if a weight is not finite or the file cannot be
+    written.
     """
     path = Path(path)
     for part in ("model", "classifier"):
         if not all(value.isfinite().all() for value in state.get(part, {}).values()):
             raise RunFailed(f"{path}: the weights are not finite after epoch {state['epoch']}; the "
                             f"last checkpoint is kept; lower --learning_rate")
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = beside(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (RuntimeError, OSError) as error:  # torch.save hides a full disk in a RuntimeError
-        free = shutil.disk_usage(path.parent).free
-        raise RunFailed(f"{path}: cannot be written ({free / 2 ** 20:.0f} MiB free); make room, "
-                        f"then go on with --resume auto") from error
+    except (RuntimeError, OSError) as error:
+        raise RunFailed(f"{path}: cannot be written: {_reason(error, path)}, then go on with "
+                        f"--resume auto") from error
     finally:
-        part.unlink(missing_ok=True)
+        _remove(part)
+
+
+def _reason(error, path):
+    """Why a checkpoint cannot be written, in the system's words, and what to do."""
+    cause = error
+    while cause and not isinstance(cause, OSError):  # torch.save hides it behind a RuntimeError
+        cause = cause.__cause__ or cause.__context__
+    said = cause and cause.strerror or str(cause or error).partition("\n")[0]
+    if not cause or cause.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return f"{said}; put that right"
+    return f"{said} ({shutil.disk_usage(path.parent).free / 2 ** 20:.0f} MiB free); make room"
+
+
+def _remove(part):
+    """Removes a temporary file; what keeps it from being written may keep it from that, too."""
+    with contextlib.suppress(OSError):
+        part.unlink()
 
 
 def save_epoch(folder, state):
@@ -55,14 +73,14 @@ def save_epoch(folder, state):
     """
     last, kept = Path(folder) / "last.pth", Path(folder) / f"ckpt_epoch_{state['epoch']}.pth"
     save(kept, state)
-    part = beside(last)
-    try:
+    part, linked = beside(last), False
+    with contextlib.suppress(OSError):
         os.link(kept, part)
         os.replace(part, last)
-    except OSError:
+        linked = True
+    _remove(part)
+    if not linked:
         save(last, state)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 class Keeper:
