@@ -438,8 +438,8 @@ def _pair(row, column, where, min_intensity):
         database = DATABASES[int(database)]
     if database not in DATABASES:
         raise BadInput(f"{where}: database {database!r} is not one of {', '.join(DATABASES)}")
-    return Clip(DATABASES.index(database), row.get("subject") or "", row["rgb"], -1, row["rgb"],
-                row[column])
+    return Clip(DATABASES.index(database), (row.get("subject") or "").strip(), row["rgb"], -1,
+                row["rgb"], row[column])
 
 
 def write_lists(list_folder, clips, second="depth"):

@@ -137,15 +137,15 @@ def load_encoder(opt, path, clips):
     """(encoder, about) from a checkpoint, on the CPU.
 
     about: `normalization` (the checkpoint's; the published one where it has none), `people` the
-    encoder saw (None: unknown). Raises BadInput for a checkpoint of another model, view, encoding
-    or other classes.
+    encoder is known to have seen, and whether they are `all`. Raises BadInput for a checkpoint of
+    another model, view, encoding or other classes.
     """
     encoding = clips.encoding["difference"]
     if path == "random":
         torch.manual_seed(opt.seed)
         about = {"normalization": transforms.fixed_normalization(encoding, clips.channels,
                                                                  clips.second),
-                 "people": set()}
+                 "people": set(), "all": True}
         return create_model(opt.model, in_channels=clips.channels, size=opt.size), about
     state = checkpoint.load(path)
     old = state.get("encoding") or {}
@@ -162,8 +162,7 @@ def load_encoder(opt, path, clips):
     normalization = state.get("normalization") or transforms.fixed_normalization(
         "wrap", clips.channels, clips.second)
     try:
-        people = {(int(d), str(s)) for d, s in state["seen"]["people"]} \
-            if state.get("seen") else None
+        people, all_of_them = people_seen(state.get("seen"))
         mean, std = np.float64(normalization["mean"]), np.float64(normalization["std"])
         lengths = {len(mean), len(std)} if np.isfinite([mean, std]).all() and (std > 0).all() \
             else set()
@@ -173,9 +172,19 @@ def load_encoder(opt, path, clips):
     if lengths != {sum(clips.channels)}:
         raise BadInput(f"{path}: its 'seen' or 'normalization' cannot be read; take a checkpoint "
                        f"that pre-train_DVSCL.py wrote")
-    return model, {
-        "normalization": normalization,
-        "people": people}
+    return model, {"normalization": normalization, "people": people, "all": all_of_them}
+
+
+def people_seen(seen):
+    """(persons known to be among those that an encoder saw, whether they are all) from what its
+    checkpoint says of them."""
+    if not seen:
+        return set(), False
+    # no list: some clip names no subject; checkpoints that list all the same hold an empty name
+    listed = [*seen.get("named", ()), (0, "")] if seen["people"] is None else seen["people"]
+    people = {(int(d), str(s)) for d, s in listed}
+    named = {person for person in people if person[1].strip()}
+    return named, named == people
 
 
 # ---------------------------------------------------------------- held-out persons and results
@@ -339,9 +348,9 @@ class HeldOut:
         if not np.isfinite(probabilities).all():
             raise util.RunFailed(f"the predictions for {dataset.person_name(person, self.clips)} "
                                  f"are not finite; lower --learning_rate")
-        people = self.seen[path]["people"]
-        transductive = None if people is None else any(dataset.same_person(person, other)
-                                                       for other in people)
+        seen = self.seen[path]
+        known = any(dataset.same_person(person, other) for other in seen["people"])
+        transductive = known or (False if seen["all"] else None)
         metrics.write_subject(
             self.folder, dataset.person_name(person, self.clips),
             metrics.rows_of(self.clips, members, probabilities), transductive=transductive,

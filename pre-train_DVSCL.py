@@ -189,6 +189,21 @@ def training_clips(clips, blank, out):
     return members
 
 
+def people_seen(clips, members):
+    """What the checkpoint says of whom its encoder saw: `people`, the (database, subject) pairs.
+
+    None where clips name no subject; then `named` holds those that are known all the same.
+    """
+    chosen = [clips.clips[i] for i in members]
+    named = sorted({clip.person for clip in chosen if clip.subject})
+    unnamed = sum(not clip.subject for clip in chosen)
+    if not unnamed:
+        return {"people": [list(p) for p in named], "clips": len(members)}
+    print(f"{unnamed} of these clips name no subject: results of this encoder cannot say whether "
+          f"it saw whom they hold out")
+    return {"people": None, "named": [list(p) for p in named], "clips": len(members)}
+
+
 # ---------------------------------------------------------------- model
 
 def set_model(opt, channels, n_data, device):
@@ -341,9 +356,8 @@ def pretrain(opt, argv, device, clips, images, digest, blank, without, out):
     log = util.Log(folder, curves, util.header(__file__, opt, argv, data_digest=data_digest),
                    (lambda line: line["epoch"] <= start) if resume else None,
                    writes=distributed.first())
-    people = sorted({clips.clips[i].person for i in members})
     fixed = {"opt": vars(opt), "normalization": normalization, "encoding": clips.encoding,
-             "seen": {"people": [list(p) for p in people], "clips": len(members)},
+             "seen": people_seen(clips, members),
              "data_digest": data_digest, "channels": list(clips.channels)}
     parallel = distributed.wrap(model, device, mixed[0])
 

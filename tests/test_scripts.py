@@ -390,6 +390,79 @@ def test_an_old_checkpoint_is_probed_and_transductive_is_unknown(drawn, quick, p
     assert transductive(tmp_path / "out") is None
 
 
+def pairs_naming(drawn, path, subjects):
+    """A copy of `drawn`'s pairs.tsv with these cells as its subjects; None: without the column."""
+    lines = [line.split("\t") for line in (drawn / "pairs.tsv").read_text().splitlines()]
+    place = lines[0].index("subject")
+    for line, subject in zip(lines[1:], subjects or lines[1:]):
+        line[place] = subject
+    if subjects is None:
+        lines = [line[:place] + line[place + 1:] for line in lines]
+    path.write_text("".join("\t".join(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def strangers(tmp_path_factory):
+    """A drawn data set of s1 to s6; `drawn` holds s1 to s4."""
+    folder = tmp_path_factory.mktemp("strangers")
+    draw_set(folder, subjects=6, per_subject=2)
+    return folder
+
+
+@pytest.mark.parametrize("pool, subjects, named, of_s1, of_s5", [
+    ("unlabelled", None, [], None, None),
+    ("unlabelled", ["s2", " ", "", "s2", "s3", "S.5"], ["S.5", "s2", "s3"], None, True),
+    ("unlabelled", ["s2", "s3", "s2", "s3", "s2", "s3"], None, False, False),
+    ("both", None, ["s1", "s2", "s3", "s4"], True, None),
+    ("both", ["s1", "s2", "s3", "s4", "", "s2"], ["s1", "s2", "s3", "s4"], True, None)])
+def test_who_was_seen_is_unknown_where_a_pair_names_nobody(
+        drawn, strangers, quick, small_crops, tmp_path, capsys, pool, subjects, named, of_s1,
+        of_s5):
+    pairs = pairs_naming(drawn, tmp_path / "pairs.tsv", subjects)
+    (tmp_path / "encoding.json").write_text((drawn / "encoding.json").read_text())
+    pretrain("--data_folder", drawn, *quick, "--model_path", tmp_path / "runs", "--pairs", pairs,
+             "--pool", pool)
+    unnamed = 6 if subjects is None else sum(not name.strip() for name in subjects)
+    assert (f"{unnamed} of these clips name no subject" in capsys.readouterr().out) \
+        == (unnamed > 0)
+    path = only(tmp_path / "runs") / "last.pth"
+    seen = load(path)["seen"]
+    assert seen["clips"] == (6 if pool == "unlabelled" else 17)
+    if named is None:
+        assert "named" not in seen and all(name for _, name in seen["people"])
+    else:
+        assert seen["people"] is None and seen["named"] == [[0, name] for name in named]
+    for subject, expected in (("s1", of_s1), ("s5", of_s5)):
+        out = tmp_path / subject
+        probe("--data_folder", strangers, *quick, "--model_path", path, "--save_path", out,
+              "--protocol", "loso", "--subject", subject)
+        assert transductive(out) is expected
+        word = {True: "yes", False: "no", None: "unknown"}[expected]
+        assert f"transductive: {word}" in capsys.readouterr().out
+
+
+def test_an_empty_name_in_a_checkpoint_is_somebody_unknown(drawn, quick, pretrained, small_crops,
+                                                           tmp_path):
+    people = [[0, ""], [0, "s1"]]
+    torch.save(load(pretrained) | {"seen": {"people": people, "clips": 6}}, tmp_path / "x.pth")
+    for subject, expected in (("s1", True), ("s2", None)):
+        finetune("--data_folder", drawn, *quick, "--model_path", tmp_path / "x.pth",
+                 "--save_path", tmp_path / subject, "--subject", subject, "--freeze_encoder")
+        assert transductive(tmp_path / subject) is expected
+
+
+@pytest.mark.parametrize("seen, people, all_of_them", [
+    ({"people": [[0, "s1"], [1, "s1"]]}, {(0, "s1"), (1, "s1")}, True),
+    ({"people": []}, set(), True), ({"people": [[0, ""]]}, set(), False),
+    ({"people": [[0, ""], [1, " "], [1, "s1"]]}, {(1, "s1")}, False),
+    ({"people": None, "named": [[0, "s1"]]}, {(0, "s1")}, False),
+    ({"people": None, "named": []}, set(), False), ({"people": None}, set(), False),
+    ({}, set(), False), (None, set(), False)])
+def test_whom_an_encoder_saw_and_whether_these_are_all(seen, people, all_of_them):
+    assert evaluation.people_seen(seen) == (people, all_of_them)
+
+
 # ---------------------------------------------------------------- fine-tuning
 
 def tuned(drawn, quick, path, out, *flags):
