@@ -26,7 +26,8 @@ PUBLISHED = Path(__file__).with_name("published.csv")
 # options that say where and how a run was made, not what it computes
 BOOKKEEPING = checkpoint.FREE_TO_CHANGE - {"model_path", "data_folder", "list_folder", "pairs",
                                            "subject"}
-HEAD = ("", "clips / subjects", "UF1", "UAR", "accuracy")
+HEAD = ("", "clips / subjects", "UF1", "UAR", "accuracy", "transductive")
+TRANSDUCTIVE = {True: "yes", False: "no", None: "unknown"}
 
 
 def parse_option(argv):
@@ -57,6 +58,7 @@ def read_results(path):
         assert all(isinstance(found["opt"][name], kind) for name, kind in (
             ("model", str), ("model_path", str), ("encoder", str), ("seed", int)))
         assert isinstance(found["n_label"], int) and found["n_label"] == len(found["confusion"])
+        assert found.get("transductive") in TRANSDUCTIVE
     except FileNotFoundError:
         raise BadInput(f"{path}: missing; name a results.json")
     except (ValueError, AssertionError, TypeError, AttributeError, KeyError, RecursionError):
@@ -117,9 +119,15 @@ def title(found):
            + (f", {opt['tag']}" if opt.get("tag") else "")
 
 
-def row(name, found, cells):
+def row(name, found, cells, transductive=""):
     """One row of figures; `found` says of how many clips and subjects."""
-    return [name, f"{found['n']} / {found['n_subjects']}", *cells]
+    return [name, f"{found['n']} / {found['n_subjects']}", *cells, transductive]
+
+
+def saw_held_out(results):
+    """Whether an encoder of these results saw held-out subjects: yes, no, or unknown."""
+    known = {found.get("transductive") for found in results}
+    return TRANSDUCTIVE[True if True in known else None if None in known else False]
 
 
 def plain(scores):
@@ -149,18 +157,23 @@ def seed_rows(results, figures):
             cells = metrics.over_seeds(its)
             rows.append(row(f"{', '.join(map(str, numbers))}: {title(members[0])}, mean and "
                             f"standard deviation over {len(group)} seeds", its[0],
-                            ["{:.3f} ± {:.3f}".format(*cells[m]) for m in MEASURES]))
+                            ["{:.3f} ± {:.3f}".format(*cells[m]) for m in MEASURES],
+                            saw_held_out(members)))
     return rows
 
 
 def result_table(results, figures, note):
-    """Baselines, then each result with intervals and its databases, then means over seeds."""
+    """Baselines, then each result with intervals and its databases, then means over seeds.
+
+    Transductive: an encoder saw held-out subjects, as the results say of all their clips.
+    """
     rows = [row(f"baseline: {name.replace('_', ' ')}", figures[0], plain(scores))
             for name, scores in figures[0]["baselines"].items()]
     for number, (found, its) in enumerate(zip(results, figures), 1):
         ci = its["ci95"]
         rows.append(row(f"{number}: {title(found)}", its, [
-            f"{its[m]:.3f} [{ci[m][0]:.3f}, {ci[m][1]:.3f}]" for m in MEASURES]))
+            f"{its[m]:.3f} [{ci[m][0]:.3f}, {ci[m][1]:.3f}]" for m in MEASURES],
+            saw_held_out([found])))
         if len(its["per_database"]) > 1:
             rows += [row(f"{number}: {database} of these", part, plain(part))
                      for database, part in its["per_database"].items()]

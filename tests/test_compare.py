@@ -125,7 +125,8 @@ def make(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "draw_confusion", lambda *_: None)
     labels = np.random.default_rng(0).choice(3, 40, p=[0.5, 0.3, 0.2])
 
-    def write(name, skill, keep=40, labels=labels, databases=("casme3",), about=None, **options):
+    def write(name, skill, keep=40, labels=labels, databases=("casme3",), about=None,
+              transductive=False, **options):
         rng = np.random.default_rng(int(skill * 1000) + options.get("seed", 0))
         rows = []
         for i, label in enumerate(labels[:keep]):
@@ -135,7 +136,8 @@ def make(tmp_path, monkeypatch):
                          "probabilities": np.eye(3)[guess].tolist()})
         for person in {(r["database"], r["subject"]) for r in rows}:
             metrics.write_subject(
-                tmp_path / name, "_".join(person), transductive=False, checkpoint=None, sha256=None,
+                tmp_path / name, "_".join(person), transductive=transductive, checkpoint=None,
+                sha256=None,
                 rows=[r for r in rows if (r["database"], r["subject"]) == person])
         metrics.write_results(tmp_path / name, {
             "opt": {**OPTIONS, **options}, "protocol": "loso", "data_digest": "d" * 64,
@@ -277,6 +279,10 @@ def edit(name, change):
      "not a results."),
     (edit("results.json", lambda t: re.sub(r'"seed": \d', '"seed": [0]', t)), "not a results."),
     (edit("results.json", lambda t: t.replace('"opt": {', '"opt": 3, "x": {')), "not a results."),
+    (edit("results.json", lambda t: t.replace('"transductive": false', '"transductive": "no"')),
+     "not a results."),
+    (edit("results.json", lambda t: t.replace('"transductive": false', '"transductive": []')),
+     "not a results."),
     (edit("predictions.csv", lambda t: ""), "needs the columns"),
     (edit("predictions.csv", lambda t: t.replace("label", "lable")), "needs the columns"),
     (edit("predictions.csv", lambda t: t + t.splitlines()[1] + "\n"), "predictions.csv:42: a clip"),
@@ -342,6 +348,28 @@ def test_several_databases_have_rows_of_their_own(make, capsys):
         mine = [r for r in read(a) if r["database"] == database]
         expected = uf1(column(mine, "label"), column(mine, "prediction"), 3)
         assert rows[f"1: {database} of these"][:2] == ["20 / 8", f"{expected:.3f}"]
+
+
+def test_whether_held_out_subjects_were_seen_has_a_column(make, capsys):
+    """Seeds 0 to 2 of one system of whose checkpoints one does not say, and 3 and 4 of another."""
+    paths = [make(f"probe_{s}", 0.7, seed=s, databases=("smic", "samm"), transductive=value,
+                  learning_rate=rate)
+             for s, (value, rate) in enumerate([(False, 1), (None, 1), (False, 1), (True, 2),
+                                                (None, 2), (False, 3), (False, 3)])]
+    found = json.loads(paths[2].read_text())
+    del found["transductive"]  # as who wrote none
+    paths[2].write_text(json.dumps(found))
+    rows = tables(compare(capsys, *paths))["Held-out subjects,"]
+    place = rows[0].index("transductive")
+    assert all(len(r) == len(rows[0]) for r in rows)
+    words = {r[0].split(":")[0]: r[place] for r in rows if "of these" not in r[0]}
+    assert words == {"": "transductive", "baseline": "", "1": "no", "2": "unknown", "3": "unknown",
+                     "4": "yes", "5": "unknown", "6": "no", "7": "no", "1, 2, 3": "unknown",
+                     "4, 5": "yes", "6, 7": "no"}
+    assert {r[place] for r in rows if "of these" in r[0]} == {""}
+    lines = [line for line in compare(capsys, "--latex", *paths).splitlines() if "alexnet" in line]
+    for line, word in zip(lines, list(words.values())[2:], strict=True):
+        assert line.endswith(f" & {word} " + 2 * "\\")
 
 
 def test_rendered_data_are_named(make, capsys):
