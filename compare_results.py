@@ -23,6 +23,7 @@ from metrics import MEASURES
 from util import BadInput
 
 PUBLISHED = Path(__file__).with_name("published.csv")
+VERIFIED = ("verified", "unverified")  # whether both figures were seen in the source named
 # options that say where and how a run was made, not what it computes
 BOOKKEEPING = checkpoint.FREE_TO_CHANGE - {"model_path", "data_folder", "list_folder", "pairs",
                                            "subject"}
@@ -213,19 +214,20 @@ def test_table(results, figures, clips):
 def published_table(path=PUBLISHED):
     """The literature's figures; raises BadInput."""
     columns = ("method", "year", "source", "database", "n", "classes", "epoch_selection", "uf1",
-               "uar")
+               "uar", "verified")
     try:
         with open(path, encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file, strict=True)
             rows = [[line[column] for column in columns] for line in reader]
-        assert all(all(cells) for cells in rows)
+        assert all(all(cells) and cells[-1] in VERIFIED for cells in rows)
     except FileNotFoundError:
         raise BadInput(f"{path}: missing; it belongs beside compare_results.py")
     except (KeyError, AssertionError, UnicodeDecodeError, csv.Error):
         raise BadInput(f"{path}: needs the columns {','.join(columns)}, no field empty; 'not "
-                       f"stated' where a paper is silent")
+                       f"stated' where a paper is silent, and {' or '.join(VERIFIED)} at the end")
     return ("Published figures, not comparable with those above: other clips, other splits, and "
-            "mostly no word on how the epoch was chosen",
+            "mostly no word on how the epoch was chosen; verified: both figures were seen in the "
+            "source named, unverified: they were not",
             [{"uf1": "UF1", "uar": "UAR"}.get(c, c.replace("_", " ")) for c in columns], rows)
 
 

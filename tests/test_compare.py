@@ -421,20 +421,28 @@ def test_published_figures_stand_apart_and_are_complete(make, capsys):
     assert "Published figures, not comparable" in printed
     rows = tables(printed)["Published figures,"]
     assert rows[0] == ["method", "year", "source", "database", "n", "classes", "epoch selection",
-                       "UF1", "UAR"]
+                       "UF1", "UAR", "verified"]
     assert len(rows) > 20 and len({tuple(r[:6]) for r in rows}) == len(rows)
     for r in rows[1:]:
         assert all(r) and 2000 <= int(r[1]) <= 2030 and int(r[5]) > 1
         assert r[4] == "not stated" or int(r[4]) > 0
         assert 0 < float(r[7]) < 1 and 0 < float(r[8]) < 1
+        # nobody has seen more of them in their sources; who does says so in published.csv
+        assert r[9] == ("verified" if r[0].startswith("Micron-BERT") and r[5] == "4"
+                        else "unverified")
     composite = {r[0]: r for r in rows if r[3] == "MEGC2019 composite"}
     assert composite["STSTNet (Liong et al.)"][4:] \
-        == ["442", "3", "not stated", "0.7353", "0.7605"]
+        == ["442", "3", "not stated", "0.7353", "0.7605", "unverified"]
 
 
-def test_a_gap_among_the_published_figures_is_refused(make, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("row", ["x,2020,y,z,,3,w,0.5,0.5,verified", "x,2020,y,z,5,3,w,0.5,0.5,",
+                                 "x,2020,y,z,5,3,w,0.5,0.5", "x,2020,y,z,5,3,w,0.5,0.5,yes"])
+def test_a_gap_among_the_published_figures_is_refused(make, capsys, tmp_path, monkeypatch, row):
     a, path = make("a", 0.9), tmp_path / "published.csv"
-    path.write_text(compare_results.PUBLISHED.read_text() + "x,2020,y,z,,3,w,0.5,0.5\n")
     monkeypatch.setattr(compare_results.published_table, "__defaults__", (path,))
+    path.write_text(compare_results.PUBLISHED.read_text() + "x,2020,y,z,5,3,w,0.5,0.5,verified\n")
+    assert "| x | 2020 | y | z | 5 | 3 | w | 0.5 | 0.5 | verified |" \
+        in compare(capsys, "--published", a)
+    path.write_text(compare_results.PUBLISHED.read_text() + row + "\n")
     line = refused(capsys, "--published", a)
-    assert str(path) in line and "no field empty" in line
+    assert str(path) in line and "no field empty" in line and "verified or unverified" in line
