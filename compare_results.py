@@ -6,11 +6,13 @@
 UF1, UAR and accuracy with 95 % intervals over subjects; results that differ in the seed alone also
 as mean and standard deviation; for each pair a permutation test of the UF1 difference that swaps
 whole subjects. Figures come from the predictions.csv beside each results.json. Markdown, or LaTeX
-for the package booktabs. Seconds.
+for the packages booktabs and rotating: a table too large for the page is turned or made smaller.
+Seconds.
 """
 import csv
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 
@@ -182,15 +184,21 @@ def result_table(results, figures, note):
             rows + seed_rows(results, figures))
 
 
+def shown(value):
+    """An option's value as text."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False).replace("null", "none")
+
+
 def option_table(results):
     """The options (and stage, protocol, data) that are not the same in all results."""
     settings = [{"stage": found["stage"], "protocol": found["protocol"],
                  "data": str(found.get("data_digest"))[:8], **found["opt"]} for found in results]
     names = dict.fromkeys(name for each in settings for name in each if name not in BOOKKEEPING)
-    values = {name: [json.dumps(each[name]) if name in each else "-" for each in settings]
+    values = {name: [shown(each[name]) if name in each else "-" for each in settings]
               for name in names}
-    rows = [[name, *(v.strip('"').replace("null", "none") for v in values[name])]
-            for name in names if len(set(values[name])) > 1]
+    rows = [[name, *values[name]] for name in names if len(set(values[name])) > 1]
     return "What changed in the options", ("option", *map(str, range(1, len(results) + 1))), rows
 
 
@@ -247,17 +255,44 @@ LATEX = {"\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "~": r"\textasciitil
 
 
 def escape(text):
-    """Text for LaTeX: special characters escaped, minus signs set as such."""
+    """Text for LaTeX: special characters escaped, minus signs set as such, no dash made of two."""
     text = "".join(LATEX.get(c, c) for c in str(text))
-    return re.sub(r"^-(?=\d)", "$-$", text)
+    return re.sub(r"-(?=-)", "-{}", re.sub(r"^-(?=\d)", "$-$", text))
+
+
+LONG = 44  # characters; longer cells are broken into lines of 20 em
+PAGE = 345, 550  # width and height of the text of the class article, in points
+PREAMBLE = r"% \usepackage{booktabs,rotating}"
+
+
+def latex_cell(text):
+    """A cell, broken into lines if it is long, paths at their separators too."""
+    if len(text) <= LONG:
+        return escape(text)
+    text = re.sub(r"/|\\_", r"\g<0>\\allowbreak{}", escape(text))
+    return rf"\parbox[t]{{20em}}{{\raggedright {text}\strut}}"
 
 
 def latex(caption, head, rows):
-    """A table as a LaTeX float with booktabs."""
-    lines = [" & ".join(map(escape, line)) + r" \\" for line in (head, *rows)]
-    return "\n".join([r"\begin{table}", r"\centering", rf"\caption{{{escape(caption)}}}",
-                      rf"\begin{{tabular}}{{{'l' * len(head)}}}", r"\toprule", lines[0],
-                      r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}", r"\end{table}"])
+    """A table as a LaTeX float with booktabs, turned if it is far too wide for the page, and shrunk
+    as far as it is too large all the same."""
+    # about 5 points a letter, 12 between columns and from line to line
+    longest = [min(max(map(len, column)), LONG) for column in zip(head, *rows)]
+    wide = sum(5 * n + 12 for n in longest)
+    high = sum(12 * math.ceil(max(1, *map(len, line)) / LONG) for line in (head, *rows))
+    turned = wide > 1.4 * PAGE[0] and high * PAGE[1] / wide < 0.8 * PAGE[0]
+    before, after = [], ""
+    if wide > PAGE[0] or high > 0.8 * PAGE[1]:
+        room = r"0.8\textwidth" if turned else r"0.8\textheight"
+        before = [rf"\resizebox*{{!}}{{\ifdim\totalheight>{room} {room}\else\totalheight\fi}}{{%",
+                  r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"]
+        after = "}}"
+    float_ = "sidewaystable" if turned else "table"
+    lines = [" & ".join(map(latex_cell, line)) + r" \\" for line in (head, *rows)]
+    return "\n".join([rf"\begin{{{float_}}}", r"\centering", rf"\caption{{{escape(caption)}}}",
+                      *before, rf"\begin{{tabular}}{{{'l' * len(head)}}}", r"\toprule", lines[0],
+                      r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}" + after,
+                      rf"\end{{{float_}}}"])
 
 
 @util.command_line
@@ -283,7 +318,7 @@ def main(argv=None):
     if opt.published:
         tables.append(published_table())
     show = latex if opt.latex else markdown
-    print("\n\n".join(show(*table) for table in tables))
+    print("\n\n".join([PREAMBLE] * opt.latex + [show(*table) for table in tables]))
     if opt.picture:
         pictures.draw_comparison(
             opt.picture, [(f"{number}: {title(found)}", its["uf1"], its["ci95"]["uf1"])

@@ -3,6 +3,8 @@ import csv
 import itertools
 import json
 import re
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -385,11 +387,13 @@ def test_latex_holds_the_same_cells_escaped(make, capsys):
              make("probe_c", 0.3, seed=2)]
     printed = compare(capsys, "--latex", "--published", *paths)
     expected = tables(compare(capsys, "--published", *paths))
-    assert printed.count(r"\begin{table}") == printed.count(r"\end{table}") == 4
+    assert [printed.count(rf"\begin{{{kind}}}") for kind in ("table", "sidewaystable")] \
+        == [printed.count(rf"\end{{{kind}}}") for kind in ("table", "sidewaystable")] == [2, 2]
+    assert printed.startswith("% \\usepackage{booktabs,rotating}\n\n\\begin{")
     assert r"50\%\_of\{it\}\&co\textbar{}\#1\$" in printed
     blocks = re.findall(r"\\begin\{tabular\}\{(l+)\}\n\\toprule\n(.*?)\\bottomrule", printed, re.S)
     back = [(r"\textbackslash{}", "\\"), (r"\textasciicircum{}", "^"), (r"\textbar{}", r"\|"),
-            (r"$\pm$", "±"), ("$-$", "-"), ("{[}", "["), ("{]}", "]"),
+            (r"$\pm$", "±"), ("$-$", "-"), ("-{}-", "--"), ("{[}", "["), ("{]}", "]"),
             *((f"\\{c}", c) for c in "&%$#_{}")]
     for (columns, body), rows in zip(blocks, expected.values()):
         lines = [line for line in body.splitlines() if line != r"\midrule"]
@@ -399,7 +403,10 @@ def test_latex_holds_the_same_cells_escaped(make, capsys):
             found = re.split(r"(?<!\\)&", line[:-3])
             assert len(found) == len(columns) == len(cells)
             for cell, text in zip(found, cells):
-                cell = cell.strip()
+                cell = cell.strip().replace(r"\allowbreak{}", "")
+                whole = cell.removeprefix(r"\parbox[t]{20em}{\raggedright ")
+                assert (whole != cell) == (len(text) > 44)
+                cell = whole.removesuffix(r"\strut}") if whole != cell else cell
                 for escaped, plain in back:
                     cell = cell.replace(escaped, plain)
                 assert cell == text
@@ -408,8 +415,61 @@ def test_latex_holds_the_same_cells_escaped(make, capsys):
         == printed.count("}") - printed.count(r"\}")
 
 
+def compiled(printed, folder):
+    """The text of the PDF that pdflatex makes of these tables, page by page, and its log.
+
+    An underscore is set as a rule, which is no text: an = takes its place.
+    """
+    (folder / "tables.tex").write_text(printed, encoding="utf-8")
+    (folder / "paper.tex").write_text(
+        "\\documentclass{article}\n\\usepackage{booktabs,rotating}\n\\renewcommand{\\_}{=}\n"
+        "\\begin{document}\n\\input{tables}\n\\end{document}\n")
+    for _ in range(2):  # which way a page is turned stands in paper.aux
+        done = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper"],
+                              cwd=folder, capture_output=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stdout.decode(errors="replace")[-2000:]
+    assert (folder / "paper.pdf").stat().st_size > 5000
+    text = subprocess.run(["pdftotext", "paper.pdf", "-"], cwd=folder, capture_output=True,
+                          check=True).stdout.decode() if shutil.which("pdftotext") else None
+    return text, (folder / "paper.log").read_text(errors="replace")
+
+
+NASTY = r"a_b%c&d#e~f^g\h±i{j}$k|l<m>n[o]--p"
+
+
+def test_an_option_is_shown_as_it_was_given(make, capsys):
+    paths = [make("probe_a", 0.9, tag=NASTY, rates=None), make("probe_b", 0.9, rates=[0.1, None])]
+    rows = tables(compare(capsys, *paths))["What changed"]
+    assert ["tag", NASTY.replace("|", r"\|"), ""] in rows
+    assert ["rates", "none", "[0.1, none]"] in rows
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX is installed")
+@pytest.mark.parametrize("n", [1, 4, 13])
+def test_latex_compiles_and_stays_on_its_page(make, capsys, tmp_path, monkeypatch, n):
+    """Up to 13 results, whose 78 tests are more lines than a page has."""
+    monkeypatch.setattr(metrics, "DRAWS", 20)
+    run = "runs/memory_softmax_4096_alexnet_lr_0.003_decay_0.0001_bsz_32_view_RGB_D_seed_0/last.pth"
+    paths = [make(f"probe_{i}", 0.5, seed=i, tag=NASTY, transductive=None if i else True,
+                  databases=("smic", "samm"), **{} if i % 2 else {"model_path": run})
+             for i in range(n)]
+    text, log = compiled(compare(capsys, "--latex", "--published", *paths), tmp_path)
+    assert not re.findall(r"Overfull.*|Float too large.*|Missing character.*|Too many.*", log)
+    if text is None:
+        pytest.skip("no pdftotext to read the PDF with")
+    words = "".join(text.split()).translate(str.maketrans("˜ˆ", "~^"))
+    # in the name of each result and of the means over seeds
+    assert words.count(NASTY.replace("_", "=")) == n + 2 * (n > 2)
+    assert words.count("unknown") == n - 1 + (n > 2)
+    marks = compare_results.PUBLISHED.read_text().count("unverified")
+    assert words.count("unverified") == marks + 1  # and in the caption
+    assert "CAS(ME)^3" in words and "0.7353" in words
+
+
 def test_a_minus_and_a_bracket_do_not_become_commands():
     assert compare_results.escape("-0.031") == "$-$0.031"
+    assert compare_results.escape("a---b -- c-d") == "a-{}-{}-b -{}- c-d"
     assert compare_results.escape("[x] a-b ± ^\\~") \
         == r"{[}x{]} a-b $\pm$ \textasciicircum{}\textbackslash{}\textasciitilde{}"
 
