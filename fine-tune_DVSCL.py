@@ -270,8 +270,8 @@ def save(opt, held, group, about, epoch, model, head, members, within=None, **st
 
     within: what is done of the epoch after `epoch`.
     """
-    clips = held.clips
-    people = sorted({clips.clips[i].person for i in members})
+    clips, before = held.clips, held.seen[group.path]  # whom the encoder saw before
+    people = [list(p) for p in sorted({clips.clips[i].person for i in members} | before["people"])]
     checkpoint.save(held.last(group.unit), {
         "opt": vars(opt), "epoch": epoch, "within": within or {}, "unit": group.unit,
         "model": model.state_dict(),
@@ -279,7 +279,8 @@ def save(opt, held, group, about, epoch, model, head, members, within=None, **st
         "view": opt.view, "channels": list(clips.channels), "encoding": clips.encoding,
         "normalization": about["normalization"], "data_digest": held.header["data_digest"],
         "encoder_sha256": held.sha256[group.path],
-        "seen": {"people": [list(p) for p in people], "clips": len(members)},
+        "seen": {"people": people if before["all"] else None, "named": people,
+                 "clips": len(members)},
         **states})
 
 

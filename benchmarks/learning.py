@@ -38,6 +38,8 @@ import util
 
 PEOPLE = 250  # in the unlabelled pool
 SIZES = {"resnet18v1": 56, "alexnet": 112}  # crops, pixels, that two cores can do
+# whose maps have about the 7 x 7 cells there that the usual layer 5 has for crops of 224 pixels
+LAYERS = {"resnet18v1": 3, "alexnet": 4}
 
 
 def parse_option(argv):
@@ -110,7 +112,7 @@ class Bench:
         root = self.work / "results" / f"{name}_{model}_{seed}"
         importlib.import_module(script).main([
             "--data_folder", data, "--model_path", path, "--save_path", root, "--protocol",
-            "10fold", *self.shared(model, seed), *flags])
+            "10fold", "--layer", LAYERS[model], *self.shared(model, seed), *flags])
         return next(root.glob("*/results.json")).parent
 
     def probe(self, *args):
@@ -197,7 +199,8 @@ def ceiling(bench, pool, data, lists):
     root = bench.work / "results" / "ceiling"
     importlib.import_module("fine-tune_DVSCL").main([
         "--data_folder", pool, "--list_folder", lists, "--subject", "all", "--save_path", root,
-        "--model_path", "random", *bench.shared("resnet18v1", 0), *scratch(
+        "--model_path", "random", "--layer", LAYERS["resnet18v1"],
+        *bench.shared("resnet18v1", 0), *scratch(
             max(2, round(bench.opt.seen / 5000)))])
     (path,) = root.glob("*/last.pth")
     predict = importlib.import_module("predict_DVSCL")
@@ -269,6 +272,10 @@ def main_rows(bench, sets, pools):
         bench.row(f"{title}, probe", [bench.probe(name, model, s, sets[s], paths[name, s])
                                       for s in seeds])
     middle = str(sorted(opt.pools)[len(opt.pools) // 2])
+    for title, of in (("untrained", "random"), (f"pre-trained on {middle}", None)):
+        bench.row(f"{title}, probe of layer 6", [
+            bench.probe(f"{title.split()[0]}_layer6", model, s, sets[s], of or paths[middle, s],
+                        "--layer", 6) for s in seeds])
     for view in ("rgb", "depth"):
         bench.row(f"the same, {middle} pairs, {view} alone", [
             bench.probe(f"{middle}_{view}", model, s, sets[s], paths[middle, s], "--encoder", view)
