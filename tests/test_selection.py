@@ -12,6 +12,8 @@ from sklearn.metrics import f1_score
 from test_scripts import curves, only, rows
 
 import dataset
+import evaluation
+import logistic
 import metrics
 import pictures
 import probing
@@ -45,26 +47,32 @@ def nested(data, held_out=range(FOLDS), labels=None):
     labels = own if labels is None else labels
     names = [f"fold{f}" for f in held_out]
     inner = probing.InnerFolds(names, labels, CLASSES, fold_of, list(held_out), groups, RATES)
-    heads = probing.FoldHeads(inner.names, DIM, CLASSES, 3, "cpu")
+    training = probing.training_clips(fold_of, inner.held_out) & torch.from_numpy(inner.allowed)
+    heads = probing.FoldHeads(inner.names, logistic.statistics(features, training), CLASSES, 3)
     probing.train_heads(heads, features, 1, labels, fold_of, inner.held_out, options(),
                         inner=inner, on_epoch=lambda e, _: inner.look(e, heads, features))
-    return inner
+    inner.keep_best(heads)
+    return inner, heads
 
 
 def alone(data, fold, group, rate, epochs):
     """One head that trains without the fold and the inner group (None: with all groups), by the
-    same SGD but on its own; predictions of all clips and its weight."""
+    same SGD but on its own, on features standardised by hand; logits of all clips, its weight."""
     features, labels, fold_of, groups = data
     apart = np.where((fold_of == fold) | (groups == group), 0, 1)
-    head = probing.FoldHeads([f"fold{fold}"], DIM, CLASSES, 3, "cpu")
-    probing.train_heads(head, features, 1, labels, apart, [0],
+    rows = features[:, apart == 1].reshape(-1, DIM)
+    seen = (features - rows.mean(0)) / rows.std(0, correction=0)
+    plain = logistic.Statistics(torch.zeros(1, DIM), torch.ones(1, DIM),
+                                torch.ones(1, DIM, dtype=torch.bool))
+    head = probing.FoldHeads([f"fold{fold}"], plain, CLASSES, 3)
+    probing.train_heads(head, seen, 1, labels, apart, [0],
                         options(epochs=epochs, learning_rate=rate))
-    return head(features[0])[:, 0].argmax(1).numpy(), head.weight[0].detach()
+    return head(seen[0])[:, 0].detach(), head.weight[0].detach()
 
 
 def test_the_choice_is_that_of_a_loop_over_outer_and_inner_folds(data):
     features, labels, fold_of, groups = data
-    inner = nested(data)
+    inner, heads = nested(data)
     for fold in range(FOLDS):
         tried = {}
         for epochs in range(1, 5):
@@ -72,7 +80,7 @@ def test_the_choice_is_that_of_a_loop_over_outer_and_inner_folds(data):
                 said = np.empty(N, int)
                 for group in range(3):
                     left = groups == group
-                    said[left] = alone(data, fold, group, rate, epochs)[0][left]
+                    said[left] = alone(data, fold, group, rate, epochs)[0].argmax(1)[left]
                 train = fold_of != fold
                 tried[epochs, rate] = f1_score(labels[train], said[train], average="macro",
                                                labels=range(CLASSES), zero_division=0)
@@ -80,8 +88,9 @@ def test_the_choice_is_that_of_a_loop_over_outer_and_inner_folds(data):
         chosen = inner.chosen(fold)
         assert (chosen["epochs"], chosen["learning_rate"]) == best
         assert chosen["inner_uf1"] == pytest.approx(tried[best], abs=1e-9)
-        weight = alone(data, fold, None, best[1], best[0])[1]
-        assert torch.allclose(inner.state["weight"][fold], weight, atol=1e-5)
+        logits, weight = alone(data, fold, None, best[1], best[0])
+        assert torch.allclose(heads.weight[fold], weight, atol=1e-5)
+        assert torch.allclose(heads(features[0])[:, fold], logits, atol=1e-4)
     assert len({tuple(inner.chosen(f).values()) for f in range(FOLDS)}) > 1
 
 
@@ -89,14 +98,15 @@ def test_garbage_labels_of_the_held_out_fold_change_neither_choice_nor_weights(d
     _, labels, fold_of, _ = data
     for fold in (0, 4):
         garbage = np.where(fold_of == fold, (labels + 1) % CLASSES, labels)
-        plain, other = nested(data), nested(data, labels=garbage)
+        (plain, heads), (other, found) = nested(data), nested(data, labels=garbage)
         assert plain.chosen(fold) == other.chosen(fold)
-        assert torch.equal(plain.state["weight"][fold], other.state["weight"][fold])
+        assert torch.equal(heads.weight[fold], found.weight[fold])
+        assert torch.equal(heads.bias[fold], found.bias[fold])
         assert any(plain.chosen(f) != other.chosen(f) for f in range(FOLDS))
 
 
 def test_a_fold_chooses_the_same_alone_as_among_others(data):
-    every, some = nested(data), nested(data, [1, 4])
+    every, some = nested(data)[0], nested(data, [1, 4])[0]
     for fold in (1, 4):
         assert every.chosen(fold) == some.chosen(fold)
 
@@ -110,6 +120,74 @@ def test_probing_with_inner_selection_from_end_to_end(drawn, quick, pretrained, 
     assert all(c["epochs"] in (1, 2, 3) and c["learning_rate"] in (0.05, 0.5)
                for c in results["choices"].values())
     assert results["n"] == 12 and "oracle_best_epoch" not in results
+
+
+def test_solved_heads_choose_a_penalty_and_follow_no_epochs(drawn, cache, pretrained, tmp_path,
+                                                            capsys):
+    flags = ["--data_folder", drawn, "--cache", cache, "--model", "resnet18v1", "--protocol",
+             "loso", "--model_path", pretrained]
+    probe(*flags, "--save_path", tmp_path / "inner")
+    folder = only(tmp_path / "inner")
+    assert folder.name.startswith("probe_memory_") and "_layer_6_l2_inner_loso_both_seed_0" in \
+        folder.name
+    results = json.loads((folder / "results.json").read_text())
+    assert results["choices"].keys() == {"s1", "s2", "s3", "s4"}
+    assert all(c["l2"] in probing.GRID and 0 <= c["inner_uf1"] <= 1 and len(c) == 2
+               for c in results["choices"].values())
+    assert "oracle_best_epoch" not in results and results["opt"]["solver"] == "lbfgs"
+    chosen = [c["l2"] for c in results["choices"].values()]
+    assert f"chosen by inner folds: penalty (--l2) {min(chosen):g} to {max(chosen):g}" in \
+        capsys.readouterr().out
+    lines = util.read_log(folder)[1:]
+    assert [line["l2"] for line in lines] == list(probing.GRID)
+    assert all(0 <= line["inner_uf1"] <= 1 and 0 <= line["train_accuracy"] <= 1 for line in lines)
+    probe(*flags, "--save_path", tmp_path / "fixed", "--l2", 0.003)
+    folder = only(tmp_path / "fixed")
+    assert "_layer_6_l2_0.003_loso_both_seed_0" in folder.name
+    results = json.loads((folder / "results.json").read_text())
+    assert all(c == {"l2": 0.003} for c in results["choices"].values())
+    assert len(results["choices"]) == 4 and "oracle_best_epoch" not in results
+    assert [line["l2"] for line in util.read_log(folder)[1:]] == [0.003]
+    assert "chosen by inner folds" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, name", [
+    (["--epochs", "4"], "sgd_lr_0.1_decay_0.0001_bsz_256"),
+    (["--learning_rate=0.3", "--lr_decay_epochs", "9"], "sgd_lr_0.3_decay_0.0001_bsz_256"),
+    (["--batch_size", "16"], "sgd_lr_0.1_decay_0.0001_bsz_16"),
+    (["--momentum", "0.5", "--weight_decay", "0"], "sgd_lr_0.1_decay_0_bsz_256"),
+    (["--select", "inner"], "sgd_lr_0.1_decay_0.0001_bsz_256"), (["--oracle_curve"], "sgd_lr_0.1"),
+    (["--solver", "sgd"], "sgd_lr_0.1_decay_0.0001_bsz_256"), ([], "l2_inner"),
+    (["--solver", "lbfgs"], "l2_inner"), (["--l2", "0.01"], "l2_0.01")], ids=" ".join)
+def test_flags_of_sgd_select_it_and_say_so(capsys, monkeypatch, flags, name):
+    module = script("LinearProbing_DVSCL_10fold")
+    opt = module.parse_option(["--data_folder", "d", "--save_path", "s", "--model_path", "random",
+                               *flags])
+    sgd = name.startswith("sgd")
+    assert opt.solver == ("sgd" if sgd else "lbfgs")
+    said = capsys.readouterr().out
+    implied = flags[0].partition("=")[0] if sgd and flags[0] != "--solver" else None
+    assert (f"{implied}: heads are trained by SGD" in said) == (implied is not None)
+
+    def named(stage, opt, argv, script, clips, digest, parts, folds=None):
+        raise util.RunFailed(util.head_run_name(stage, opt, parts))
+    monkeypatch.setattr(evaluation, "HeldOut", named)
+    with pytest.raises(util.RunFailed, match=f"^probe_random_alexnet_view_RGB_D_layer_5_{name}"):
+        module.evaluate(opt, [], "cpu", (None, None, None, [], None))
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--solver", "lbfgs", "--epochs", "3"], "--epochs goes with --solver sgd"),
+    (["--solver", "lbfgs", "--select=inner"], "--select goes with --solver sgd"),
+    (["--solver", "lbfgs", "--oracle_curve"], "--oracle_curve goes with --solver sgd"),
+    (["--solver", "sgd", "--l2", "0.1"], "--l2 goes with --solver lbfgs"),
+    (["--l2", "0.1", "--learning_rate", "0.1"], "--l2 goes with --solver lbfgs"),
+    (["--l2", "0"], "--l2: 0 is out of range")], ids=" ".join)
+def test_flags_of_the_two_solvers_exclude_each_other(capsys, flags, message):
+    with pytest.raises(SystemExit) as end:
+        script("LinearProbing_DVSCL_10fold").parse_option(
+            ["--data_folder", "d", "--save_path", "s", "--model_path", "random", *flags])
+    assert end.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("held_out", [4, 6])
@@ -261,17 +339,22 @@ def test_retrieval_by_hand():
     assert found["within"] == {"n": 4, "top1": pytest.approx(2 / 4), "chance": pytest.approx(0.5)}
 
 
-def test_subjects_are_told_apart_where_the_features_do_and_not_otherwise():
+@pytest.mark.parametrize("l2", [None, [1e-3, 1e-2, 1e-4]], ids=["sgd", "solved"])
+def test_subjects_are_told_apart_where_the_features_do_and_not_otherwise(l2):
     clips, opt = clip_set(["a"] * 12 + ["b"] * 9 + ["c"]), options(epochs=30)
     rng = torch.Generator().manual_seed(0)
-    noise = torch.randn(1, 22, 6, generator=rng)
+    noise = torch.randn(1, 22, 6, generator=rng) + 9  # what all clips have in common
     told = noise.clone()
     told[0, :12, 0] -= 4
     told[0, 12:21, 0] += 4
-    found = shortcuts.subject_probe(opt, clips, told, 1)
+
+    def named(features, l2):
+        return shortcuts.subject_probe(opt, clips, SimpleNamespace(
+            features=features, positions=1, l2=l2))
+    found = named(told, l2)
     assert (found["n"], found["n_subjects"]) == (21, 2)
     assert found["accuracy"] > 0.95 and found["chance"] == pytest.approx(12 / 21)
-    assert shortcuts.subject_probe(opt, clips, noise, 1)["accuracy"] < 0.8
+    assert named(noise, l2)["accuracy"] < 0.8
 
 
 def test_head_motion_correlates_by_ranks(tmp_path):
