@@ -213,6 +213,46 @@ def test_heads_pool_as_their_family_does():
     assert torch.allclose(pooled, feat.flatten(1))  # as is
 
 
+def test_a_head_centres_and_scales_what_it_sees():
+    torch.manual_seed(0)
+    head = create_classifier("resnet18v1", 6, 3)
+    feats = 5 + torch.randn(4, 256), 5 + torch.randn(4, 256)
+    weight, bias = torch.randn(3, 512), torch.randn(3)
+    state = {"mean": 5 + torch.rand(512), "std": 0.1 + torch.rand(512),
+             "classifier.weight": weight, "classifier.bias": bias}
+    assert head.state_dict().keys() == state.keys()
+    head.load_state_dict(state)
+    x = (torch.cat(feats, 1) - state["mean"]) / state["std"]
+    assert torch.allclose(head(*feats), x @ weight.t() + bias, atol=1e-4)
+    assert torch.allclose(head.plain_weight(), weight / state["std"])
+    assert {name for name, _ in head.named_parameters()} == {"classifier.weight",
+                                                             "classifier.bias"}
+    for name in ("classifier.weight", "classifier.bias"):
+        with pytest.raises(RuntimeError, match=name):
+            head.load_state_dict({key: v for key, v in state.items() if key != name})
+    with pytest.raises(RuntimeError, match="std"):
+        head.load_state_dict(state | {"std": torch.ones(7)})
+
+
+@pytest.mark.parametrize("name, layer, shape", [("resnet18v1", 6, (2, 256)),
+                                                ("alexnet", 5, (2, 128, 6, 6))])
+def test_a_head_from_before_the_statistics_scores_as_it_did(name, layer, shape):
+    torch.manual_seed(0)
+    feats = 3 + torch.randn(shape), 3 + torch.randn(shape)
+    head = create_classifier(name, layer, 4)
+    dim = head.classifier.in_features
+    old = {"classifier.weight": torch.randn(4, dim), "classifier.bias": torch.randn(4)}
+    head.mean.fill_(2)  # of what it was before
+    head.std.fill_(3)
+    given = dict(old)
+    head.load_state_dict(given)
+    scores = nn.functional.linear(head.pool(*feats), old["classifier.weight"],
+                                  old["classifier.bias"])
+    assert torch.equal(head(*feats), scores)
+    assert torch.equal(head.plain_weight(), old["classifier.weight"])
+    assert given.keys() == old.keys()
+
+
 @pytest.mark.parametrize("name", MODEL_NAMES)
 def test_a_head_draws_its_own_weights_and_nothing_else(name):
     layer = n_layers(name)

@@ -88,7 +88,7 @@ def by_hand(path, data, layer=6):
     state = torch.load(path, weights_only=True)
     model = create_model("resnet18v1").eval()
     model.load_state_dict(state["model"])
-    weight, bias = state["classifier"]["classifier.weight"], state["classifier"]["classifier.bias"]
+    head = state["classifier"]
     clips = dataset.read_clips(data)
     images, _ = decoding.load_images(clips)
     found, (mean, std) = {}, (torch.tensor(state["normalization"][n]) for n in ("mean", "std"))
@@ -96,8 +96,9 @@ def by_hand(path, data, layer=6):
         x = torch.from_numpy(image[:, 96:160, 96:160]).float() / 255
         x = (x - mean[:, None, None]) / std[:, None, None]
         with torch.no_grad():
-            features = torch.cat(model(x[None], layer), 1)
-            found[clip.key] = (features @ weight.t() + bias).softmax(1)[0].numpy()
+            features = (torch.cat(model(x[None], layer), 1) - head["mean"]) / head["std"]
+            found[clip.key] = (features @ head["classifier.weight"].t()
+                               + head["classifier.bias"]).softmax(1)[0].numpy()
     return found
 
 
@@ -197,6 +198,49 @@ def test_a_model_whose_encoder_was_trained_too(drawn, quick, pretrained, tmp_pat
         assert list(clip["probabilities"].values()) == pytest.approx(expected[i].tolist(), abs=1e-5)
 
 
+@pytest.mark.parametrize("flags", [["--head", "probe"], ["--head", "random", "--layer", "4"]],
+                         ids=" ".join)
+def test_a_fine_tuned_head_gives_the_probabilities_that_the_results_hold(
+        drawn, quick, pretrained, tmp_path, capsys, flags):
+    finetune("--data_folder", drawn, *quick, "--model_path", pretrained, "--save_path", tmp_path,
+             "--subject", "s3", *flags)
+    (path,) = tmp_path.glob("finetune_*/last.pth")
+    state = torch.load(path, weights_only=True)["classifier"]
+    assert (state["std"] != 1).any() and (state["mean"] != 0).any()
+    kept = json.loads((path.parent / "subjects" / "s3.json").read_text())["rows"]
+    found = predicted(capsys, "--model_path", path, "--data_folder", drawn, "--list",
+                      drawn / "v_rgb" / "s3_test.txt")["clips"]
+    assert [clip["key"] for clip in found] == [row["key"] for row in kept]
+    for clip, row in zip(found, kept):
+        assert list(clip["probabilities"].values()) == pytest.approx(row["probabilities"], abs=1e-6)
+
+
+def test_a_head_from_before_the_statistics_predicts_as_it_did(drawn, quick, pretrained, tmp_path,
+                                                              capsys):
+    """The head of a checkpoint is folded into one without statistics: the same probabilities."""
+    finetune("--data_folder", drawn, *quick, "--model_path", pretrained, "--save_path", tmp_path,
+             "--subject", "s3")
+    (path,) = tmp_path.glob("finetune_*/last.pth")
+
+    def fold(state):
+        head = state["classifier"]
+        weight = head["classifier.weight"] / head["std"]
+        state["classifier"] = {"classifier.weight": weight, "classifier.bias":
+                               head["classifier.bias"] - weight @ head["mean"]}
+
+    def drop(state):
+        del state["classifier"]["mean"], state["classifier"]["std"]
+
+    def said(path):
+        return [list(clip["probabilities"].values()) for clip in predicted(
+            capsys, "--model_path", path, "--data_folder", drawn, "--list",
+            drawn / "v_rgb" / "s3_test.txt")["clips"]]
+    new, old, other = (said(path), said(changed(path, tmp_path, fold)),
+                       said(changed(path, tmp_path, drop)))
+    assert np.allclose(new, old, atol=1e-4)
+    assert not np.allclose(new, other, atol=1e-2)
+
+
 # ---------------------------------------------------------------- refusals
 
 def refused(capsys, *argv):
@@ -262,7 +306,9 @@ def test_a_checkpoint_that_contradicts_itself(raw, made, tmp_path, capsys):
             (lambda s: s["normalization"].pop("mean"), "'normalization' cannot be read"),
             (lambda s: s["normalization"].update(std=[0.0] * 4), "'normalization' cannot be read"),
             (lambda s: s["normalization"].update(mean=[math.nan] * 4), "'normalization' cannot"),
-            (lambda s: s["classifier"]["classifier.bias"].fill_(math.nan), "not finite")):
+            (lambda s: s["classifier"]["classifier.bias"].fill_(math.nan), "not finite"),
+            (lambda s: s["classifier"]["std"].fill_(math.inf), "not finite"),
+            (lambda s: s["classifier"].update(mean=torch.zeros(7)), "its head does not fit")):
         line = refused(capsys, "--model_path", changed(path, tmp_path, change),
                        *frames(raw, ROWS[0]))
         assert "changed.pth" in line and message in line, (message, line)
