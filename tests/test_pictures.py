@@ -183,7 +183,8 @@ def test_mistakes_of_subjects_in_parts_are_those_of_one_run(runs):
 
 
 def test_maps_are_those_of_the_head_that_held_the_clip_out(runs, drawn, pretrained, small_crops):
-    """By hand: the encoder's last map weighted with the rows of the kept fold heads."""
+    """By hand: the encoder's last map weighted with the rows of the kept fold heads, over the
+    deviations that the heads scale by."""
     state = torch.load(runs[0] / "last.pth", weights_only=True)
     old = torch.load(pretrained, weights_only=True)
     model = create_model("resnet18v1").eval()
@@ -193,7 +194,8 @@ def test_maps_are_those_of_the_head_that_held_the_clip_out(runs, drawn, pretrain
     found, _ = metrics.read_mistakes(runs[0])
     for row, maps in found:
         i = next(i for i, c in enumerate(clips.clips) if c.key == row["key"])
-        head = state["model"]["weight"][clips.people.index((0, row["subject"]))]
+        fold = clips.people.index((0, row["subject"]))
+        head = state["model"]["weight"][fold] / state["model"]["std"][fold]
         x = transforms.eval_transform(torch.from_numpy(images[i:i + 1]), old["normalization"])
         with torch.no_grad():
             for tap, part, ours in zip(model(x, 5), head[row["prediction"]].split(256), maps):
