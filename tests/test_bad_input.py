@@ -527,6 +527,11 @@ def test_flags_that_do_not_fit_the_checkpoint_are_refused(drawn, quick, pretrain
     (["--subject", "all", "s1"], "--subject all stands alone"),
     (["--train_bn", "--batch_size", 1], "--train_bn needs a --batch_size of 2"),
     (["--train_bn", "--freeze_encoder"], "--train_bn"),
+    (["--l2", 0.1, "--head", "zero"], "--l2 goes with --head probe"),
+    (["--l2", 0.1, "--head", "random"], "--l2 goes with --head probe"),
+    (["--l2", 0], "--l2: 0 is out of range"), (["--head", "best"], "--head"),
+    (["--warmup_epochs", -1], "--warmup_epochs: -1 is out of range"),
+    (["--protocol", "10fold", "--model_path", "runs/{subject}.pth"], "protocol loso"),
     (["--subject", "all", "--model_path", "runs/{subject}.pth"], "one checkpoint")])
 def test_fine_tuning_flags_that_exclude_each_other_are_refused(drawn, quick, pretrained, tmp_path,
                                                                capsys, flags, expected):

@@ -73,11 +73,15 @@ def test_two_ranks_contrast_within_the_whole_batch(drawn, tmp_path):
 
 
 @pytest.mark.parametrize("script, more", [
+    ("LinearProbing_DVSCL_10fold", ["--protocol", "loso", "--batch_size", 8, "--epochs", 1]),
     ("LinearProbing_DVSCL_10fold", ["--protocol", "loso"]),
-    pytest.param("fine-tune_DVSCL", ["--subject", "s1", "s2", "s3"], marks=pytest.mark.slow)])
+    pytest.param("fine-tune_DVSCL", ["--batch_size", 8, "--epochs", 1, "--subject", "s1", "s2",
+                                     "s3"], marks=pytest.mark.slow),
+    pytest.param("fine-tune_DVSCL", ["--batch_size", 8, "--epochs", 1, "--protocol", "10fold"],
+                 marks=pytest.mark.slow)], ids=["sgd", "solved", "fine-tuned", "10fold"])
 def test_folds_dealt_to_two_ranks_give_the_predictions_of_one(drawn, tmp_path, script, more):
     flags = [script, "--data_folder", drawn, "--cache", tmp_path / "cache", "--model",
-             "resnet18v1", "--model_path", "random", "--batch_size", 8, "--epochs", 1, *more]
+             "resnet18v1", "--model_path", "random", *more]
     rows, mistakes = [], []
     for ranks in (1, 2):
         done = run(ranks, *flags, "--save_path", tmp_path / str(ranks), folder=tmp_path)
@@ -94,7 +98,7 @@ def test_folds_dealt_to_two_ranks_give_the_predictions_of_one(drawn, tmp_path, s
     one, two = rows
     assert [(r["key"], r["prediction"]) for r in one] == [(r["key"], r["prediction"]) for r in two]
     ours, theirs = (torch.tensor([r["probabilities"] for r in part]) for part in rows)
-    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert torch.allclose(ours, theirs, atol=1e-4 if "--epochs" not in more else 1e-5)
 
 
 def test_a_rank_that_dies_stops_the_others_with_an_error(drawn, tmp_path):

@@ -11,7 +11,7 @@ import time
 
 import pytest
 from conftest import ROOT, finetune, pretrain, probe
-from test_scripts import load, only, states_differ
+from test_scripts import load, only, same_predictions, states_differ
 
 import checkpoint
 import distributed
@@ -74,8 +74,11 @@ def test_pretraining_stopped_within_an_epoch_goes_on_from_that_step(drawn, quick
 
 @pytest.mark.parametrize("run, flags, step", [
     (finetune, ["--batch_size", 4, "--epochs", 2, "--subject", "s1", "s2"], 8),
+    (finetune, ["--batch_size", 4, "--epochs", 2, "--protocol", "10fold", "--subject", "s1", "s2",
+                "--warmup_epochs", 1.5, "--lr_schedule", "cosine", "--head", "random"], 8),
     (finetune, ["--freeze_encoder", "--epochs", 5], 3),
-    (probe, ["--protocol", "loso", "--epochs", 5], 3)], ids=["finetune", "frozen", "probe"])
+    (probe, ["--protocol", "loso", "--epochs", 5], 3)],
+    ids=["finetune", "finetune 10fold", "frozen", "probe"])
 def test_heads_that_were_stopped_go_on_to_the_same_result(drawn, quick, pretrained, tmp_path,
                                                           monkeypatch, run, flags, step):
     flags = ["--data_folder", drawn, *quick, "--model_path", pretrained, *flags]
@@ -110,6 +113,8 @@ def test_subjects_that_another_machine_kept_to_itself_are_missed(drawn, quick, p
     last = capsys.readouterr().err.splitlines()[-1]
     assert "1 held-out subjects of other ranks are not there (s2 the first)" in last
     assert not list(tmp_path.rglob("results.json"))
+
+
 @pytest.mark.parametrize("place, name", [(shortcuts, "subject_probe"),
                                          (metrics, "write_subject")])
 def test_heads_that_were_stopped_when_all_were_trained_are_not_trained_again(
@@ -136,6 +141,30 @@ def test_heads_that_were_stopped_when_all_were_trained_are_not_trained_again(
     a, b = (json.loads((run / "results.json").read_text()) for run in (whole, part))
     assert a["shortcuts"] == b["shortcuts"] and a["choices"] == b["choices"]
     assert a["shortcuts"]["subject"]["n"] == 12
+
+
+def test_solving_that_was_stopped_goes_on_to_the_same_result(drawn, cache, pretrained, tmp_path,
+                                                              monkeypatch):
+    flags = ["--data_folder", drawn, "--cache", cache, "--model", "resnet18v1", "--model_path",
+             pretrained, "--protocol", "loso"]
+    probe(*flags, "--save_path", tmp_path / "whole")
+    write, count = metrics.write_subject, []
+
+    def struck(*given, **more):
+        count.append(1)
+        if len(count) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return write(*given, **more)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(metrics, "write_subject", struck)
+        probe(*flags, "--save_path", tmp_path / "part")
+    whole, part = only(tmp_path / "whole"), only(tmp_path / "part")
+    assert end.value.code == 143 and len(list(part.glob("subjects/*"))) == 2
+    probe(*flags, "--save_path", tmp_path / "part", "--resume", "auto")
+    assert same_predictions(whole, part)
+    a, b = (json.loads((run / "results.json").read_text()) for run in (whole, part))
+    assert a["choices"] == b["choices"] and a["shortcuts"] == b["shortcuts"]
+    assert a["uf1"] == b["uf1"] and b["n_subjects"] == 4
 
 
 def refuse_heads_of_classes(step):

@@ -264,16 +264,32 @@ def test_the_steps_of_the_published_recipe_are_announced(capsys):
 
 @pytest.fixture(scope="module")
 def probed(small_crops, drawn, quick, pretrained, tmp_path_factory):
-    """The run folder of leave-one-subject-out probing."""
+    """The run folder of leave-one-subject-out probing by SGD."""
     folder = tmp_path_factory.mktemp("probed")
     probe("--data_folder", drawn, *quick, "--epochs", 4, "--model_path", pretrained,
           "--save_path", folder, "--protocol", "loso")
     return only(folder)
 
 
-def test_every_clip_is_predicted_exactly_once(probed, drawn):
+@pytest.fixture(scope="module")
+def plain(drawn, cache, pretrained):
+    """Flags of leave-one-subject-out probing as it is by default, with solved heads."""
+    return ["--data_folder", drawn, "--cache", cache, "--model", "resnet18v1", "--model_path",
+            pretrained, "--protocol", "loso"]
+
+
+@pytest.fixture(scope="module")
+def solved(small_crops, plain, tmp_path_factory):
+    """The run folder of `plain`."""
+    folder = tmp_path_factory.mktemp("solved")
+    probe(*plain, "--save_path", folder)
+    return only(folder)
+
+
+@pytest.mark.parametrize("run", ["probed", "solved"])
+def test_every_clip_is_predicted_exactly_once(run, drawn, request):
     clips = dataset.read_clips(drawn)
-    found = rows(probed)
+    found = rows(request.getfixturevalue(run))
     assert [(r["database"], r["subject"], r["key"], int(r["label"])) for r in found] \
         == [("casme3", c.subject, c.key, c.label) for c in clips.clips]
     for r in found:
@@ -315,6 +331,15 @@ def test_merged_subjects_equal_one_run_over_all(drawn, quick, pretrained, probed
     assert [made["command"].rpartition("--subject ")[2] for made in found["made_by"]] \
         == ["s3 s1", "s2 s4 s1"]
     assert found["made_by"][1] == {name: found[name] for name in ("command", "versions")}
+
+
+def test_merged_subjects_with_solved_heads_equal_one_run_over_all(plain, solved, tmp_path):
+    for names in (["s3", "s1"], ["s2", "s4", "s1"]):
+        probe(*plain, "--save_path", tmp_path, "--subject", *names)
+    run = only(tmp_path)
+    assert same_predictions(run, solved)
+    ours, theirs = (json.loads((folder / "results.json").read_text()) for folder in (run, solved))
+    assert ours["choices"] == theirs["choices"] and ours["n_subjects"] == 4
 
 
 def test_ten_folds_and_the_random_encoder(drawn, quick, tmp_path):
@@ -488,6 +513,8 @@ def test_fine_tuning_moves_what_it_should(drawn, quick, pretrained, tmp_path, fl
     assert state["seen"]["people"] == [[0, "s2"], [0, "s3"], [0, "s4"]]
     assert {r["subject"] for r in rows(run)} == {"s1"} and len(rows(run)) == 3
     assert util.read_log(run)[1]["subject"] == "s1"
+    assert "_layer_6_lr_0.1_decay_0.0001_bsz_8_elr_0.001_l2_inner_loso_" in run.name
+    assert {"mean", "std", "classifier.weight", "classifier.bias"} == state["classifier"].keys()
 
 
 def test_labels_of_the_held_out_subject_do_not_matter(fresh, quick, pretrained, tmp_path):
@@ -505,9 +532,10 @@ def test_labels_of_the_held_out_subject_do_not_matter(fresh, quick, pretrained, 
 
 def test_a_frozen_encoder_is_probed_per_subject(drawn, quick, pretrained, probed, tmp_path):
     finetune("--data_folder", drawn, *quick, "--freeze_encoder", "--model_path", pretrained,
-             "--save_path", tmp_path, "--loss", "balanced", "--epochs", 4,
+             "--save_path", tmp_path, "--loss", "balanced", "--epochs", 4, "--head", "random",
              "--lr_decay_epochs", 10, 20, "--lr_decay_rate", 0.2)
     run = only(tmp_path)
+    assert "_layer_6_lr_0.1_decay_0.0001_bsz_8_random_loso_both_balanced_frozen_seed_0" in run.name
     assert [r["key"] for r in rows(run)] == [r["key"] for r in rows(probed)]
     # the classes are nearly balanced, so the heads of linear probing are not far
     ours, theirs = ([float(r["p_0"]) for r in rows(folder)] for folder in (run, probed))
@@ -636,9 +664,10 @@ SHARED = """data_folder list_folder tb_path model view encoding batch_size num_w
 FLAGS = {
     "pre-train_DVSCL": """nce_k nce_m nce_t softmax no-softmax feat_dim subject fold pairs pool
         min_intensity crop_low no_flip jitter""",
-    "LinearProbing_DVSCL_10fold": "dataset save_path layer encoder protocol subject n_views_train",
-    "fine-tune_DVSCL": """dataset save_path layer encoder subject freeze_encoder encoder_lr train_bn
-        loss oversample"""}
+    "LinearProbing_DVSCL_10fold": """dataset save_path layer encoder protocol subject n_views_train
+        solver l2 select select_rates seeds oracle_curve""",
+    "fine-tune_DVSCL": """dataset save_path layer encoder protocol subject head l2 freeze_encoder
+        encoder_lr train_bn loss oversample lr_schedule warmup_epochs seeds oracle_curve"""}
 
 
 @pytest.mark.parametrize("name", FLAGS)
@@ -650,7 +679,8 @@ def test_help_lists_every_flag_with_its_default(name, capsys):
     for flag in f"{SHARED} {FLAGS[name]}".split():
         assert re.search(rf"--{flag}\b", text), flag
     assert "[0.0001]" in text and "[0.9]" in text
-    for group in ("data:", "model:", "method:", "optimisation:", "running:", "output:"):
+    sgd = "optimisation (--solver sgd):" if name.startswith("Linear") else "optimisation:"
+    for group in ("data:", "model:", "method:", sgd, "running:", "output:"):
         assert f"\n{group}" in text
 
 
@@ -663,10 +693,13 @@ def test_help_lists_every_flag_with_its_default(name, capsys):
     ("LinearProbing_DVSCL_10fold", {
         "batch_size": 256, "learning_rate": 0.1, "lr_decay_epochs": [10, 20, 30, 40, 50, 60, 70],
         "lr_decay_rate": 0.2, "epochs": 80, "weight_decay": 1e-4, "layer": 5, "encoder": "both",
-        "protocol": "10fold", "n_views_train": 2, "dataset": "casme3"}),
+        "protocol": "10fold", "n_views_train": 2, "dataset": "casme3", "solver": "lbfgs",
+        "l2": None, "select": "fixed"}),
     ("fine-tune_DVSCL", {
         "batch_size": 128, "learning_rate": 0.1, "lr_decay_epochs": [10, 20], "lr_decay_rate": 0.1,
-        "epochs": 30, "encoder_lr": 0.001, "train_bn": False, "loss": "crossentropy", "layer": 5})])
+        "epochs": 30, "encoder_lr": 0.001, "train_bn": False, "loss": "crossentropy", "layer": 5,
+        "head": "probe", "l2": None, "protocol": "loso", "lr_schedule": "step",
+        "warmup_epochs": 2})])
 def test_defaults_are_those_of_the_method(name, defaults):
     required = ["--data_folder", "d", "--model_path", "m"]
     required += [] if name.startswith("pre") else ["--save_path", "s"]
@@ -687,6 +720,8 @@ def test_the_command_lines_of_the_method_are_understood(line):
     name, *argv = line.split()
     opt = script(name.removesuffix(".py")).parse_option(argv)
     assert (opt.data_folder, opt.tb_path) == ("D", "T")
+    # a learning rate is one of SGD
+    assert getattr(opt, "solver", "sgd") == "sgd"
 
 
 @pytest.mark.parametrize("text, expected", [(["120", "160"], [120, 160]), (["120,160"], [120, 160]),
