@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, finetune, pretrain, probe
+from conftest import ROOT, finetune, pretrain, probe, published
 from test_scripts import load, only, same_predictions, states_differ
 
 import checkpoint
@@ -301,7 +301,8 @@ def test_pretraining_that_was_killed_goes_on_bit_for_bit(drawn, quick, tmp_path,
     flags = ["--data_folder", drawn, *quick, "--batch_size", 4, "--epochs", epochs,
              "--save_minutes", 0]
     pretrain(*flags, "--model_path", tmp_path / "whole")
-    killed("pre-train_DVSCL.py", [*flags, "--model_path", tmp_path / "part"], kills, tmp_path, 0)
+    killed("pre-train_DVSCL.py", published(*flags, "--model_path", tmp_path / "part"), kills,
+           tmp_path, 0)
     same_run(only(tmp_path / "whole"), only(tmp_path / "part"))
 
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, draw_set, finetune, pretrain, probe, script
+from conftest import ROOT, draw_set, finetune, pretrain, probe, published, script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import checkpoint
@@ -252,7 +252,8 @@ def test_alexnet_from_pretraining_to_fine_tuning(drawn, cache, tmp_path, monkeyp
 
 
 def test_the_steps_of_the_published_recipe_are_announced(capsys):
-    opt = script("pre-train_DVSCL").parse_option(["--data_folder", "d", "--model_path", "m"])
+    opt = script("pre-train_DVSCL").parse_option(
+        [str(part) for part in published("--data_folder", "d", "--model_path", "m")])
     assert script("pre-train_DVSCL").announce(opt, 943) == 4
     printed = capsys.readouterr().out
     assert "960 in all" in printed and "160 (step 640), 200 (step 800)" in printed
@@ -686,9 +687,10 @@ def test_help_lists_every_flag_with_its_default(name, capsys):
 
 @pytest.mark.parametrize("name, defaults", [
     ("pre-train_DVSCL", {
-        "model": "alexnet", "view": "RGB_D", "batch_size": 256, "learning_rate": 0.003,
+        "model": "alexnet", "view": "RGB_D", "batch_size": 256, "learning_rate": 0.03,
+        "contrast": "batch", "lr_schedule": "cosine", "warmup_epochs": 12, "size": 224,
         "lr_decay_epochs": [160, 200], "lr_decay_rate": 0.1, "epochs": 240, "momentum": 0.9,
-        "weight_decay": 1e-4, "nce_k": 4096, "nce_m": 0.5, "nce_t": 0.07, "softmax": True,
+        "weight_decay": 1e-4, "nce_k": 4096, "nce_m": 0.5, "nce_t": 0.2, "softmax": True,
         "feat_dim": 128, "crop_low": 1, "jitter": 0.4, "pool": "labelled", "seed": 0}),
     ("LinearProbing_DVSCL_10fold", {
         "batch_size": 256, "learning_rate": 0.1, "lr_decay_epochs": [10, 20, 30, 40, 50, 60, 70],
@@ -731,7 +733,43 @@ def test_decay_epochs_with_blanks_or_commas(text, expected):
         ["--data_folder", "d", "--model_path", "m", "--lr_decay_epochs", *text])
     assert opt.lr_decay_epochs == expected
     rates = [util.learning_rate(opt, e) for e in (expected[0], expected[0] + 1)]
-    assert rates == pytest.approx([0.003, 0.0003])
+    assert rates == pytest.approx([0.03, 0.003])
+
+
+@pytest.mark.parametrize("flags, contrast, temperature", [
+    ([], "batch", 0.2), (["--contrast", "bank"], "bank", 0.07), (["--nce_k", "16"], "bank", 0.07),
+    (["--no-softmax"], "bank", 0.07), (["--contrast", "bank", "--nce_t", "0.1"], "bank", 0.1)])
+def test_flags_of_the_banks_select_them(flags, contrast, temperature, capsys):
+    opt = script("pre-train_DVSCL").parse_option(["--data_folder", "d", "--model_path", "m",
+                                                  *flags])
+    assert (opt.contrast, opt.nce_t) == (contrast, temperature)
+    printed = capsys.readouterr().out
+    assert ("memory banks" in printed) == (flags[:1] in (["--nce_k"], ["--no-softmax"]))
+
+
+def test_a_flag_of_the_banks_beside_the_batch_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        script("pre-train_DVSCL").parse_option(["--data_folder", "d", "--model_path", "m",
+                                                "--contrast", "batch", "--nce_m", "0.9"])
+    assert "--nce_m goes with --contrast bank" in capsys.readouterr().err
+
+
+def test_contrast_within_the_batch_learns_and_is_probed_at_its_own_size(drawn, cache, tmp_path,
+                                                                        capsys):
+    flags = ["--data_folder", drawn, "--cache", cache, "--model", "resnet18v1", "--size", 40]
+    pretrain(*flags, "--contrast", "batch", "--model_path", tmp_path / "runs", "--batch_size", 8,
+             "--epochs", 12, "--learning_rate", 0.03, "--lr_schedule", "cosine")
+    run = only(tmp_path / "runs")
+    assert run.name == "batch_resnet18v1_lr_0.03_decay_0.0001_bsz_8_view_RGB_D_size_40_seed_0"
+    state = checkpoint.load(run / "last.pth")
+    assert state["contrast"] == {}
+    lines = util.read_log(run)[1:]
+    assert lines[-1]["rgb_loss"] < lines[0]["rgb_loss"] and lines[-1]["learning_rate"] < 0.001
+    probe(*flags, "--model_path", run / "last.pth", "--save_path", tmp_path / "probe")
+    assert len(rows(only(tmp_path / "probe"))) == 12
+    with pytest.raises(SystemExit):
+        probe(*flags[:-2], "--model_path", run / "last.pth", "--save_path", tmp_path / "other")
+    assert "--size 40" in capsys.readouterr().err
 
 
 def in_shell(*argv):
