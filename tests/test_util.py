@@ -4,7 +4,9 @@ import os
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import ROOT, probe
 
@@ -61,6 +63,43 @@ def test_results_and_log_hold_the_commit(drawn, quick, small_crops, tmp_path):
     assert recorded == util.read_log(path.parent)[0]["versions"]["commit"] == util.commit(ROOT)
     if (ROOT / ".git").exists():
         assert recorded.removesuffix("-dirty") == git(ROOT, "rev-parse", "HEAD")
+
+
+# ---------------------------------------------------------------- learning rates
+
+def options(**changes):
+    return SimpleNamespace(**{"learning_rate": 7, "lr_decay_epochs": [4, 6], "lr_decay_rate": 0.1,
+                              "lr_schedule": "step", "epochs": 8, **changes})
+
+
+def rates(opt, warmup, steps=5, base=2.0):
+    """Of every step of a training, `[epochs, steps]`."""
+    return np.array([[util.scheduled(opt, base, epoch, step, steps, warmup)
+                      for step in range(1, steps + 1)] for epoch in range(1, opt.epochs + 1)])
+
+
+def test_rates_in_steps_are_those_of_the_epoch():
+    found = rates(options(), 0)
+    assert found.tolist() == [[util.learning_rate(options(), epoch, 2.0)] * 5
+                              for epoch in range(1, 9)]
+    assert found[:, 0] == pytest.approx([2] * 4 + [0.2] * 2 + [0.02] * 2)
+
+
+@pytest.mark.parametrize("schedule", ["step", "cosine"])
+@pytest.mark.parametrize("warmup", [1, 2, 1.5, 0.3])
+def test_rates_rise_in_a_line_over_the_warm_up(schedule, warmup):
+    found = rates(options(lr_schedule=schedule), warmup, steps=10).ravel()
+    last = round(10 * warmup)
+    assert found[:last] == pytest.approx(2.0 * np.arange(1, last + 1) / last)
+    assert (np.diff(found[last - 1:]) <= 1e-12).all() and found[last] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_rates_fall_as_half_a_cosine_to_nearly_nothing(warmup):
+    found = rates(options(lr_schedule="cosine"), warmup).ravel()[5 * warmup:]
+    n = len(found)
+    assert found == pytest.approx(1 + np.cos(np.pi * np.arange(n) / n))
+    assert found[0] == 2 and 0 < found[-1] < 0.01
 
 
 # ---------------------------------------------------------------- jobs in one folder
