@@ -76,7 +76,7 @@ def parse_option(argv):
 def set_loader(opt):
     """(clips, images, digest, fold names `[F]`, fold of each clip `[N]`)"""
     clips, images, digest = evaluation.read_labelled(opt)
-    names, fold_of = [], np.zeros(len(clips), int)
+    names, fold_of = [], np.full(len(clips), -1)  # of --subject all
     if opt.subject != ["all"]:
         names, fold_of = evaluation.split(opt, clips)
     print(f"{len(clips)} clips, {len(clips.people)} subjects")

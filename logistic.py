@@ -15,6 +15,7 @@ kernel. All are minimised together by L-BFGS (Nocedal and Wright, "Numerical Opt
 7.4) in the inner product of the features, preconditioned with the curvature 1/4 of the logistic
 loss on one eigendecomposition of all rows: a matter of some ten steps.
 """
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -54,7 +55,7 @@ def statistics(features, training, block=1024):
 
 class Solution(NamedTuple):
     """Heads of P folds as coefficients of the rows; `logits` of every row `[V N, P, C]`."""
-    alpha: torch.Tensor  # [V N, P, C], 0 in rows outside the fold
+    alpha: torch.Tensor  # [V N, P, C], near 0 in rows outside the fold
     logits: torch.Tensor  # without the bias
     bias: torch.Tensor  # [P, C]
 
@@ -62,20 +63,21 @@ class Solution(NamedTuple):
 class Regression:
     """The problem for features `[V, N, D]` with labels int64 `[N]`; see the module.
 
-    `solve` takes any set of folds of these clips, `weights` turns a solution into heads.
+    `solve` takes any set of folds of these clips, `weights` turns a solution into heads. Double
+    precision: with a weak penalty the loss is too flat for single precision.
     """
 
     def __init__(self, features, labels, n_label):
         views, count, dim = features.shape
         self.n_label, self.views, self.device = n_label, views, features.device
-        self.target = F.one_hot(torch.as_tensor(labels), n_label).float().repeat(views, 1)[
+        self.target = F.one_hot(torch.as_tensor(labels), n_label).double().repeat(views, 1)[
             :, None].to(self.device)  # [V N, 1, C]
         everything = statistics(features, torch.ones(count, 1, dtype=torch.bool))
-        self.mean, self.std = everything.mean[0], everything.std[0]
+        self.mean, self.std = everything.mean[0].double(), everything.std[0].double()
         self.rows = ((features - self.mean) / self.std).view(views * count, dim)
         self.vectors, self.values = _eigen(self.rows, int(everything.varies.sum()))
 
-    def solve(self, training, stats, l2, weights=None, start=None, tolerance=1e-4,
+    def solve(self, training, stats, l2, weights=None, start=None, tolerance=3e-5,
               most=MOST_STEPS):
         """Solution for the folds whose training clips are `training` (bool `[N, P]`).
 
@@ -103,11 +105,11 @@ class Regression:
         return (self.rows @ inner.flatten(1)).view(alpha.shape)
 
     def _solve(self, training, stats, l2, weights, start, tolerance, most):
-        scale, l2 = self._scale(stats), l2.to(self.device).view(1, -1, 1)
-        mask = training.to(self.device).repeat(self.views, 1).unsqueeze(2).float()  # [V N, P, 1]
+        scale, l2 = self._scale(stats), l2.to(self.device).double().view(1, -1, 1)
+        mask = training.to(self.device).repeat(self.views, 1).unsqueeze(2).double()  # [V N, P, 1]
         if weights is not None:  # of the row's class
             mask = mask * (self.target * weights.to(self.device)).sum(2, keepdim=True)
-        inside, mask = mask > 0, mask / mask.sum(0)
+        mask = mask / mask.sum(0)
         inverse = _Inverse(self.vectors, self.values, l2, training.sum(0).to(self.device)
                            * self.views)
         done = torch.zeros(training.shape[1], dtype=torch.bool, device=self.device)
@@ -116,9 +118,15 @@ class Regression:
         point = [alpha, self._apply(scale, alpha), bias]
         memory, gradient = [], self._gradient(point, mask, l2, inverse)
         for _ in range(most):
-            direction = _direction(gradient, memory, lambda value: self._apply(scale, value),
-                                   inverse)
+            direction = _direction(gradient, memory, partial(self._apply, scale), inverse)
             slope = _product(gradient, direction)
+            uphill = (slope >= 0) & ~done & ~inverse.plain
+            if uphill.any():  # the folds' features are too unlike those of all rows
+                inverse.plain |= uphill
+                inverse.set_curvature(inverse.curvature)
+                memory = []
+                direction = _direction(gradient, memory, partial(self._apply, scale), inverse)
+                slope = _product(gradient, direction)
             done |= slope.neg() <= l2.flatten() * tolerance ** 2
             if done.all():
                 break
@@ -132,8 +140,8 @@ class Regression:
             if most == MOST_STEPS:
                 print(f"{int((~done).sum())} of {len(done)} heads have not converged after {most} "
                       f"steps; raise --l2")
-        # rows outside the fold end near 0: the gradient pulls them there
-        return Solution(point[0] * inside, *point[1:])
+        # coefficients of rows outside the fold end near 0: the penalty alone acts on them
+        return Solution(*point)
 
     def _gradient(self, point, mask, l2, inverse):
         """(of the coefficients `[V N, P, C]`, of the bias `[P, C]`); tells `inverse` the curvature
@@ -172,13 +180,13 @@ class Regression:
 
     def weights(self, solution, stats):
         """(weight `[P, C, D]`, bias `[P, C]`) of heads on features standardised by `stats`."""
-        root = (stats.varies.sum(1).clamp(min=1).float()).view(-1, 1, 1)
+        length = stats.varies.sum(1).clamp(min=1).view(-1, 1, 1)
         found = (self.rows.t() @ solution.alpha.flatten(1)).view(-1, *solution.bias.shape)
         # rows are in units of all clips' deviations, the head's features in the fold's own
         ratio = (self.std / stats.std) * stats.varies  # [P, D]
-        weight = found.permute(1, 2, 0) * ratio[:, None] / root  # [P, C, D]
+        weight = found.permute(1, 2, 0) * ratio[:, None] / length  # [P, C, D]
         shift = (stats.mean - self.mean) / stats.std  # [P, D]
-        return weight, solution.bias + (weight * shift[:, None]).sum(2)
+        return weight.float(), (solution.bias + (weight * shift[:, None]).sum(2)).float()
 
 
 def _eigen(rows, length):
@@ -196,18 +204,21 @@ class _Inverse:
     """Approximate inverse of the loss's Hessian, applied to a gradient.
 
     With a logistic curvature c, the mean over rows and classes of p (1 - p), the Hessian of the
-    mean loss of n rows is about (c K / n + l2) in the coefficients, and c in the bias.
+    mean loss of n rows is about (c K / n + l2) in the coefficients, and c in the bias; at least l2
+    in the coefficients, which is all that the folds `plain` rely on.
     """
-    LEAST = 1e-4  # of c: where all rows are fitted, the penalty decides
+    LEAST = 0.01  # of c: where all rows are fitted, curvature is no guide any more
 
     def __init__(self, vectors, values, l2, count):
         self.vectors, self.l2 = vectors, l2
         self.share = values[:, None] / count  # [r, P]
+        self.plain = torch.zeros_like(count, dtype=torch.bool)
 
     def set_curvature(self, curvature):
         """curvature `[P]`: c of each fold."""
         self.curvature = curvature.clamp(min=self.LEAST)
-        self.factor = (1 / (self.share * self.curvature + self.l2[0].t()) - 1 / self.l2[0].t())
+        self.factor = 1 / (self.share * self.curvature + self.l2[0].t()) - 1 / self.l2[0].t()
+        self.factor[:, self.plain] = 0
 
     def __call__(self, alpha, bias):
         inner = (self.vectors.t() @ alpha.flatten(1)).view(-1, *alpha.shape[1:])

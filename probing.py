@@ -23,7 +23,7 @@ import util
 
 # penalties to choose from, strongest first
 GRID = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
-INNER_STEPS = 40  # of the solver on inner folds, each penalty starting from the one before
+INNER_STEPS = 100  # of the solver on inner folds, each penalty starting from the one before
 FEW = 1e-3  # where there are too few subjects to choose
 
 # (mirrored, shift in pixels of 256): the centre crop and its mirror image, then the corners' crops

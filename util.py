@@ -174,12 +174,12 @@ def scheduled(opt, base, epoch, step, steps, warmup):
     """`base` as --lr_schedule has it at step 1..`steps` of an epoch: CMC's steps, or half a cosine
     down to 0 (Loshchilov and Hutter 2017); rising in a line over the first `warmup` epochs."""
     done = epoch - 1 + step / steps
-    if done < warmup:
+    if done <= warmup:  # never where there is no warm-up: a step is done
         return base * done / warmup
     if opt.lr_schedule == "step":
         return learning_rate(opt, epoch, base)
-    done -= 1 / steps  # the last step still moves
-    return base * (1 + math.cos(math.pi * (done - warmup) / max(opt.epochs - warmup, 1e-9))) / 2
+    done = max(done - 1 / steps - warmup, 0)  # the last step still moves
+    return base * (1 + math.cos(math.pi * done / (opt.epochs - warmup))) / 2
 
 
 def announce_dropped(n, batch_size):

@@ -352,7 +352,7 @@ def test_a_random_encoder_follows_from_the_seed(tmp_path):
     clips = dataset.read_clips(tmp_path)
     found = []
     for seed in (0, 0, 1):
-        opt = SimpleNamespace(model="resnet18v1", seed=seed)
+        opt = SimpleNamespace(model="resnet18v1", seed=seed, size=224)
         model, about = evaluation.load_encoder(opt, "random", clips)
         assert about["normalization"]["std"] == [8 / 255] * 3 + [4 / 255]
         found.append(model.rgb_to_d.conv1.weight)
