@@ -10,21 +10,24 @@ RUN = batch_resnet18v1_lr_0.03_decay_0.0001_bsz_64_view_RGB_D_size_56_seed_0
 PRETRAINED = $(DEMO)/runs/$(RUN)/last.pth
 SHARED = --data_folder $(DEMO)/data --cache $(DEMO)/cache --tb_path $(DEMO)/tensorboard \
          --model resnet18v1 --size 56 --resume auto
-HEADS = $(SHARED) --protocol loso --save_path $(DEMO)/results
+HEADS = $(SHARED) --save_path $(DEMO)/results
 RESULTS = $(DEMO)/results/probe_random*/results.json $(DEMO)/results/probe_batch*/results.json \
           $(DEMO)/results/finetune*/results.json
 
 .PHONY: demo test test-slow faces clean-demo
 
-# 24 labelled people, each held out in turn; 600 unlabelled pairs of 60 others to pre-train on
+# 24 labelled people, held out in turn (by tenths in fine-tuning); 600 unlabelled pairs of 60 others
+# to pre-train on
 demo: .venv/ready
 	$(PY) render_CASME3.py --data_folder $(DEMO)/data --subjects 24 --clips_per_subject 8 \
 	    --size 128 --unlabelled 600 --unlabelled_subjects 60
 	$(PY) pre-train_DVSCL.py $(SHARED) --model_path $(DEMO)/runs --batch_size 64 --epochs 25 \
 	    --warmup_epochs 2 --pool unlabelled --pairs $(DEMO)/data/pairs.tsv
-	$(PY) LinearProbing_DVSCL_10fold.py $(HEADS) --model_path random
-	$(PY) LinearProbing_DVSCL_10fold.py $(HEADS) --model_path $(PRETRAINED)
-	$(PY) fine-tune_DVSCL.py $(HEADS) --model_path $(PRETRAINED) --epochs 3
+	$(PY) LinearProbing_DVSCL_10fold.py $(HEADS) --protocol loso --model_path random
+	$(PY) LinearProbing_DVSCL_10fold.py $(HEADS) --protocol loso \
+	    --model_path $(PRETRAINED)
+	$(PY) fine-tune_DVSCL.py $(HEADS) --protocol 10fold --model_path $(PRETRAINED) \
+	    --epochs 3
 	$(PY) compare_results.py $(RESULTS) --picture $(DEMO)/comparison.png
 	@echo
 	@echo "picture: $(DEMO)/comparison.png"

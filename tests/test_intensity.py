@@ -304,7 +304,7 @@ def test_sweep_over_thresholds(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.modules["transforms"], "CROP", 64)
     argv = ["--data_folder", drawn, "--pairs", drawn / "pairs.tsv", "--subject", "s4",
             "--thresholds", 0, 2, 11, "--inner_folds", 2, "--model", "resnet18v1", "--epochs", 1,
-            "--epochs_probe", 2, "--batch_size", 4, "--save_path", tmp_path / "sweep"]
+            "--batch_size", 4, "--save_path", tmp_path / "sweep"]
     script("sweep_intensity").main(argv)
     with open(tmp_path / "sweep" / "threshold.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -313,10 +313,10 @@ def test_sweep_over_thresholds(tmp_path, monkeypatch, capsys):
     assert all(0 <= float(r["uf1"]) <= 1 for r in rows)
     assert (tmp_path / "sweep" / "threshold.png").stat().st_size > 5000
     assert "threshold 11: 0 pairs, too few" in capsys.readouterr().out
-    runs = list((tmp_path / "sweep").glob("threshold_*/*/runs/memory_*/last.pth"))
+    runs = list((tmp_path / "sweep").glob("threshold_*/*/runs/batch_*/last.pth"))
     assert len(runs) == 4
     script("sweep_intensity").main([*argv[:-2], "--thresholds", 0, "--seed", 1, *argv[-2:]])
-    assert len(list((tmp_path / "sweep").glob("threshold_*/*/runs/memory_*/last.pth"))) == 6
+    assert len(list((tmp_path / "sweep").glob("threshold_*/*/runs/batch_*/last.pth"))) == 6
     for run in runs:
         state = torch.load(run, weights_only=True)
         seen = {name for _, name in state["seen"]["people"]}
