@@ -90,7 +90,7 @@ def draw_comparison(path, rows, baselines, title=""):
     axes.set_xlim(0, None)
     axes.set_xlabel("UF1 on held-out subjects, with 95 % intervals over subjects")
     axes.set_title(title, fontsize="medium")
-    axes.legend(fontsize="small", loc="lower right")
+    axes.legend(fontsize="small", loc="lower left")
     save(figure, path)
 
 

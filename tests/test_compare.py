@@ -8,6 +8,7 @@ import subprocess
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.metrics import f1_score, recall_score
 
 import compare_results
@@ -506,3 +507,21 @@ def test_a_gap_among_the_published_figures_is_refused(make, capsys, tmp_path, mo
     path.write_text(compare_results.PUBLISHED.read_text() + row + "\n")
     line = refused(capsys, "--published", a)
     assert str(path) in line and "no field empty" in line and "verified or unverified" in line
+
+
+def test_the_picture_shows_every_result_with_its_interval(make, capsys, tmp_path, monkeypatch):
+    drawn, draw = [], pictures.draw_comparison
+
+    def noted(path, rows, baselines, title):
+        drawn.append((rows, baselines))
+        draw(path, rows, baselines, title)
+    monkeypatch.setattr(pictures, "draw_comparison", noted)
+    paths = make("a", 0.9), make("b", 0.4)
+    cells = {r[0]: r[2] for r in tables(compare(
+        capsys, *paths, "--picture", tmp_path / "x.png"))["Held-out subjects,"]}
+    ((rows, baselines),) = drawn
+    for name, uf1, (low, high) in rows:
+        assert cells[name] == f"{uf1:.3f} [{low:.3f}, {high:.3f}]"
+    assert len(rows) == 2 and list(baselines) == ["majority", "stratified_random"]
+    with Image.open(tmp_path / "x.png") as image:
+        assert image.format == "PNG" and min(image.size) > 200
