@@ -77,7 +77,7 @@ class Regression:
         self.rows = ((features - self.mean) / self.std).view(views * count, dim)
         self.vectors, self.values = _eigen(self.rows, int(everything.varies.sum()))
 
-    def solve(self, training, stats, l2, weights=None, start=None, tolerance=3e-5,
+    def solve(self, training, stats, l2, weights=None, start=None, tolerance=5e-5,
               most=MOST_STEPS):
         """Solution for the folds whose training clips are `training` (bool `[N, P]`).
 
