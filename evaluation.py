@@ -84,6 +84,7 @@ def check_options(parser, opt):
         parser.error("argument --seeds: give two or more, each once; --seed for a single one")
     if opt.protocol == "10fold" and "{subject}" in opt.model_path:
         parser.error("argument --model_path: {subject} goes with --protocol loso, {fold} with both")
+    options.check_size(parser, opt)
     if opt.layer is None:
         opt.layer = default_layer(opt.model)
         print(f"heads on layer {opt.layer} of {opt.model}")

@@ -39,6 +39,13 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; see --help\n")
 
 
+def check_size(parser, opt):
+    """Refuses crops of which the encoder's poolings leave nothing."""
+    if opt.model == "alexnet" and opt.size < 63:
+        parser.error(f"argument --size: {opt.size} is out of range: AlexNet takes crops of 63 "
+                     f"pixels or more")
+
+
 def given(group, argv):
     """The flags of an argument group that a command line names."""
     names = {name for action in group._group_actions for name in action.option_strings}

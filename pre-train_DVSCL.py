@@ -85,6 +85,7 @@ def parse_option(argv):
     options.add_output_options(parser, "--model_path", "folder for the runs' checkpoints", 40)
     opt = parser.parse_args(argv)
     choose_contrast(parser, opt, options.given(bank, argv))
+    options.check_size(parser, opt)
     if opt.subject and opt.fold:
         parser.error("--subject and --fold exclude each other")
     if (opt.pairs is None) != (opt.pool == "labelled"):

@@ -748,6 +748,18 @@ def test_flags_of_the_banks_select_them(flags, contrast, temperature, capsys):
     assert ("memory banks" in printed) == (flags[:1] in (["--nce_k"], ["--no-softmax"]))
 
 
+@pytest.mark.parametrize("name", ["pre-train_DVSCL", "LinearProbing_DVSCL_10fold",
+                                  "fine-tune_DVSCL"])
+def test_a_size_of_which_the_encoder_leaves_nothing_is_refused(name, capsys):
+    required = ["--data_folder", "d", "--model_path", "m"]
+    required += [] if name.startswith("pre") else ["--save_path", "s"]
+    with pytest.raises(SystemExit):
+        script(name).parse_option([*required, "--size", "48"])
+    assert "63 pixels" in capsys.readouterr().err
+    small = [*required, "--size", "48", "--model", "resnet18v1"]
+    assert script(name).parse_option(small).size == 48
+
+
 def test_a_flag_of_the_banks_beside_the_batch_is_refused(capsys):
     with pytest.raises(SystemExit):
         script("pre-train_DVSCL").parse_option(["--data_folder", "d", "--model_path", "m",
