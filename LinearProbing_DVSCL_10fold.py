@@ -91,7 +91,7 @@ def evaluate(opt, argv, device, data):
         # before anybody counts as finished: what is finished is not run again
         if group.path == opt.model_path and distributed.first():
             util.write_json(held.folder / "shortcuts.json", shortcuts.measure(
-                opt, clips, images, found, held.seen[group.path]["normalization"]))
+                opt, clips, found))
         held.keep_frozen(group, found)
         held.finished(group.unit)
     return held.folder, held.finish(images, protocol=opt.protocol)

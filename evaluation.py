@@ -443,8 +443,8 @@ class Frozen(NamedTuple):
     probabilities: np.ndarray  # [N, C], NaN where none of these heads holds the clip out
     notes: Callable  # members → what the results say of the held-out clips besides
     look: Callable  # adds the maps of mistakes to what was kept
-    model: torch.nn.Module
     features: torch.Tensor  # [V, N, D]
+    embedded: torch.Tensor  # [2, N, feat_dim], unit features of both views
     positions: int
     l2: list  # penalty of each fold's head; None where they have none
 
@@ -485,7 +485,7 @@ def train_frozen(opt, held, group, images, names, fold_of, device, solver="lbfgs
     pooling = create_head(opt, clips)
     model.to(device)
     with checkpoint.frozen(model):
-        features, positions = probing.encode(
+        features, positions, embedded = probing.encode(
             model, pooling.to(device), images, about["normalization"], opt.layer, device,
             util.mixed_precision(opt, device)[0], views)
     folds = [[*names, "all"][f] for f in held_out]
@@ -521,7 +521,7 @@ def train_frozen(opt, held, group, images, names, fold_of, device, solver="lbfgs
         members, weight = clips.members(group.people), heads.plain()[0]
         held.look(group, model, pooling, images, members, probabilities[members], device,
                   lambda i, c: weight[held_out.index(fold_of[i]), c])
-    return Frozen(heads, probabilities, notes_on, look, model, features, positions,
+    return Frozen(heads, probabilities, notes_on, look, features, embedded, positions,
                   choice and choice.l2)
 
 

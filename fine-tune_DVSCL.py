@@ -87,7 +87,7 @@ class Encoded:
     """The features that an encoder gives before it is tuned, from which heads start."""
 
     def __init__(self, opt, model, head, images, labels, n_label, normalization, device):
-        self.features, self.positions = probing.encode(
+        self.features, self.positions, _ = probing.encode(
             model, head, images, normalization, opt.layer, device,
             util.mixed_precision(opt, device)[0], VIEWS)
         self.labels, self.regression = labels, None

@@ -23,6 +23,7 @@ import util
 
 # penalties to choose from, strongest first
 GRID = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+TOLERANCE = 1e-5  # of the logit of a row of usual length
 INNER_STEPS = 100  # of the solver on inner folds, each penalty starting from the one before
 FEW = 1e-3  # where there are too few subjects to choose
 
@@ -33,14 +34,15 @@ VIEWS = [(mirror, shift) for shift in ((0, 0), (-16, -16), (16, 16), (-16, 16), 
 
 def encode(model, head, images, normalization, layer, device, autocast, views=1, members=None,
            batch_size=64):
-    """Pooled features of every image under the first `views` of VIEWS, float32 `[V, N, D]`, and
-    the number of positions of the pooled map they are flattened from (1 for a vector).
+    """Pooled features of every image under the first `views` of VIEWS, float32 `[V, N, D]`; the
+    number of positions of the pooled map they are flattened from (1 for a vector); the encoder's
+    unit features of both views of every image, plain, `[2, N, feat_dim]` on the CPU.
 
     images: uint8 array `[n, C, S, S]`; head: gives `pool(feat_rgb, feat_depth)` → `[B, D]`;
     members: indices of the N images [all].
     """
     model.eval()
-    features, start = None, 0
+    features, embedded, start = None, [], 0
     members = np.arange(len(images)) if members is None else members
     parts = np.array_split(members, -(-len(members) // batch_size))
     with torch.no_grad():
@@ -51,12 +53,14 @@ def encode(model, head, images, normalization, layer, device, autocast, views=1,
                 with autocast():
                     taps = model(x, layer)
                     pooled = head.pool(*taps)
+                    if v == 0:
+                        embedded.append(torch.stack(model.embed(taps, layer)).float().cpu())
                 if features is None:
                     positions = head.pooling(taps[0]).shape[2:].numel()
                     features = torch.empty(views, len(members), pooled.shape[1], device=device)
                 features[v, start:start + len(batch)] = pooled.float()
             start += len(batch)
-    return features, positions
+    return features, positions, torch.cat(embedded, 1)
 
 
 def class_weights(labels, n_label):
@@ -158,30 +162,28 @@ def training_clips(fold_of, held_out):
 
 
 def solve_heads(regression, features, labels, fold_of, held_out, l2=None, groups=None,
-                loss="crossentropy"):
+                loss="crossentropy", tolerance=TOLERANCE):
     """The heads that minimise the penalised loss: (FoldHeads, Choice).
 
     regression: a logistic.Regression of these features `[V, N, D]` and labels; fold_of `[N]`;
     held_out `[F]`: the fold that each head must not see; l2: the penalty, or None: that of GRID
     with the highest UF1 over inner folds (`groups` `[N]`) of the fold's training clips, the
-    stronger one where several are equal; loss: crossentropy or balanced. The labels of held-out
-    clips never enter.
+    stronger one where several are equal; loss: crossentropy or balanced; tolerance: bound on the
+    error of a logit. The labels of held-out clips never enter.
     """
     training = training_clips(fold_of, held_out)
     stats = logistic.statistics(features, training)
-    weights = None
-    if loss == "balanced":
-        weights = torch.stack([class_weights(labels[keep.numpy()], regression.n_label)
-                               for keep in training.t()])
+    weights = _fold_weights(labels, training, regression.n_label, loss)
     if l2 is None and not _inner(training, groups).any(0).all():
         l2 = FEW
         print(f"too few subjects for inner folds: --l2 {l2:g}")
     chosen, tried, uf1 = [l2] * len(held_out), [], [None] * len(held_out)
     if l2 is None:
-        found = _inner_uf1(regression, features, labels, training, groups, weights, tried)
+        found = _inner_uf1(regression, features, labels, training, groups, loss, tried)
         best = found.argmax(0)
         chosen, uf1 = [GRID[i] for i in best], found.max(0).tolist()
-    solution = regression.solve(training, stats, torch.tensor(chosen), weights)
+    solution = regression.solve(training, stats, torch.tensor(chosen), weights,
+                                tolerance=tolerance)
     if not tried:
         tried.append({"l2": l2, "train_accuracy": _accuracy(solution, labels, training)})
     heads = FoldHeads([], stats, regression.n_label, start=regression.weights(solution, stats))
@@ -194,23 +196,35 @@ def _inner(training, groups):
     return (training[:, :, None] & inside[:, None]).flatten(1)
 
 
-def _inner_uf1(regression, features, labels, training, groups, weights, tried):
+def _inner_uf1(regression, features, labels, training, groups, loss, tried):
     """UF1 over the inner folds of every fold for each penalty of GRID, `[len(GRID), F]`; a line
     on each goes to `tried`."""
-    n_groups, inner = int(groups.max()) + 1, _inner(training, groups)
+    n_groups = int(groups.max()) + 1
+    # a fold within the group that an inner one leaves out changes nothing: others have it as well
+    inner, which = np.unique(_inner(training, groups).numpy(), axis=1, return_inverse=True)
+    inner, which = torch.from_numpy(inner), which.reshape(-1, n_groups)  # [N, I], [F, J]
     stats, found, solution = logistic.statistics(features, inner), [], None
-    weights = None if weights is None else weights.repeat_interleave(n_groups, 0)
+    weights = _fold_weights(labels, inner, regression.n_label, loss)
     for l2 in GRID:
         solution = regression.solve(inner, stats, torch.full((inner.shape[1],), l2), weights,
-                                    solution, tolerance=1e-2, most=INNER_STEPS)
+                                    solution, most=INNER_STEPS,
+                                    # logits are the larger, the weaker the penalty
+                                    tolerance=logistic.ROUGH * max(1, (FEW / l2) ** 0.5))
         said = (solution.logits[:len(labels)] + solution.bias).argmax(2).cpu().numpy()
-        said = said.reshape(len(labels), -1, n_groups)[np.arange(len(labels)), :, groups]  # [N, F]
+        said = said[np.arange(len(labels))[:, None], which[:, groups].T]  # [N, F]
         found.append([metrics.scores(metrics.confusion_matrix(
             labels[keep], said[keep, fold], regression.n_label))[0].mean()
             for fold, keep in enumerate(training.t().numpy())])
         tried.append({"l2": l2, "inner_uf1": float(np.mean(found[-1])),
                       "train_accuracy": _accuracy(solution, labels, inner)})
     return np.array(found)
+
+
+def _fold_weights(labels, training, n_label, loss):
+    """Weights of the classes for each fold, `[F, C]`; None but for the balanced loss."""
+    if loss != "balanced":
+        return None
+    return torch.stack([class_weights(labels[keep.numpy()], n_label) for keep in training.t()])
 
 
 def _accuracy(solution, labels, training):
@@ -251,10 +265,8 @@ def train_heads(heads, features, positions, labels, fold_of, held_out, opt, loss
     if inner:
         training &= torch.from_numpy(inner.allowed)
         rates = torch.tensor(inner.rates, device=device)
-    weights = None
-    if loss == "balanced":
-        weights = torch.stack([class_weights(labels[keep.numpy()], n_label)
-                               for keep in training.t()]).to(device)  # [F, C]
+    weights = _fold_weights(labels, training, n_label, loss)
+    weights = None if weights is None else weights.to(device)
     labels = torch.as_tensor(labels)
     util.announce_dropped(len(labels), opt.batch_size)
     scale = rate_scale(heads.length, positions)

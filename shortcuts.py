@@ -11,20 +11,17 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-import decoding
 import logistic
 import probing
-import transforms
 from dataset import DATABASES
 
 CLIP_FOLDS = 5
 
 
-def measure(opt, clips, images, found, normalization):
+def measure(opt, clips, found):
     """{subject, retrieval} of an evaluation.Frozen: `subject_probe` and `retrieval`."""
     return {"subject": subject_probe(opt, clips, found),
-            "retrieval": retrieval(clips, *embed(found.model, images, normalization,
-                                                 found.features.device))}
+            "retrieval": retrieval(clips, *found.embedded)}
 
 
 def subject_probe(opt, clips, frozen):
@@ -46,7 +43,8 @@ def subject_probe(opt, clips, frozen):
     mine = frozen.features[:, members]
     if frozen.l2:
         heads, _ = probing.solve_heads(logistic.Regression(mine, labels, len(people)), mine, labels,
-                                       fold_of, held_out, float(np.median(frozen.l2)))
+                                       fold_of, held_out, float(np.median(frozen.l2)),
+                                       tolerance=logistic.ROUGH)
     else:
         heads = probing.FoldHeads(
             [f"clips{f + 1}of{len(held_out)}" for f in held_out],
@@ -57,16 +55,6 @@ def subject_probe(opt, clips, frozen):
     said = probing.predict(heads, mine, fold_of, held_out).argmax(1)
     return {"n": len(members), "n_subjects": len(people),
             "accuracy": float((said == labels).mean()), "chance": max(counts) / len(members)}
-
-
-def embed(model, images, normalization, device, batch_size=64):
-    """Unit features of both views of every image, `[N, feat_dim]` each, plain centre crop."""
-    model.eval()
-    parts = np.array_split(np.arange(len(images)), -(-len(images) // batch_size))
-    with torch.no_grad():
-        found = [model(transforms.eval_transform(batch, normalization))
-                 for batch in decoding.fetch(images, parts, device)]
-    return [torch.cat([pair[view] for pair in found]).float().cpu() for view in (0, 1)]
 
 
 def retrieval(clips, rgb, depth):

@@ -18,8 +18,9 @@ class Tower(nn.Module):
         """Callables to apply one after the other."""
         raise NotImplementedError
 
-    def forward(self, x, layer=None):
-        """x `[B, C, H, W]` → the tap, `[B, feat_dim]` of unit length for `layer=None`.
+    def forward(self, x, layer=None, first=0):
+        """x `[B, C, H, W]` → the tap, `[B, feat_dim]` of unit length for `layer=None`; first: the
+        tap that x is, 0 being the image.
 
         Raises ValueError for a layer that does not exist.
         """
@@ -27,7 +28,7 @@ class Tower(nn.Module):
         layer = len(stages) if layer is None else layer
         if not 1 <= layer <= len(stages):
             raise ValueError(f"layer {layer}: this encoder has the layers 1 to {len(stages)}")
-        for stage in stages[:layer]:
+        for stage in stages[first:layer]:
             x = stage(x)
         if layer < len(stages):
             return x
@@ -57,3 +58,10 @@ class DualView(nn.Module):
         rgb, depth = (view.contiguous(memory_format=layout)
                       for view in x.split(self.in_channels, dim=1))
         return self.rgb_to_d(rgb, layer), self.d_to_rgb(depth, layer)
+
+    def embed(self, taps, layer):
+        """The two features of unit length, `[B, feat_dim]`, from those at the tap `layer`."""
+        if layer == len(self.rgb_to_d.stages()):
+            return taps
+        return tuple(tower(x, first=layer) for tower, x in zip((self.rgb_to_d, self.d_to_rgb),
+                                                                taps))

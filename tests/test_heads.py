@@ -347,7 +347,7 @@ def test_no_head_fits_more_and_tells_less_than_scikit_learns(tmp_path, layer):
         clips = dataset.read_clips(folder)
         torch.manual_seed(0)
         model, head = create_model("resnet18v1"), create_classifier("resnet18v1", layer, 4)
-        features, positions = probing.encode(
+        features, positions, _ = probing.encode(
             model, head, decoding.load_images(clips)[0],
             transforms.fixed_normalization("signed", (3, 1)), layer, torch.device("cpu"),
             torch.no_grad, views=2)

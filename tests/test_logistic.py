@@ -106,7 +106,7 @@ def test_heads_on_features_of_an_encoder_agree_with_scikit_learn(small_crops, re
     clips, images = rendered
     torch.manual_seed(0)
     model, head = create_model("resnet18v1"), create_classifier("resnet18v1", layer, CLASSES)
-    features, _ = probing.encode(model, head, images, transforms.fixed_normalization(
+    features, *_ = probing.encode(model, head, images, transforms.fixed_normalization(
         "signed", (3, 1)), layer, torch.device("cpu"), torch.no_grad, views=2)
     assert features.shape == (2, 36, dim)
     data = features, clips.labels, dataset.subject_folds(clips)[1]

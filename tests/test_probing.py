@@ -337,7 +337,7 @@ def test_encoded_features_are_the_pooled_taps_of_the_plain_and_mirrored_view(
     head = create_classifier("resnet18v1", layer, 2, encoder=views)
     images = np.random.default_rng(0).integers(0, 256, (3, 4, 256, 256), dtype=np.uint8)
     normalization = transforms.fixed_normalization("signed", (3, 1))
-    features, found = probing.encode(encoder, head, images, normalization, layer,
+    features, found, _ = probing.encode(encoder, head, images, normalization, layer,
                                      torch.device("cpu"), torch.no_grad, views=2, batch_size=2)
     assert found == positions
     x = transforms.eval_transform(torch.from_numpy(images), normalization)
