@@ -16,8 +16,7 @@ RESULTS = $(DEMO)/results/probe_random*/results.json $(DEMO)/results/probe_batch
 
 .PHONY: demo test test-slow faces clean-demo
 
-# 24 labelled people, held out in turn (by tenths in fine-tuning); 600 unlabelled pairs of 60 others
-# to pre-train on
+# 24 labelled people, held out in turn; 600 unlabelled pairs of 60 others to pre-train on
 demo: .venv/ready
 	$(PY) render_CASME3.py --data_folder $(DEMO)/data --subjects 24 --clips_per_subject 8 \
 	    --size 128 --unlabelled 600 --unlabelled_subjects 60
@@ -26,8 +25,8 @@ demo: .venv/ready
 	$(PY) LinearProbing_DVSCL_10fold.py $(HEADS) --protocol loso --model_path random
 	$(PY) LinearProbing_DVSCL_10fold.py $(HEADS) --protocol loso \
 	    --model_path $(PRETRAINED)
-	$(PY) fine-tune_DVSCL.py $(HEADS) --protocol 10fold --model_path $(PRETRAINED) \
-	    --epochs 3
+	$(PY) fine-tune_DVSCL.py $(HEADS) --protocol loso --model_path $(PRETRAINED) \
+	    --epochs 2
 	$(PY) compare_results.py $(RESULTS) --picture $(DEMO)/comparison.png
 	@echo
 	@echo "picture: $(DEMO)/comparison.png"

@@ -49,11 +49,11 @@ def parse_option(argv):
     parser.add_argument("--quick", action="store_true",
                         help="one seed, a third of the pairs seen, the rows that matter most")
     parser.add_argument("--seeds", type=options.number(int, 1), default=3, help="how many")
-    parser.add_argument("--seen", type=options.positive_int, default=30_000,
+    parser.add_argument("--seen", type=options.positive_int, default=20_000,
                         help="pairs seen in a pre-training, repetitions counted")
     parser.add_argument("--pools", nargs="+", type=options.positive_int, default=[500, 2000, 5000],
                         metavar="N", help="sizes of the pool of other people")
-    parser.add_argument("--epochs_finetune", type=options.positive_int, default=5,
+    parser.add_argument("--epochs_finetune", type=options.positive_int, default=3,
                         help="fine-tuning epochs; from scratch four times as many")
     opt = parser.parse_args(argv)
     if opt.quick:
@@ -216,7 +216,7 @@ def ceiling(bench, pool, data, lists):
 
 def scratch(epochs):
     """Flags that train an encoder with its head from scratch."""
-    return ["--epochs", epochs, "--batch_size", 64, "--head", "zero", "--train_bn", "--trust", 0,
+    return ["--epochs", epochs, "--batch_size", 64, "--head", "zero", "--train_bn", "--trust", 0.02,
             "--encoder_lr", 0.03, "--lr_schedule", "cosine", "--warmup_epochs", epochs / 10]
 
 
