@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 
 MEMORY = 6  # pairs of steps and gradient changes that L-BFGS keeps
-MOST_STEPS, MOST_PASSES = 500, 50
+MOST_STEPS, MOST_PASSES, ROUGH_STEPS = 500, 50, 100
 PROBLEMS = 512  # heads solved at a time: bounds the memory
+TOLERANCE = 1e-5  # of the logit of a row of usual length
 ROUGH = 1e-3  # error of a logit that single precision is good for with any penalty
 LEAST = 0.01  # curvature: where all rows are fitted, that of the loss is no guide any more
 CONSTANT = 1e-10  # a feature of a smaller share of variance in its mean square does not vary
@@ -83,7 +84,7 @@ class Regression:
         self.rows, self.basis = ({kind: value.to(kind) for kind in (torch.float64, torch.float32)}
                                  for value in (rows, basis))
 
-    def solve(self, training, stats, l2, weights=None, start=None, tolerance=1e-5,
+    def solve(self, training, stats, l2, weights=None, start=None, tolerance=TOLERANCE,
               most=MOST_STEPS):
         """Solution for the folds whose training clips are `training` (bool `[N, P]`).
 
@@ -93,7 +94,7 @@ class Regression:
         MOST_STEPS. Double precision where the tolerance asks for it.
         """
         if tolerance < ROUGH:  # most of the way at half the cost
-            start = self.solve(training, stats, l2, weights, start, ROUGH, most - 1)
+            start = self.solve(training, stats, l2, weights, start, ROUGH, ROUGH_STEPS)
         kind, parts = torch.float64 if tolerance < ROUGH else torch.float32, []
         for chosen in torch.arange(training.shape[1]).split(PROBLEMS):
             old = start and Solution(*(value[..., chosen, :].to(kind) for value in start))
@@ -166,7 +167,7 @@ class _Folds:
             done |= step.abs().amax((0, 2)) <= tolerance
             if done.all():
                 break
-            if last is not None:  # Aitken's relaxation: a scale may differ by more than some per cent
+            if last is not None:  # Aitken's relaxation, for scales that differ by more
                 turn = step - last
                 found = -relax * (last * turn).sum((0, 2)) / turn.square().sum((0, 2)).clamp(
                     min=1e-30)
@@ -174,8 +175,9 @@ class _Folds:
             last = step
             offset = torch.where(done[:, None], offset, offset + step * relax[:, None])
         if most == MOST_STEPS and (short or not done.all()):
-            print(f"heads have not converged after {most} steps, of {self.shape[1]} "
-                  f"{max(short, int((~done).sum()))}; raise --l2")
+            left = max(short, int((~done).sum()))
+            print(f"{left} of {self.shape[1]} heads have not converged after {most} steps; raise "
+                  f"--l2")
         return Solution(alpha, inside, own, logits + own, bias)
 
     def minimum(self, inside, offset, bias, settled, tolerance, most):

@@ -23,8 +23,6 @@ import util
 
 # penalties to choose from, strongest first
 GRID = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
-TOLERANCE = 1e-5  # of the logit of a row of usual length
-INNER_STEPS = 100  # of the solver on inner folds, each penalty starting from the one before
 FEW = 1e-3  # where there are too few subjects to choose
 
 # (mirrored, shift in pixels of 256): the centre crop and its mirror image, then the corners' crops
@@ -162,7 +160,7 @@ def training_clips(fold_of, held_out):
 
 
 def solve_heads(regression, features, labels, fold_of, held_out, l2=None, groups=None,
-                loss="crossentropy", tolerance=TOLERANCE):
+                loss="crossentropy", tolerance=logistic.TOLERANCE):
     """The heads that minimise the penalised loss: (FoldHeads, Choice).
 
     regression: a logistic.Regression of these features `[V, N, D]` and labels; fold_of `[N]`;
@@ -207,7 +205,7 @@ def _inner_uf1(regression, features, labels, training, groups, loss, tried):
     weights = _fold_weights(labels, inner, regression.n_label, loss)
     for l2 in GRID:
         solution = regression.solve(inner, stats, torch.full((inner.shape[1],), l2), weights,
-                                    solution, most=INNER_STEPS,
+                                    solution, most=logistic.ROUGH_STEPS,
                                     # logits are the larger, the weaker the penalty
                                     tolerance=logistic.ROUGH * max(1, (FEW / l2) ** 0.5))
         said = (solution.logits[:len(labels)] + solution.bias).argmax(2).cpu().numpy()

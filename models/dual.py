@@ -61,7 +61,5 @@ class DualView(nn.Module):
 
     def embed(self, taps, layer):
         """The two features of unit length, `[B, feat_dim]`, from those at the tap `layer`."""
-        if layer == len(self.rgb_to_d.stages()):
-            return taps
         return tuple(tower(x, first=layer) for tower, x in zip((self.rgb_to_d, self.d_to_rgb),
-                                                                taps))
+                                                               taps))

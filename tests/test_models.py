@@ -303,3 +303,18 @@ def test_a_size_of_which_alexnet_leaves_nothing_is_refused():
     with pytest.raises(ValueError, match="63 pixels"):
         create_model("alexnet", size=62)
     assert create_model("alexnet", size=63)(torch.randn(2, 4, 63, 63))[0].shape == (2, 128)
+
+
+@pytest.mark.parametrize("name, side", [("resnet18v1", 48), ("alexnet", 96)])
+def test_features_from_any_tap_are_those_from_the_image(name, side):
+    torch.manual_seed(0)
+    model, x = create_model(name, size=side).eval(), torch.randn(3, 4, side, side)
+    with torch.no_grad():
+        expected = model(x)
+        for layer in range(1, len(model.rgb_to_d.stages()) + 1):
+            taps = model(x, layer)
+            kept = [tap.clone() for tap in taps]
+            for found, want in zip(model.embed(taps, layer), expected):
+                assert torch.allclose(found, want, atol=1e-6), layer
+            # a head reads the taps as well
+            assert all(torch.equal(*pair) for pair in zip(taps, kept)), layer
