@@ -299,9 +299,11 @@ def main_rows(bench, sets, pools):
         bench.finetune("finetuned", model, s, sets[s], paths[middle, s], "--epochs",
                        opt.epochs_finetune, "--batch_size", 64) for s in seeds])
     start = calibrated(bench, sets[0], pools[str(min(opt.pools))])
-    bench.row("the same network from scratch", [
-        bench.finetune("scratch", model, s, sets[s], start, *scratch(4 * opt.epochs_finetune))
-        for s in seeds[:1]])
+    for title, name, path in (
+            ("the same network from scratch", "scratch", start),
+            (f"the same recipe, pre-trained on {middle}", "retrained", paths[middle, 0])):
+        bench.row(title, [bench.finetune(name, model, 0, sets[0], path,
+                                         *scratch(4 * opt.epochs_finetune))])
     return start
 
 
