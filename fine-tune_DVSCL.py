@@ -46,7 +46,8 @@ def parse_option(argv):
                         help="a gradient moves the encoder by this share of its weights' length at "
                              "most; 0: no limit, for an encoder trained from scratch")
     method.add_argument("--train_bn", action="store_true",
-                        help="let batch-norm statistics move; else they stay those of pre-training")
+                        help="let batch-norm statistics move, from those of the training clips; "
+                             "else they stay those of pre-training")
     method.add_argument("--loss", choices=("crossentropy", "focal", "balanced"),
                         default="crossentropy",
                         help="focal: gamma 2; balanced: classes weighted by n/(C n_c) of the "
@@ -126,6 +127,17 @@ def set_model(opt, held, group, device):
     return model.to(device, memory_format=torch.channels_last), head.to(device), about
 
 
+def set_norms(opt, model, images, members, normalization, device):
+    """Gives the batch norms the statistics of the training clips `members`.
+
+    Under --train_bn every step normalises with its batch; a head that starts from features
+    normalised otherwise (an untrained encoder's not at all) would meet others in the first step.
+    """
+    parts = np.array_split(members, max(1, len(members) // opt.batch_size))
+    torch.optim.swa_utils.update_bn((transforms.eval_transform(batch, normalization) for batch in
+                                     decoding.fetch(images, parts, device)), model)
+
+
 def set_optimizer(opt, model, head, scale, penalty):
     """SGD with a rate for the encoder and one for the head, which is --learning_rate times
     `scale` (probing.rate_scale); `base` keeps the initial rates, `warmup` whose rate rises first.
@@ -201,20 +213,24 @@ def tune(opt, held, group, images, encoded, device):
     """Trains one of `held.groups` from its pre-trained encoder, going on from the run's last
     checkpoint where there is one, and keeps the predictions of the clips it holds out.
 
-    encoded: dict that keeps the Encoded of the last checkpoint.
+    encoded: dict that keeps the last Encoded.
     """
     clips, mixed = held.clips, util.mixed_precision(opt, device)
     model, head, about = set_model(opt, held, group, device)
     test = clips.members(group.out)
     members = np.setdiff1d(np.arange(len(clips)), test)
-    if group.path not in encoded:
+    source = group.path
+    if opt.train_bn:  # the held-out clips never enter: another encoder for each unit
+        source = group.path, group.unit
+        set_norms(opt, model, images, members, about["normalization"], device)
+    if source not in encoded:
         encoded.clear()
-        encoded[group.path] = Encoded(opt, model, head, images, clips.labels, clips.n_label,
-                                      about["normalization"], device)
+        encoded[source] = Encoded(opt, model, head, images, clips.labels, clips.n_label,
+                                  about["normalization"], device)
     fold_of = np.zeros(len(clips), int)
     fold_of[test] = 1
-    length, l2 = encoded[group.path].start(opt, clips, fold_of, 1, head)
-    scale = probing.rate_scale(length, encoded[group.path].positions)
+    length, l2 = encoded[source].start(opt, clips, fold_of, 1, head)
+    scale = probing.rate_scale(length, encoded[source].positions)
     util.announce_dropped(len(members), opt.batch_size)
     print(f"{group.unit}: learning rate of the head {opt.learning_rate:g} x {scale:.3g}, of the "
           f"encoder {opt.encoder_lr:g}")

@@ -193,13 +193,13 @@ def labelled_pool(data, folder):
     return folder
 
 
-def ceiling(bench, pool, data, lists, start):
-    """(labels, predictions, subjects) on the clips of `data` by a network trained from scratch
-    (`start`, see `calibrated`) on the whole pool's labels."""
+def ceiling(bench, pool, data, lists):
+    """(labels, predictions, subjects) on the clips of `data` by a network trained from scratch on
+    the whole pool's labels."""
     root = bench.work / "results" / "ceiling"
     importlib.import_module("fine-tune_DVSCL").main([
         "--data_folder", pool, "--list_folder", lists, "--subject", "all", "--save_path", root,
-        "--model_path", start, "--layer", LAYERS["resnet18v1"],
+        "--model_path", "random", "--layer", LAYERS["resnet18v1"],
         *bench.shared("resnet18v1", 0), *scratch(
             max(2, round(bench.opt.seen / 5000)))])
     (path,) = root.glob("*/last.pth")
@@ -212,17 +212,6 @@ def ceiling(bench, pool, data, lists, start):
     said = evaluation.validate(plain, images, np.arange(len(clips)), normalization, model, head,
                                util.mixed_precision(plain, device)[0], device).argmax(1)
     return clips.labels, said, [clip.subject for clip in clips.clips]
-
-
-def calibrated(bench, data, pairs):
-    """Checkpoint of an encoder that has learnt nothing, but whose batch norms have seen data.
-
-    A head scales its features by the statistics before tuning; with initial batch norms, the first
-    step under --train_bn would change the scale of all of them.
-    """
-    count = len(pairs.read_text().splitlines()) - 1
-    return bench.pretrain("calibrated", "resnet18v1", 0, data, pairs, "--learning_rate", 1e-9,
-                          share=2 * count / bench.opt.seen)
 
 
 def scratch(epochs):
@@ -262,8 +251,7 @@ def draw(path, rows, pools):
 
 
 def main_rows(bench, sets, pools):
-    """Baselines, pools of other people, each view, thresholds, fine-tuning: all seeds. Returns the
-    checkpoint that training from scratch starts from."""
+    """Baselines, pools of other people, each view, thresholds, fine-tuning: all seeds."""
     opt, model, seeds = bench.opt, "resnet18v1", range(bench.opt.seeds)
     everything = [dataset.read_clips(data) for data in sets]
     for name, scores in metrics.baselines(np.concatenate([c.labels for c in everything]),
@@ -298,20 +286,17 @@ def main_rows(bench, sets, pools):
     bench.row(f"pre-trained on {middle}, fine-tuned", [
         bench.finetune("finetuned", model, s, sets[s], paths[middle, s], "--epochs",
                        opt.epochs_finetune, "--batch_size", 64) for s in seeds])
-    start = calibrated(bench, sets[0], pools[str(min(opt.pools))])
-    for title, name, path in (
-            ("the same network from scratch", "scratch", start),
-            (f"the same recipe, pre-trained on {middle}", "retrained", paths[middle, 0])):
-        bench.row(title, [bench.finetune(name, model, 0, sets[0], path,
-                                         *scratch(4 * opt.epochs_finetune))])
-    return start
+    for title, name, of in (("the same network from scratch", "scratch", "random"),
+                            (f"the same recipe, pre-trained on {middle}", "retrained", None)):
+        bench.row(title, [bench.finetune(name, model, s, sets[s], of or paths[middle, s],
+                                         *scratch(4 * opt.epochs_finetune)) for s in seeds])
 
 
-def more_rows(bench, sets, start):
+def more_rows(bench, sets):
     """What is run for one seed: other encoders, the same people, the last control, the ceiling."""
     model, data = "resnet18v1", sets[0]
     lists = labelled_pool(data, bench.work / "labelled_pool")
-    bench.add("ceiling: 5000 labelled clips of others", [ceiling(bench, data, data, lists, start)])
+    bench.add("ceiling: 5000 labelled clips of others", [ceiling(bench, data, data, lists)])
     flat = bench.render("flat", 0, "--amplitude", 0, "--unlabelled", 2000,
                         "--unlabelled_subjects", PEOPLE)
     path = bench.pretrain("flat", model, 0, flat, flat / "pairs.tsv")
@@ -344,9 +329,9 @@ def main(argv=None):
     pools = {str(n): subset(sets[0], n, range(n)) for n in opt.pools}
     strongest = np.argsort(-intensities(sets[0]), kind="stable")[:2000]
     pools["strongest"] = subset(sets[0], "strongest", sorted(strongest))
-    start = main_rows(bench, sets, pools)
+    main_rows(bench, sets, pools)
     if not opt.quick:
-        more_rows(bench, sets, start)
+        more_rows(bench, sets)
     draw(bench.work / "learning.png", bench.rows, opt.pools)
     print(f"\nrendered stand-in data, 60 subjects x 10 clips, {opt.seeds} seeds, {opt.seen} pairs "
           f"seen in pre-training, torch {torch.__version__}, {(time.time() - began) / 60:.0f} "

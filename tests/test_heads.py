@@ -16,6 +16,7 @@ import decoding
 import evaluation
 import logistic
 import metrics
+import options
 import probing
 import transforms
 import util
@@ -193,6 +194,38 @@ def test_the_head_holds_the_statistics_of_its_training_clips(drawn, quick, pretr
     assert varies.sum() > 400
     assert torch.allclose(mean, rows.mean(0).float(), atol=1e-4)
     assert torch.allclose(std[varies], rows.std(0, correction=0).float()[varies], rtol=1e-3)
+
+
+def test_norms_that_move_start_from_the_training_clips_alone(fresh, quick, tmp_path):
+    clips, found = dataset.read_clips(fresh), []
+    for turn in ("right", "wrong"):
+        if turn == "wrong":
+            for member in clips.members([(0, "s1")]):
+                save_image(fresh / clips.clips[member].rgb, np.full((256, 256, 3), 140, np.uint8))
+        finetune("--data_folder", fresh, *quick[:2], "--cache", "off", *quick[4:], "--model_path",
+                 "random", "--train_bn", "--save_path", tmp_path / turn, *STILL[:-1])
+        found.append(load(only(tmp_path / turn) / "last.pth"))
+    for name, value in found[0]["model"].items():
+        assert torch.equal(value, found[1]["model"][name]), name
+    for name, value in found[0]["classifier"].items():
+        assert torch.allclose(value, found[1]["classifier"][name], atol=1e-5), name
+
+
+def test_the_first_step_normalises_as_the_start_of_the_head_did(drawn):
+    clips, model = dataset.read_clips(drawn), create_model("resnet18v1")
+    images = decoding.load_images(clips)[0]
+    normalization = transforms.fixed_normalization("wrap", clips.channels, clips.second)
+    x = transforms.eval_transform(torch.from_numpy(images), normalization)
+    found = {}
+    for turn in ("before", "after"):
+        with torch.no_grad():
+            found[turn] = model.eval()(x, 5)[0]
+            wanted = found["wanted"] = model.train()(x, 5)[0]
+        script("fine-tune_DVSCL").set_norms(options.argparse.Namespace(batch_size=len(images)),
+                                            model, images, np.arange(len(images)), normalization,
+                                            torch.device("cpu"))
+    apart = {turn: ((found[turn] - wanted).norm() / wanted.norm()).item() for turn in found}
+    assert apart["after"] < 0.05 and apart["before"] > 0.5, apart
 
 
 def rates(monkeypatch, run):
