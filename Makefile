@@ -33,7 +33,7 @@ demo: .venv/ready
 	@echo "curves:  .venv/bin/tensorboard --logdir $(DEMO)/tensorboard"
 
 test: .venv/test-ready
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 test-slow: .venv/test-ready
 	$(PY) -m pytest -m slow

@@ -1,13 +1,16 @@
 """What the tests share: the scripts as modules, small drawn data sets, one pre-trained run."""
 import importlib
+import os
 import shutil
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import pictures
 import transforms
 import util  # before anything that reads protobuf files: it chooses protobuf's implementation
 from dataset import Clip, write_lists
@@ -19,6 +22,21 @@ LISTS = ROOT.parent / "shared" / "casme3_lists.tar.xz"
 def pytest_configure(config):
     # of the generated code in tensorboard_logger
     config.addinivalue_line("filterwarnings", "ignore:Call to deprecated create function")
+
+
+    if "PYTEST_XDIST_WORKER" in os.environ:  # a core each
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def pictures_unread(request, monkeypatch):
+    """Every run draws its pictures, a third of its time on sets as small as these: where a test
+    does not look at them (the marker `pictures`), they are laid out and one pixel is written."""
+    def save(figure, path):
+        assert figure.axes
+        Image.new("L", (1, 1)).save(path, "PNG")
+    if not request.node.get_closest_marker("pictures"):
+        monkeypatch.setattr(pictures, "save", save)
 
 
 script = importlib.import_module  # also takes names with dashes, as the import statement does not

@@ -509,6 +509,7 @@ def test_a_gap_among_the_published_figures_is_refused(make, capsys, tmp_path, mo
     assert str(path) in line and "no field empty" in line and "verified or unverified" in line
 
 
+@pytest.mark.pictures
 def test_the_picture_shows_every_result_with_its_interval(make, capsys, tmp_path, monkeypatch):
     drawn, draw = [], pictures.draw_comparison
 

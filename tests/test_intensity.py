@@ -295,6 +295,7 @@ def test_bad_pairs_stop_the_sweep(tmp_path, capsys, old, new, words):
 
 
 @pytest.mark.slow
+@pytest.mark.pictures
 def test_sweep_over_thresholds(tmp_path, monkeypatch, capsys):
     """Pairs of intensity 0 to 11, dealt out to s1 to s4; s4 is held out altogether."""
     drawn = tmp_path / "data"

@@ -19,6 +19,8 @@ import transforms
 import util
 from models import create_classifier, create_model
 
+pytestmark = pytest.mark.pictures
+
 LONG = [f"a class with a very long name, $number {i}_ of them" for i in range(3)]
 
 
