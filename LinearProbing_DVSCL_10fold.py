@@ -33,7 +33,7 @@ def parse_option(argv):
     method.add_argument("--solver", choices=("lbfgs", "sgd"),
                         help="lbfgs: the minimum of the penalised loss, deterministic; sgd: the "
                              "published way, with the flags under optimisation [lbfgs; sgd where "
-                             "one of those is given]")
+                             "one of those or --oracle_curve is given]")
     evaluation.add_penalty_option(method)
     sgd = options.add_optimisation_options(
         parser, 256, 0.1, [10, 20, 30, 40, 50, 60, 70], 0.2, 80,

@@ -19,7 +19,8 @@ FREE_TO_CHANGE = {"data_folder", "list_folder", "model_path", "save_path", "tb_p
                   "pairs", "num_workers", "device", "print_freq", "save_freq", "save_minutes",
                   "resume", "subject", "seeds", "oracle_curve"}
 # what runs did from before there was an option for it
-BEFORE = {"lr_schedule": "step", "warmup_epochs": 0, "size": 224, "contrast": "bank"}
+BEFORE = {"lr_schedule": "step", "warmup_epochs": 0, "size": 224, "contrast": "bank",
+          "solver": "sgd", "head": "random", "trust": 0}
 SAVED = "stopped and saved; go on with --resume auto"
 
 

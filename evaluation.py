@@ -311,6 +311,9 @@ class HeldOut:
             state = checkpoint.load(path)
             checkpoint.check_resumable(path, state, self.opt,
                                        data_digest=self.header["data_digest"])
+            if "mean" not in state.get("classifier", state["model"]):
+                raise BadInput(f"{path}: comes from before heads standardised their features; its "
+                               f"run cannot go on: start it anew without --resume")
             if state.get("encoder_sha256") not in self.sha256.values():
                 raise BadInput(f"{path}: was trained on another checkpoint than --model_path "
                                f"{self.opt.model_path}; give another --tag, or remove it")
@@ -567,7 +570,7 @@ def _descend(opt, held, group, job, positions, folds, loss, rates, start, l2):
             history[epoch - 1] = torch.from_numpy(np.where(np.isnan(said[:, 0]), -1,
                                                            said.argmax(1)))
         if not inner:
-            means["learning_rate"] = util.learning_rate(opt, epoch)
+            means["learning_rate"] = util.scheduled(opt, opt.learning_rate, epoch, 1, 1)
         held.log.epoch(epoch, means, group.unit)
         bar.update()
         if epoch % opt.print_freq == 0 or epoch == opt.epochs:

@@ -39,7 +39,9 @@ def parse_option(argv):
                              "on the encoder as it is, whose penalty it keeps; zeros; or random "
                              "weights")
     evaluation.add_penalty_option(method)
-    method.add_argument("--freeze_encoder", action="store_true", help="train the head alone")
+    method.add_argument("--freeze_encoder", action="store_true",
+                        help="train the head alone; what is said of the encoder's rate has "
+                             "nothing to act on then")
     method.add_argument("--encoder_lr", type=options.number(float, 0), default=0.001,
                         help="initial learning rate of the encoder")
     method.add_argument("--trust", type=options.number(float, 0), default=0.001, metavar="SHARE",
@@ -56,11 +58,13 @@ def parse_option(argv):
                         help="draw training clips so that all classes are equally frequent")
     options.add_optimisation_options(parser, 128, 0.1, [10, 20], 0.1, 30,
                                      "initial learning rate of the head", "step", 2,
-                                     " of the encoder")
+                                     " of the encoder",
+                                     decayed="; a solved head keeps its penalty instead")
     options.add_running_options(parser)
     evaluation.add_result_options(parser)
     options.add_output_options(parser, "--save_path", "folder for the runs' results", 10)
     opt = parser.parse_args(argv)
+    options.choose_schedule(parser, opt, argv, "step")
     evaluation.check_options(parser, opt)
     if opt.oversample and (opt.loss == "balanced" or opt.freeze_encoder):
         parser.error("--oversample excludes --loss balanced, which weights the classes already, "

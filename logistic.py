@@ -14,7 +14,8 @@ vectors in the eigenbasis of one kernel, N dimensions at most, and all are minim
 L-BFGS (Nocedal and Wright, "Numerical Optimization", alg. 7.4), preconditioned with the curvature
 of the logistic loss on its eigenvalues. What a fold's own scale changes in its logits is then
 added as an offset and the minimum found again, until neither moves: a matter of a few passes, as
-scales differ by some per cent.
+scales differ by some per cent. A fold in which they differ by more, because a feature lives in the
+clips that it holds out, is solved in a kernel of its own.
 """
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 
 MEMORY = 6  # pairs of steps and gradient changes that L-BFGS keeps
 MOST_STEPS, MOST_PASSES, ROUGH_STEPS = 500, 50, 100
+APART = 30  # a feature's deviation over all clips, in those of a fold's own that passes can mend
 PROBLEMS = 512  # heads solved at a time: bounds the memory
 TOLERANCE = 1e-5  # of the logit of a row of usual length
 ROUGH = 1e-3  # error of a logit that single precision is good for with any penalty
@@ -74,6 +76,7 @@ class Regression:
     def __init__(self, features, labels, n_label):
         views, count, dim = features.shape
         self.n_label, self.views, self.device = n_label, views, features.device
+        self.features, self.labels = features, torch.as_tensor(labels)
         self.target = F.one_hot(torch.as_tensor(labels), n_label).repeat(views, 1)[
             :, None].to(self.device)  # [V N, 1, C]
         everything = statistics(features, torch.ones(count, 1, dtype=torch.bool))
@@ -93,16 +96,61 @@ class Regression:
         of a minimum after which it ends all the same, with a line in print where that is
         MOST_STEPS. Double precision where the tolerance asks for it.
         """
-        if tolerance < ROUGH:  # most of the way at half the cost
-            start = self.solve(training, stats, l2, weights, start, ROUGH, ROUGH_STEPS)
-        kind, parts = torch.float64 if tolerance < ROUGH else torch.float32, []
-        for chosen in torch.arange(training.shape[1]).split(PROBLEMS):
-            old = start and Solution(*(value[..., chosen, :].to(kind) for value in start))
-            parts.append(_Folds(
-                self, kind, training[:, chosen], Statistics(*(value[chosen] for value in stats)),
-                l2[chosen], None if weights is None else weights[chosen]).solve(
-                    old, tolerance, most))
-        return Solution(*(torch.cat(found, -2) for found in zip(*parts)))
+        far = (((self.std / stats.std) > APART) & stats.varies).any(1).cpu()
+        near, found = (~far).nonzero()[:, 0], {}
+        for chosen in near.split(PROBLEMS) if len(near) else ():
+            part, done = self._together(chosen, training, stats, l2, weights, start, tolerance,
+                                        most)
+            found |= {int(fold): Solution(*(value[..., i:i + 1, :] for value in part))
+                      for i, fold in enumerate(chosen)}
+            if most == MOST_STEPS:  # passes may have run out where scales were not that far apart
+                far[chosen[~done.cpu()]] = True
+        short = 0
+        for fold in far.nonzero()[:, 0].tolist():
+            found[fold], done = self._alone(fold, training[:, fold], l2[fold:fold + 1], None if
+                                            weights is None else weights[fold:fold + 1],
+                                            tolerance, most)
+            short += not done
+        if short and most == MOST_STEPS:
+            print(f"{short} of {training.shape[1]} heads have not converged after {most} steps; "
+                  f"raise --l2")
+        kind = torch.float64 if tolerance < ROUGH else torch.float32
+        return Solution(*(torch.cat([value.to(kind) for value in values], -2) for values in
+                          zip(*(found[fold] for fold in range(training.shape[1])))))
+
+    def _together(self, chosen, training, stats, l2, weights, start, tolerance, most):
+        """(Solution, which have converged) of the folds `chosen` in the kernel of all clips."""
+        job = (training[:, chosen], Statistics(*(value[chosen] for value in stats)), l2[chosen],
+               None if weights is None else weights[chosen])
+        start = start and Solution(*(value[..., chosen, :] for value in start))
+        done = None
+        # most of the way in single precision, at half the cost
+        for kind, bound, steps in ((torch.float32, max(tolerance, ROUGH), min(most, ROUGH_STEPS)),
+                                   (torch.float64, tolerance, most)):
+            if kind == torch.float32 or tolerance < ROUGH:
+                old = start and Solution(*(value.to(kind) for value in start))
+                start, done = _Folds(self, kind, *job).solve(
+                    old, bound, steps if tolerance < ROUGH else most)
+        return start, done
+
+    def _alone(self, fold, keep, l2, weights, tolerance, most):
+        """(Solution, whether it has converged) of one fold in the kernel of its own clips `keep`
+        (bool `[N]`), in the terms of all clips."""
+        own = Regression(self.features[:, keep.to(self.device)], self.labels[keep], self.n_label)
+        job = torch.ones(int(keep.sum()), 1, dtype=torch.bool)
+        stats = statistics(own.features, job)
+        solution, done = own._together(torch.arange(1), job, stats, l2, weights, None,
+                                       min(tolerance, ROUGH / 10), most)
+        weight, bias = (value.double() for value in own.weights(solution, stats))
+        alpha = solution.alpha.new_zeros(self.views, len(keep), 1, self.n_label)
+        alpha[:, keep.to(self.device)] = solution.alpha.view(self.views, -1, 1, self.n_label)
+        alpha = alpha.flatten(0, 1)
+        seen = (self.features - stats.mean) / stats.std  # [V, N, D]
+        logits = (seen.flatten(0, 1).double() @ weight[0].t()).unsqueeze(1)  # [V N, 1, C]
+        shift = (weight * ((stats.mean - self.mean) / stats.std)[:, None]).sum(2)  # [1, C]
+        inside = (self.basis[torch.float64].t() @ alpha.flatten(1)).unsqueeze(1)
+        return Solution(alpha, inside, torch.zeros_like(logits), logits + shift,
+                        bias - shift), bool(done.all())
 
     def weights(self, solution, stats):
         """(weight `[P, C, D]`, bias `[P, C]`) of heads on features standardised by `stats`."""
@@ -150,15 +198,16 @@ class _Folds:
         return (self.basis @ values.flatten(1)).view(self.shape)
 
     def solve(self, start, tolerance, most):
-        """Solution; start: a Solution or None; see Regression.solve."""
+        """(Solution, bool `[P]`: which have converged); start: a Solution or None; see
+        Regression.solve."""
         inside, offset, bias = (start.inside, start.offset, start.bias) if start else (
             self.basis.new_zeros(shape) for shape in (
                 (len(self.values), *self.shape[1:]), self.shape, self.shape[1:]))
         done = torch.zeros(self.shape[1], dtype=torch.bool, device=bias.device)
         relax, last = torch.ones_like(self.l2), None
         for _ in range(MOST_PASSES):
-            (inside, logits, bias), short = self.minimum(inside, offset, bias, done, tolerance,
-                                                         most)
+            (inside, logits, bias), minimal = self.minimum(inside, offset, bias, done, tolerance,
+                                                           most)
             alpha = self.expand(inside / self.values)
             part = (self.rows.t() @ alpha.flatten(1)).view(-1, *self.shape[1:]).mul_(self.change)
             own = (self.rows @ part.flatten(1)).view(self.shape)
@@ -174,15 +223,11 @@ class _Folds:
                 relax = torch.where(done, relax, found.clamp(0.05, 2))
             last = step
             offset = torch.where(done[:, None], offset, offset + step * relax[:, None])
-        if most == MOST_STEPS and (short or not done.all()):
-            left = max(short, int((~done).sum()))
-            print(f"{left} of {self.shape[1]} heads have not converged after {most} steps; raise "
-                  f"--l2")
-        return Solution(alpha, inside, own, logits + own, bias)
+        return Solution(alpha, inside, own, logits + own, bias), done & minimal
 
     def minimum(self, inside, offset, bias, settled, tolerance, most):
-        """((heads, logits, bias) at the minimum for an offset to the logits, how many folds have
-        not got there); the folds `settled` stay as they are."""
+        """((heads, logits, bias) at the minimum for an offset to the logits, bool `[P]`: which
+        folds have got there); the folds `settled` stay as they are."""
         point, done, memory = [inside, self.expand(inside), bias], settled.clone(), []
         gradient, inverse = self.gradient(point, offset)
         for _ in range(most):
@@ -198,7 +243,7 @@ class _Folds:
             old, (gradient, inverse) = gradient, self.gradient(point, offset)
             change = [new - before for new, before in zip(gradient, old)]
             memory = [*memory, (step, change, _product(change, step))][-MEMORY:]
-        return point, int((~done).sum())
+        return point, done
 
     def gradient(self, point, offset):
         """The gradient (of heads `[r, P, C]`, of the bias `[P, C]`) and the approximate inverse of

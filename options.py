@@ -117,11 +117,12 @@ def add_data_options(parser):
 
 def add_optimisation_options(parser, batch_size, learning_rate, decay_epochs, decay_rate, epochs,
                              learning_rate_help="initial learning rate", schedule="step",
-                             warmup=None, of=""):
+                             warmup=None, of="", risen="", decayed=""):
     """Adds CMC's optimisation flags with a script's own defaults; returns the group.
 
     schedule, warmup: defaults of --lr_schedule and --warmup_epochs, which need a warmup; `of`:
-    what the warm-up's rate belongs to.
+    what the warm-up's rate belongs to; risen: when it is shorter; decayed: what the weight decay
+    leaves out.
     """
     group = parser.add_argument_group("optimisation")
     group.add_argument("--batch_size", type=positive_int, default=batch_size,
@@ -135,15 +136,33 @@ def add_optimisation_options(parser, batch_size, learning_rate, decay_epochs, de
     group.add_argument("--lr_decay_rate", type=number(float, 0, 1), default=decay_rate,
                        help="factor at each decay")
     if warmup is not None:
-        group.add_argument("--lr_schedule", choices=("step", "cosine"), default=schedule,
-                           help="step: the two flags above; cosine: half a cosine down to 0, step "
-                                "by step")
+        group.add_argument("--lr_schedule", choices=("step", "cosine"),
+                           help=f"step: the two flags above; cosine: half a cosine down to 0, step "
+                                f"by step [{schedule}" + "; step where one of those two is given]"
+                                * (schedule == "cosine") + "]" * (schedule == "step"))
         group.add_argument("--warmup_epochs", type=number(float, 0), default=warmup,
-                           metavar="EPOCHS", help=f"the rate{of} rises from 0 over so many epochs")
+                           metavar="EPOCHS",
+                           help=f"the rate{of} rises from 0 over so many epochs{risen}")
     group.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="SGD momentum")
     group.add_argument("--weight_decay", type=number(float, 0), default=1e-4,
-                       help="SGD weight decay")
+                       help=f"SGD weight decay{decayed}")
     return group
+
+
+def choose_schedule(parser, opt, argv, default):
+    """Fills in --lr_schedule; refuses one that leaves no flag anything to do, and a warm-up that
+    is longer than the run."""
+    names = {word.partition("=")[0] for word in argv}
+    steps = sorted(names & {"--lr_decay_epochs", "--lr_decay_rate"})
+    if opt.lr_schedule is None:
+        opt.lr_schedule = "step" if steps else default
+        if steps and default != "step":
+            print(f"{steps[0]}: the rate decays in steps; without it, in a {default}")
+    elif opt.lr_schedule != "step" and steps:
+        parser.error(f"{steps[0]} goes with --lr_schedule step")
+    if "--warmup_epochs" in names and opt.warmup_epochs > opt.epochs:
+        parser.error(f"argument --warmup_epochs: {opt.warmup_epochs:g} is more than the "
+                     f"{opt.epochs} of --epochs")
 
 
 def add_running_options(parser):

@@ -38,6 +38,9 @@ def save(figure, path):
         FigureCanvasAgg(figure)
         figure.savefig(part, dpi=150, format="png")
         os.replace(part, path)
+    except OSError as error:
+        error.filename = str(path)  # not the temporary name
+        raise
     finally:
         part.unlink(missing_ok=True)
 

@@ -3,8 +3,9 @@
   python pre-train_DVSCL.py --data_folder D --model_path runs --tb_path tb
 
 The defaults (AlexNet, 240 epochs of batch 256) are 960 steps on the 943 clips of CAS(ME)^3. The
-loss starts near log(943) = 6.8 per view; on rendered data it falls below half of that. Follow it
-with tensorboard --logdir tb. Expect an hour or two on two CPU cores, minutes on a GPU.
+loss starts near log(256) = 5.5 per view, with --contrast bank near log(943) = 6.8; on rendered data
+it falls below half of that. Follow it with tensorboard --logdir tb. Expect an hour or two on two
+CPU cores, minutes on a GPU.
 """
 import argparse
 import hashlib
@@ -77,7 +78,8 @@ def parse_option(argv):
     method.add_argument("--jitter", type=number(float, 0, 0.9), default=0.4,
                         help="range of the gain about 'no change', as a share; not used with wrap")
     options.add_optimisation_options(parser, 256, 0.03, [160, 200], 0.1, 240, schedule="cosine",
-                                     warmup=12)
+                                     warmup=12, risen=", a twentieth of the run at most where "
+                                     "nothing is given")
     running = options.add_running_options(parser)
     running.add_argument("--sync_bn", action="store_true",
                          help="batch-norm statistics over the global batch under torchrun, not "
@@ -85,6 +87,9 @@ def parse_option(argv):
     options.add_output_options(parser, "--model_path", "folder for the runs' checkpoints", 40)
     opt = parser.parse_args(argv)
     choose_contrast(parser, opt, options.given(bank, argv))
+    options.choose_schedule(parser, opt, argv, "cosine")
+    if not any(word.startswith("--warmup_epochs") for word in argv):
+        opt.warmup_epochs = min(opt.warmup_epochs, opt.epochs / 20)
     options.check_size(parser, opt)
     if opt.subject and opt.fold:
         parser.error("--subject and --fold exclude each other")

@@ -277,7 +277,9 @@ def train_heads(heads, features, positions, labels, fold_of, held_out, opt, loss
         rng = util.generator(opt.seed, epoch)
         means = {"train_loss": util.AverageMeter(), "train_accuracy": util.AverageMeter()}
         view = torch.randint(len(features), (len(labels),), generator=rng)
-        for step, index in enumerate(util.batches(len(labels), opt.batch_size, rng), 1):
+        parts = util.batches(len(labels), opt.batch_size, rng)
+        steps = len(parts)
+        for step, index in enumerate(parts, 1):
             mask = training[index].to(device)  # [B, F]
             target = labels[index].to(device)[:, None].expand_as(mask)
             logits = heads(features[view[index], index])
@@ -288,8 +290,8 @@ def train_heads(heads, features, positions, labels, fold_of, held_out, opt, loss
                 raise util.RunFailed(f"the loss is not finite in epoch {epoch}, step {step}; the "
                                      f"last checkpoint is kept; lower --learning_rate, now "
                                      f"{opt.learning_rate:g}")
-            heads.step(total, count > 0, util.learning_rate(opt, epoch, rates) * scale,
-                       opt.momentum, decays)
+            rate = util.scheduled(opt, rates, epoch, step, steps)
+            heads.step(total, count > 0, rate * scale, opt.momentum, decays)
             seen = int(mask.sum())
             if seen:
                 hits = ((logits.argmax(-1) == target) & mask).sum() / seen

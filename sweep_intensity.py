@@ -24,6 +24,7 @@ import dataset  # noqa: E402
 import metrics  # noqa: E402
 import options  # noqa: E402
 import util  # noqa: E402
+from models import MODEL_NAMES, n_layers  # noqa: E402
 
 COLUMNS = ("threshold", "pairs", "uf1", "uar")
 
@@ -46,7 +47,8 @@ def parse_option(argv=None):
                         help="groups of training subjects")
     method.add_argument("--pool", choices=("unlabelled", "both"), default="both",
                         help="which clips to contrast")
-    method.add_argument("--model", default="alexnet", help="encoder of each view")
+    method.add_argument("--model", choices=MODEL_NAMES, default="alexnet", metavar="NAME",
+                        help="encoder of each view: " + ", ".join(MODEL_NAMES))
     method.add_argument("--layer", type=options.positive_int, default=5, help="layer to probe")
     method.add_argument("--epochs", type=options.positive_int, default=240,
                         help="pre-training epochs")
@@ -60,7 +62,11 @@ def parse_option(argv=None):
     output = parser.add_argument_group("output")
     output.add_argument("--save_path", required=True, metavar="DIR",
                         help="folder for runs, threshold.csv and threshold.png")
-    return parser.parse_args(argv)
+    opt = parser.parse_args(argv)
+    if opt.layer > n_layers(opt.model):
+        parser.error(f"argument --layer: {opt.layer} is out of range; {opt.model} has taps 1 to "
+                     f"{n_layers(opt.model)} for a head")
+    return opt
 
 
 def set_folds(opt):
@@ -93,7 +99,7 @@ def write_part(opt, lists, folder, clips, out):
     with open(opt.pairs, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         rows, columns = list(reader), reader.fieldnames or []
-    if "subject" not in columns or not all(row["subject"] for row in rows):
+    if "subject" not in columns or not all((row["subject"] or "").strip() for row in rows):
         raise util.BadInput(f"{opt.pairs}: names no subjects, so none can be left out; fill its "
                             f"subject column")
     kept = ["\t".join(row[c] for c in columns) for row in rows

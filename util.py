@@ -69,6 +69,7 @@ def command_line(main):
             message, code = error, 1
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS,
+                                   errno.EPERM,
                                    errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR,
                                    errno.EEXIST, errno.EPIPE, errno.ENOENT):
                 raise
@@ -170,13 +171,14 @@ def learning_rate(opt, epoch, base=None):
     return base * opt.lr_decay_rate ** sum(epoch > e for e in opt.lr_decay_epochs)
 
 
-def scheduled(opt, base, epoch, step, steps, warmup):
-    """`base` as --lr_schedule has it at step 1..`steps` of an epoch: CMC's steps, or half a cosine
-    down to 0 (Loshchilov and Hutter 2017); rising in a line over the first `warmup` epochs."""
+def scheduled(opt, base, epoch, step, steps, warmup=0):
+    """`base` as --lr_schedule has it at step 1..`steps` of an epoch: CMC's steps [where a script
+    has no such flag], or half a cosine down to 0 (Loshchilov and Hutter 2017); rising in a line
+    over the first `warmup` epochs."""
     done = epoch - 1 + step / steps
     if done <= warmup:  # never where there is no warm-up: a step is done
         return base * done / warmup
-    if opt.lr_schedule == "step":
+    if getattr(opt, "lr_schedule", "step") == "step":
         return learning_rate(opt, epoch, base)
     done = max(done - 1 / steps - warmup, 0)  # the last step still moves
     return base * (1 + math.cos(math.pi * done / (opt.epochs - warmup))) / 2

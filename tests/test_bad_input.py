@@ -531,6 +531,8 @@ def test_flags_that_do_not_fit_the_checkpoint_are_refused(drawn, quick, pretrain
     (["--l2", 0.1, "--head", "random"], "--l2 goes with --head probe"),
     (["--l2", 0], "--l2: 0 is out of range"), (["--head", "best"], "--head"),
     (["--warmup_epochs", -1], "--warmup_epochs: -1 is out of range"),
+    (["--warmup_epochs", 31], "--warmup_epochs: 31 is more than the 1 of --epochs"),
+    (["--lr_schedule", "cosine", "--lr_decay_epochs", 9], "--lr_decay_epochs goes with"),
     (["--protocol", "10fold", "--model_path", "runs/{subject}.pth"], "protocol loso"),
     (["--subject", "all", "--model_path", "runs/{subject}.pth"], "one checkpoint")])
 def test_fine_tuning_flags_that_exclude_each_other_are_refused(drawn, quick, pretrained, tmp_path,

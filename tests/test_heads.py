@@ -246,7 +246,8 @@ def test_the_encoders_rate_rises_first_and_the_heads_does_not(drawn, quick, pret
                                                               monkeypatch, schedule):
     seen = rates(monkeypatch, lambda: finetune(
         "--data_folder", drawn, *quick, "--batch_size", 3, "--epochs", 4, "--warmup_epochs", 2,
-        "--lr_schedule", schedule, "--lr_decay_epochs", 3, "--learning_rate", 0.01, "--encoder_lr",
+        "--lr_schedule", schedule, *(["--lr_decay_epochs", 3] if schedule == "step" else []),
+        "--learning_rate", 0.01, "--encoder_lr",
         1e-5, "--l2", 0.02, "--weight_decay", 3e-4, "--model_path", pretrained, "--save_path",
         tmp_path, "--subject", "s1"))
     assert len(seen) == 12  # 9 clips, three steps an epoch
@@ -264,6 +265,18 @@ def test_the_encoders_rate_rises_first_and_the_heads_does_not(drawn, quick, pret
         assert encoder[6:] == pytest.approx(1e-5 * (1 + np.cos(np.pi * np.arange(6) / 6)) / 2)
     # the penalty goes on as it was: half its square times the features' mean squared length
     assert all(decay == [3e-4, pytest.approx(0.02 * length), 0] for _, decay in seen)
+
+
+def test_heads_on_a_frozen_encoder_follow_the_schedule(drawn, quick, pretrained, tmp_path):
+    rates = {}
+    for schedule in ("step", "cosine"):
+        finetune("--data_folder", drawn, *quick, "--epochs", 4, "--freeze_encoder", "--head",
+                 "zero", "--learning_rate", 0.1, "--lr_schedule", schedule, "--model_path",
+                 pretrained, "--save_path", tmp_path / schedule)
+        log = util.read_log(only(tmp_path / schedule))[1:]
+        rates[schedule] = [line["learning_rate"] for line in log]
+    assert rates["step"] == [0.1] * 4
+    assert rates["cosine"] == pytest.approx(0.1 * (1 + np.cos(np.pi * np.arange(4) / 4)) / 2)
 
 
 @pytest.mark.parametrize("head", ["zero", "random"])

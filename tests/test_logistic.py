@@ -316,3 +316,29 @@ def test_labels_that_only_name_the_subject_stay_at_chance_for_others(way):
     limit = np.quantile(np.mean(by_chance, 0), 0.975)
     print(f"UF1 {np.mean(found):.3f}, 97.5 % of chance {limit:.3f}")
     assert np.mean(found) <= limit
+
+
+@pytest.mark.parametrize("kind", ["a subject of other scale", "sparse"])
+def test_a_feature_that_lives_in_the_held_out_clips_is_no_obstacle(kind, capsys):
+    rng = np.random.default_rng(0)
+    features, labels = torch.from_numpy(rng.normal(size=(2, 60, 300))).float(), \
+        rng.integers(0, 4, 60)
+    if kind == "sparse":
+        features = torch.relu(features - 2)
+    else:
+        features[:, :10] *= 1000
+    fold_of = np.repeat(np.arange(6), 10)
+    heads, _ = probing.solve_heads(logistic.Regression(features, labels, 4), features, labels,
+                                   fold_of, range(6), 0.1)
+    found = probing.predict(heads, features, fold_of, range(6))
+    for fold in range(6):
+        keep = fold_of != fold
+        rows = features[:, keep].double().flatten(0, 1).numpy()
+        mean, std = rows.mean(0), rows.std(0)
+        varies = std > 0
+        rows = ((rows - mean) / np.where(varies, std, 1))[:, varies]
+        theirs = LogisticRegression(C=1 / (0.1 * varies.sum() * len(rows)), tol=1e-10,
+                                    max_iter=10_000).fit(rows, np.tile(labels[keep], 2))
+        seen = ((features[0, ~keep].double().numpy() - mean) / np.where(varies, std, 1))[:, varies]
+        assert np.abs(theirs.predict_proba(seen) - found[~keep]).max() < 1e-4
+    assert "converged" not in capsys.readouterr().out

@@ -803,3 +803,30 @@ def test_an_error_in_a_shell_ends_in_one_line_and_exit_code_2(name, tmp_path):
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert "nothing: no such folder" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags, schedule, warmup", [
+    ([], "cosine", 12), (["--lr_decay_epochs", "120,160"], "step", 12),
+    (["--epochs", 4], "cosine", 0.2), (["--epochs", 4, "--warmup_epochs", 3], "cosine", 3)],
+    ids=str)
+def test_what_the_learning_rate_of_pretraining_follows(flags, schedule, warmup):
+    opt = script("pre-train_DVSCL").parse_option(
+        ["--data_folder", "d", "--model_path", "m", *map(str, flags)])
+    assert (opt.lr_schedule, opt.warmup_epochs) == (schedule, warmup)
+
+
+def test_a_run_from_before_heads_standardised_is_refused(drawn, quick, pretrained, tmp_path,
+                                                         capsys):
+    finetune("--data_folder", drawn, *quick, "--model_path", pretrained, "--save_path",
+             tmp_path / "old", "--subject", "s1")
+    path = only(tmp_path / "old") / "last.pth"
+    state = load(path)
+    for name in ("mean", "std"):
+        del state["classifier"][name]
+    torch.save(state, path)
+    with pytest.raises(SystemExit) as end:
+        finetune("--data_folder", drawn, *quick, "--model_path", pretrained, "--save_path",
+                 tmp_path / "new", "--subject", "s1", "--resume", path)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and said.startswith(f"error: {path}: comes from before heads")
+    assert not (tmp_path / "new").exists()
