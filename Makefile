@@ -1,5 +1,5 @@
 # make demo       the whole method on rendered data, from a fresh machine: about 5 minutes
-# make test       the tests: about 9 minutes;  make test-slow: those that take longer
+# make test       the tests: about 8 minutes;  make test-slow: those that take longer
 PYTHON ?= python3
 PY = .venv/bin/python
 DEMO = demo

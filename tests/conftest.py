@@ -24,8 +24,9 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:Call to deprecated create function")
 
 
-    if "PYTEST_XDIST_WORKER" in os.environ:  # a core each
+    if "PYTEST_XDIST_WORKER" in os.environ:  # a core each, for what it starts as well
         torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)
