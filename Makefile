@@ -36,7 +36,7 @@ test: .venv/test-ready
 	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 test-slow: .venv/test-ready
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest -m slow -n auto --maxprocesses 8 --dist worksteal
 
 # the face detector of prepare_CASME3.py; without its pins, which would replace torch
 faces: .venv/ready
