@@ -26,7 +26,7 @@ demo: .venv/ready
 	$(PY) LinearProbing_DVSCL_10fold.py $(HEADS) --protocol loso \
 	    --model_path $(PRETRAINED)
 	$(PY) fine-tune_DVSCL.py $(HEADS) --protocol loso --model_path $(PRETRAINED) \
-	    --epochs 2
+	    --epochs 2 --encoder_lr 0.001
 	$(PY) compare_results.py $(RESULTS) --picture $(DEMO)/comparison.png
 	@echo
 	@echo "picture: $(DEMO)/comparison.png"

@@ -42,8 +42,9 @@ def parse_option(argv):
     method.add_argument("--freeze_encoder", action="store_true",
                         help="train the head alone; what is said of the encoder's rate has "
                              "nothing to act on then")
-    method.add_argument("--encoder_lr", type=options.number(float, 0), default=0.001,
-                        help="initial learning rate of the encoder")
+    method.add_argument("--encoder_lr", type=options.number(float, 0), default=0.0001,
+                        help="initial learning rate of the encoder; 0.001 suits a pre-trained one "
+                             "on few clips")
     method.add_argument("--trust", type=options.number(float, 0), default=0.001, metavar="SHARE",
                         help="a gradient moves the encoder by this share of its weights' length at "
                              "most; 0: no limit, for an encoder trained from scratch")

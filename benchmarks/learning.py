@@ -285,7 +285,8 @@ def main_rows(bench, sets, pools):
                     permuted_lists(sets[s], bench.work / f"permuted_{s}", s)) for s in seeds])
     bench.row(f"pre-trained on {middle}, fine-tuned", [
         bench.finetune("finetuned", model, s, sets[s], paths[middle, s], "--epochs",
-                       opt.epochs_finetune, "--batch_size", 64) for s in seeds])
+                       opt.epochs_finetune, "--batch_size", 64, "--encoder_lr", 0.001)
+        for s in seeds])
     for title, name, of in (("the same network from scratch", "scratch", "random"),
                             (f"the same recipe, pre-trained on {middle}", "retrained", None)):
         bench.row(title, [bench.finetune(name, model, s, sets[s], of or paths[middle, s],

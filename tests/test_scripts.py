@@ -515,7 +515,7 @@ def test_fine_tuning_moves_what_it_should(drawn, quick, pretrained, tmp_path, fl
     assert state["seen"]["people"] == [[0, "s1"], [0, "s2"], [0, "s3"], [0, "s4"]]
     assert {r["subject"] for r in rows(run)} == {"s1"} and len(rows(run)) == 3
     assert util.read_log(run)[1]["subject"] == "s1"
-    assert "_layer_6_lr_0.1_decay_0.0001_bsz_8_elr_0.001_l2_inner_loso_" in run.name
+    assert "_layer_6_lr_0.1_decay_0.0001_bsz_8_elr_0.0001_l2_inner_loso_" in run.name
     assert {"mean", "std", "classifier.weight", "classifier.bias"} == state["classifier"].keys()
 
 
@@ -700,7 +700,7 @@ def test_help_lists_every_flag_with_its_default(name, capsys):
         "l2": None, "select": "fixed"}),
     ("fine-tune_DVSCL", {
         "batch_size": 128, "learning_rate": 0.1, "lr_decay_epochs": [10, 20], "lr_decay_rate": 0.1,
-        "epochs": 30, "encoder_lr": 0.001, "train_bn": False, "loss": "crossentropy", "layer": 5,
+        "epochs": 30, "encoder_lr": 0.0001, "train_bn": False, "loss": "crossentropy", "layer": 5,
         "head": "probe", "l2": None, "protocol": "loso", "lr_schedule": "step",
         "warmup_epochs": 2})])
 def test_defaults_are_those_of_the_method(name, defaults):
