@@ -47,7 +47,8 @@ def parse_option(argv):
     parser.add_argument("--work", required=True, metavar="DIR", help="folder for data and runs; "
                         "what is finished there is used again")
     parser.add_argument("--quick", action="store_true",
-                        help="one seed, a third of the pairs seen, the rows that matter most")
+                        help="one seed, a third of the pairs seen, two thirds of the "
+                        "fine-tuning, the rows that matter most")
     parser.add_argument("--seeds", type=options.number(int, 1), default=3, help="how many")
     parser.add_argument("--seen", type=options.positive_int, default=20_000,
                         help="pairs seen in a pre-training, repetitions counted")
@@ -58,6 +59,7 @@ def parse_option(argv):
     opt = parser.parse_args(argv)
     if opt.quick:
         opt.seeds, opt.seen, opt.pools = 1, opt.seen // 3, opt.pools[1:2]
+        opt.epochs_finetune = min(opt.epochs_finetune, 2)
     return opt
 
 
