@@ -27,7 +27,7 @@ import probing
 import shortcuts
 import transforms
 import util
-from models import MODEL_NAMES, create_classifier, create_model, default_layer, n_layers
+from models import MODEL_NAMES, create_classifier, create_model, default_layer
 from util import BadInput
 
 INNER_FOLDS = 5  # groups of training subjects that choose epochs and learning rate
@@ -88,9 +88,7 @@ def check_options(parser, opt):
     if opt.layer is None:
         opt.layer = default_layer(opt.model)
         print(f"heads on layer {opt.layer} of {opt.model}")
-    if opt.layer > n_layers(opt.model):
-        parser.error(f"argument --layer: {opt.layer} is out of range; {opt.model} has taps 1 to "
-                     f"{n_layers(opt.model)} for a head")
+    options.check_layer(parser, opt)
 
 
 def split(opt, clips):

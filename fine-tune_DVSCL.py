@@ -57,15 +57,14 @@ def parse_option(argv):
                              "training clips")
     method.add_argument("--oversample", action="store_true",
                         help="draw training clips so that all classes are equally frequent")
-    options.add_optimisation_options(parser, 128, 0.1, [10, 20], 0.1, 30,
-                                     "initial learning rate of the head", "step", 2,
-                                     " of the encoder",
-                                     decayed="; a solved head keeps its penalty instead")
+    optimisation = options.add_optimisation_options(
+        parser, 128, 0.1, [10, 20], 0.1, 30, "initial learning rate of the head", "step", 2,
+        " of the encoder", decayed="; a solved head keeps its penalty instead")
     options.add_running_options(parser)
     evaluation.add_result_options(parser)
     options.add_output_options(parser, "--save_path", "folder for the runs' results", 10)
     opt = parser.parse_args(argv)
-    options.choose_schedule(parser, opt, argv, "step")
+    options.choose_schedule(parser, opt, options.given(optimisation, argv))
     evaluation.check_options(parser, opt)
     if opt.oversample and (opt.loss == "balanced" or opt.freeze_encoder):
         parser.error("--oversample excludes --loss balanced, which weights the classes already, "

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 MEMORY = 6  # pairs of steps and gradient changes that L-BFGS keeps
 MOST_STEPS, MOST_PASSES, ROUGH_STEPS = 500, 50, 100
-APART = 30  # a feature's deviation over all clips, in those of a fold's own that passes can mend
+APART = 30  # deviation of a feature over all clips, in the fold's own, that passes can still mend
 PROBLEMS = 512  # heads solved at a time: bounds the memory
 TOLERANCE = 1e-5  # of the logit of a row of usual length
 ROUGH = 1e-3  # error of a logit that single precision is good for with any penalty
@@ -77,7 +77,7 @@ class Regression:
         views, count, dim = features.shape
         self.n_label, self.views, self.device = n_label, views, features.device
         self.features, self.labels = features, torch.as_tensor(labels)
-        self.target = F.one_hot(torch.as_tensor(labels), n_label).repeat(views, 1)[
+        self.target = F.one_hot(self.labels, n_label).repeat(views, 1)[
             :, None].to(self.device)  # [V N, 1, C]
         everything = statistics(features, torch.ones(count, 1, dtype=torch.bool))
         self.mean, self.std = everything.mean[0].double(), everything.std[0].double()
@@ -123,23 +123,22 @@ class Regression:
         job = (training[:, chosen], Statistics(*(value[chosen] for value in stats)), l2[chosen],
                None if weights is None else weights[chosen])
         start = start and Solution(*(value[..., chosen, :] for value in start))
-        done = None
-        # most of the way in single precision, at half the cost
-        for kind, bound, steps in ((torch.float32, max(tolerance, ROUGH), min(most, ROUGH_STEPS)),
-                                   (torch.float64, tolerance, most)):
-            if kind == torch.float32 or tolerance < ROUGH:
-                old = start and Solution(*(value.to(kind) for value in start))
-                start, done = _Folds(self, kind, *job).solve(
-                    old, bound, steps if tolerance < ROUGH else most)
+        stages = [(torch.float32, tolerance, most)]
+        if tolerance < ROUGH:  # most of the way in single precision, at half the cost
+            stages = [(torch.float32, ROUGH, ROUGH_STEPS), (torch.float64, tolerance, most)]
+        for kind, bound, steps in stages:
+            old = start and Solution(*(value.to(kind) for value in start))
+            start, done = _Folds(self, kind, *job).solve(old, bound, steps)
         return start, done
 
     def _alone(self, fold, keep, l2, weights, tolerance, most):
         """(Solution, whether it has converged) of one fold in the kernel of its own clips `keep`
         (bool `[N]`), in the terms of all clips."""
         own = Regression(self.features[:, keep.to(self.device)], self.labels[keep], self.n_label)
-        job = torch.ones(int(keep.sum()), 1, dtype=torch.bool)
-        stats = statistics(own.features, job)
-        solution, done = own._together(torch.arange(1), job, stats, l2, weights, None,
+        everybody = torch.ones(int(keep.sum()), 1, dtype=torch.bool)
+        stats = statistics(own.features, everybody)
+        # scales that lie far apart take double precision, whatever the tolerance
+        solution, done = own._together(torch.arange(1), everybody, stats, l2, weights, None,
                                        min(tolerance, ROUGH / 10), most)
         weight, bias = (value.double() for value in own.weights(solution, stats))
         alpha = solution.alpha.new_zeros(self.views, len(keep), 1, self.n_label)

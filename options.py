@@ -4,6 +4,8 @@ import math
 import os
 import re
 
+from models import n_layers
+
 
 class _Help(argparse.HelpFormatter):
     """Appends each flag's default in brackets."""
@@ -44,6 +46,13 @@ def check_size(parser, opt):
     if opt.model == "alexnet" and opt.size < 63:
         parser.error(f"argument --size: {opt.size} is out of range: AlexNet takes crops of 63 "
                      f"pixels or more")
+
+
+def check_layer(parser, opt):
+    """Refuses a layer that no head sits on."""
+    if opt.layer > n_layers(opt.model):
+        parser.error(f"argument --layer: {opt.layer} is out of range; {opt.model} has taps 1 to "
+                     f"{n_layers(opt.model)} for a head")
 
 
 def given(group, argv):
@@ -136,10 +145,9 @@ def add_optimisation_options(parser, batch_size, learning_rate, decay_epochs, de
     group.add_argument("--lr_decay_rate", type=number(float, 0, 1), default=decay_rate,
                        help="factor at each decay")
     if warmup is not None:
-        group.add_argument("--lr_schedule", choices=("step", "cosine"),
-                           help=f"step: the two flags above; cosine: half a cosine down to 0, step "
-                                f"by step [{schedule}" + "; step where one of those two is given]"
-                                * (schedule == "cosine") + "]" * (schedule == "step"))
+        group.add_argument("--lr_schedule", choices=("step", "cosine"), default=schedule,
+                           help="step: the two flags above, either of which selects it; cosine: "
+                                "half a cosine down to 0, step by step")
         group.add_argument("--warmup_epochs", type=number(float, 0), default=warmup,
                            metavar="EPOCHS",
                            help=f"the rate{of} rises from 0 over so many epochs{risen}")
@@ -149,18 +157,16 @@ def add_optimisation_options(parser, batch_size, learning_rate, decay_epochs, de
     return group
 
 
-def choose_schedule(parser, opt, argv, default):
-    """Fills in --lr_schedule; refuses one that leaves no flag anything to do, and a warm-up that
-    is longer than the run."""
-    names = {word.partition("=")[0] for word in argv}
-    steps = sorted(names & {"--lr_decay_epochs", "--lr_decay_rate"})
-    if opt.lr_schedule is None:
-        opt.lr_schedule = "step" if steps else default
-        if steps and default != "step":
-            print(f"{steps[0]}: the rate decays in steps; without it, in a {default}")
-    elif opt.lr_schedule != "step" and steps:
-        parser.error(f"{steps[0]} goes with --lr_schedule step")
-    if "--warmup_epochs" in names and opt.warmup_epochs > opt.epochs:
+def choose_schedule(parser, opt, given):
+    """Takes steps where a flag of theirs is `given`, and refuses them beside another schedule, and
+    a warm-up that is longer than the run; given: the flags of the optimisation group."""
+    steps = [name for name in given if name in ("--lr_decay_epochs", "--lr_decay_rate")]
+    if steps and opt.lr_schedule != "step":
+        if "--lr_schedule" in given:
+            parser.error(f"{steps[0]} goes with --lr_schedule step")
+        print(f"{steps[0]}: the rate decays in steps; without it, in a {opt.lr_schedule}")
+        opt.lr_schedule = "step"
+    if "--warmup_epochs" in given and opt.warmup_epochs > opt.epochs:
         parser.error(f"argument --warmup_epochs: {opt.warmup_epochs:g} is more than the "
                      f"{opt.epochs} of --epochs")
 

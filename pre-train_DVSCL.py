@@ -77,9 +77,9 @@ def parse_option(argv):
     method.add_argument("--no_flip", action="store_true", help="no random horizontal flip")
     method.add_argument("--jitter", type=number(float, 0, 0.9), default=0.4,
                         help="range of the gain about 'no change', as a share; not used with wrap")
-    options.add_optimisation_options(parser, 256, 0.03, [160, 200], 0.1, 240, schedule="cosine",
-                                     warmup=12, risen=", a twentieth of the run at most where "
-                                     "nothing is given")
+    optimisation = options.add_optimisation_options(
+        parser, 256, 0.03, [160, 200], 0.1, 240, schedule="cosine", warmup=12,
+        risen=", a twentieth of the run at most where nothing is given")
     running = options.add_running_options(parser)
     running.add_argument("--sync_bn", action="store_true",
                          help="batch-norm statistics over the global batch under torchrun, not "
@@ -87,8 +87,9 @@ def parse_option(argv):
     options.add_output_options(parser, "--model_path", "folder for the runs' checkpoints", 40)
     opt = parser.parse_args(argv)
     choose_contrast(parser, opt, options.given(bank, argv))
-    options.choose_schedule(parser, opt, argv, "cosine")
-    if not any(word.startswith("--warmup_epochs") for word in argv):
+    given = options.given(optimisation, argv)
+    options.choose_schedule(parser, opt, given)
+    if "--warmup_epochs" not in given:
         opt.warmup_epochs = min(opt.warmup_epochs, opt.epochs / 20)
     options.check_size(parser, opt)
     if opt.subject and opt.fold:

@@ -278,7 +278,6 @@ def train_heads(heads, features, positions, labels, fold_of, held_out, opt, loss
         means = {"train_loss": util.AverageMeter(), "train_accuracy": util.AverageMeter()}
         view = torch.randint(len(features), (len(labels),), generator=rng)
         parts = util.batches(len(labels), opt.batch_size, rng)
-        steps = len(parts)
         for step, index in enumerate(parts, 1):
             mask = training[index].to(device)  # [B, F]
             target = labels[index].to(device)[:, None].expand_as(mask)
@@ -290,7 +289,7 @@ def train_heads(heads, features, positions, labels, fold_of, held_out, opt, loss
                 raise util.RunFailed(f"the loss is not finite in epoch {epoch}, step {step}; the "
                                      f"last checkpoint is kept; lower --learning_rate, now "
                                      f"{opt.learning_rate:g}")
-            rate = util.scheduled(opt, rates, epoch, step, steps)
+            rate = util.scheduled(opt, rates, epoch, step, len(parts))
             heads.step(total, count > 0, rate * scale, opt.momentum, decays)
             seen = int(mask.sum())
             if seen:

@@ -24,7 +24,7 @@ import dataset  # noqa: E402
 import metrics  # noqa: E402
 import options  # noqa: E402
 import util  # noqa: E402
-from models import MODEL_NAMES, n_layers  # noqa: E402
+from models import MODEL_NAMES  # noqa: E402
 
 COLUMNS = ("threshold", "pairs", "uf1", "uar")
 
@@ -63,9 +63,7 @@ def parse_option(argv=None):
     output.add_argument("--save_path", required=True, metavar="DIR",
                         help="folder for runs, threshold.csv and threshold.png")
     opt = parser.parse_args(argv)
-    if opt.layer > n_layers(opt.model):
-        parser.error(f"argument --layer: {opt.layer} is out of range; {opt.model} has taps 1 to "
-                     f"{n_layers(opt.model)} for a head")
+    options.check_layer(parser, opt)
     return opt
 
 

@@ -68,9 +68,8 @@ def command_line(main):
         except RunFailed as error:
             message, code = error, 1
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS,
-                                   errno.EPERM,
-                                   errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR,
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM,
+                                   errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR,
                                    errno.EEXIST, errno.EPIPE, errno.ENOENT):
                 raise
             message = f"{error.filename or 'writing'}: {error.strerror}"

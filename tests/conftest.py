@@ -22,8 +22,6 @@ LISTS = ROOT.parent / "shared" / "casme3_lists.tar.xz"
 def pytest_configure(config):
     # of the generated code in tensorboard_logger
     config.addinivalue_line("filterwarnings", "ignore:Call to deprecated create function")
-
-
     if "PYTEST_XDIST_WORKER" in os.environ:  # a core each, for what it starts as well
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"
@@ -32,7 +30,7 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def pictures_unread(request, monkeypatch):
     """Every run draws its pictures, a third of its time on sets as small as these: where a test
-    does not look at them (the marker `pictures`), they are laid out and one pixel is written."""
+    does not look at them (the marker `pictures`), figures are made and one pixel is written."""
     def save(_, path):
         Image.new("L", (1, 1)).save(path, "PNG")
     if not request.node.get_closest_marker("pictures"):

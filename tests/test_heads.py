@@ -205,6 +205,8 @@ def test_norms_that_move_start_from_the_training_clips_alone(fresh, quick, tmp_p
         finetune("--data_folder", fresh, *quick[:2], "--cache", "off", *quick[4:], "--model_path",
                  "random", "--train_bn", "--save_path", tmp_path / turn, *STILL[:-1])
         found.append(load(only(tmp_path / turn) / "last.pth"))
+    # of the first convolution's output; one step away from the initial 1 it would be 0.9
+    assert found[0]["model"]["rgb_to_d.bn1.running_var"].median() < 0.5
     for name, value in found[0]["model"].items():
         assert torch.equal(value, found[1]["model"][name]), name
     for name, value in found[0]["classifier"].items():

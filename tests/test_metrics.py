@@ -197,6 +197,7 @@ def test_predictions_are_sorted_and_read_back(tmp_path):
         assert [float(r["p_0"]), float(r["p_1"])] == expected[r["key"]]["probabilities"]
 
 
+@pytest.mark.pictures
 def test_results_hold_the_figures_of_the_rows(tmp_path):
     returned = write(tmp_path, blank_keys={("casme3", "b", "k2")})
     found = json.loads((tmp_path / "results.json").read_text())
