@@ -11,12 +11,14 @@ Writes results.json, predictions.csv, confusion.png, mistakes.png and curves.png
 minute for the 943 clips of CAS(ME)^3 on two CPU cores, and with --protocol loso some minutes more
 where --l2 is left to the inner folds.
 """
+import util  # first: it settles how threads wait before torch is imported
+
+# isort: split
 import distributed
 import evaluation
 import options
 import probing
 import shortcuts
-import util
 
 
 def parse_option(argv):

@@ -3,8 +3,6 @@
 PYTHON ?= python3
 PY = .venv/bin/python
 DEMO = demo
-# threads that spin while they wait cost most of a busy machine
-export OMP_WAIT_POLICY = passive
 # the name pre-train_DVSCL.py gives the demo's run
 RUN = batch_resnet18v1_lr_0.03_decay_0.0001_bsz_64_view_RGB_D_size_56_seed_0
 PRETRAINED = $(DEMO)/runs/$(RUN)/last.pth

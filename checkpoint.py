@@ -173,10 +173,8 @@ def _check(path, state):
 
 
 def _plain(name):
-    """A parameter's name without the prefixes that wrappers leave."""
-    while name.startswith(("encoder.", "module.")) or ".module." in name:
-        name = name.removeprefix("encoder.").removeprefix("module.").replace(".module.", ".")
-    return name
+    """A parameter's name without the prefixes of CMC's wrappers: the model's, and its encoder's."""
+    return name.removeprefix("module.").removeprefix("encoder.module.")
 
 
 def load_model(model, state, path, name):
@@ -239,4 +237,5 @@ def frozen(module):
     yield
     moved = [name for name, value in module.state_dict().items()
              if not torch.equal(before[name], value)]
-    assert not moved, f"frozen weights moved: {moved[:3]}"
+    if moved:
+        raise RuntimeError(f"frozen weights moved: {moved[:3]}")

@@ -9,6 +9,9 @@ whole subjects. Figures come from the predictions.csv beside each results.json. 
 for the packages booktabs and rotating: a table too large for the page is turned or made smaller.
 Seconds.
 """
+import util  # first: it settles how threads wait before torch is imported
+
+# isort: split
 import csv
 import itertools
 import json
@@ -20,9 +23,8 @@ import checkpoint
 import metrics
 import options
 import pictures
-import util
 from metrics import MEASURES
-from util import BadInput
+from util import BadInput, ensure
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 VERIFIED = ("verified", "unverified")  # whether both figures were seen in the source named
@@ -57,14 +59,14 @@ def read_results(path):
     path = Path(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        assert {*MEASURES, "opt", "n_label", "confusion", "protocol"} <= found.keys()
-        assert all(isinstance(found["opt"][name], kind) for name, kind in (
-            ("model", str), ("model_path", str), ("encoder", str), ("seed", int)))
-        assert isinstance(found["n_label"], int) and found["n_label"] == len(found["confusion"])
-        assert found.get("transductive") in TRANSDUCTIVE
+        ensure({*MEASURES, "opt", "n_label", "confusion", "protocol"} <= found.keys())
+        ensure(all(isinstance(found["opt"][name], kind) for name, kind in (
+            ("model", str), ("model_path", str), ("encoder", str), ("seed", int))))
+        ensure(isinstance(found["n_label"], int) and found["n_label"] == len(found["confusion"]))
+        ensure(found.get("transductive") in TRANSDUCTIVE)
     except FileNotFoundError:
         raise BadInput(f"{path}: missing; name a results.json")
-    except (ValueError, AssertionError, TypeError, AttributeError, KeyError, RecursionError):
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
         raise BadInput(f"{path}: not a results.json; run the script that wrote it again")
     found["stage"] = path.resolve().parent.name.split("_")[0]
     table = path.with_name("predictions.csv")
@@ -227,10 +229,10 @@ def published_table(path=PUBLISHED):
         with open(path, encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file, strict=True)
             rows = [[line[column] for column in columns] for line in reader]
-        assert all(all(cells) and cells[-1] in VERIFIED for cells in rows)
+        ensure(all(all(cells) and cells[-1] in VERIFIED for cells in rows))
     except FileNotFoundError:
         raise BadInput(f"{path}: missing; it belongs beside compare_results.py")
-    except (KeyError, AssertionError, UnicodeDecodeError, csv.Error):
+    except (KeyError, ValueError, csv.Error):
         raise BadInput(f"{path}: needs the columns {','.join(columns)}, no field empty; 'not "
                        f"stated' where a paper is silent, and {' or '.join(VERIFIED)} at the end")
     return ("Published figures, not comparable with those above: other clips, other splits, and "

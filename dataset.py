@@ -5,6 +5,7 @@ joined by what a path says of the clip, never by position: the published lists a
 for a quarter of their rows only.
 """
 import csv
+import functools
 import hashlib
 import json
 import math
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import decoding
-from util import BadInput, write_text
+from util import BadInput, ensure, write_text
 
 DATABASES = ("casme3", "smic", "casme2", "samm")
 PAIR_COLUMNS = ("rgb", "depth", "database", "subject", "video", "onset", "apex", "intensity",
@@ -59,12 +60,12 @@ class ClipSet:
     def __len__(self):
         return len(self.clips)
 
-    @property
+    @functools.cached_property
     def labels(self):
         """int64 `[N]`"""
         return np.array([clip.label for clip in self.clips], dtype=np.int64)
 
-    @property
+    @functools.cached_property
     def people(self):
         """Sorted (database, subject) pairs."""
         return sorted({clip.person for clip in self.clips})
@@ -76,7 +77,8 @@ class ClipSet:
 
     def members(self, people):
         """Indices of the clips of these (database, subject) pairs."""
-        return np.array([i for i, clip in enumerate(self.clips) if clip.person in set(people)],
+        wanted = set(people)
+        return np.array([i for i, clip in enumerate(self.clips) if clip.person in wanted],
                         dtype=np.int64)
 
     def subset(self, keep):
@@ -270,10 +272,10 @@ def read_encoding(folder, given=None):
         return {"difference": given or "wrap"}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(content, dict) and content.get("difference") in decoding.NO_CHANGE
+        ensure(isinstance(content, dict) and content.get("difference") in decoding.NO_CHANGE)
         classes = content.get("classes", [])
-        assert isinstance(classes, list) and all(isinstance(c, str) for c in classes)
-    except (ValueError, AssertionError):
+        ensure(isinstance(classes, list) and all(isinstance(c, str) for c in classes))
+    except ValueError:
         raise BadInput(f"{path}: needs an object with \"difference\" signed, wrap or absolute, and "
                        f"\"classes\", if there, a list of names") from None
     if given not in (None, content["difference"]):
@@ -382,7 +384,7 @@ def read_list(path, data_folder, view="RGB_D", encoding=None, alone=False):
 
 
 def read_pairs(path, data_folder, view="RGB_D", encoding=None, min_intensity=None):
-    """Unlabelled pairs of `pairs.tsv` (DESIGN: columns PAIR_COLUMNS), as a ClipSet.
+    """Unlabelled pairs of `pairs.tsv` (columns PAIR_COLUMNS), as a ClipSet.
 
     min_intensity: keep pairs of at least this intensity, in the file's own unit. A subject is ''
     where the file names none. Raises BadInput.

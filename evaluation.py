@@ -154,9 +154,7 @@ def load_encoder(opt, path, clips):
                                ("classes", clips.encoding.get("classes"), old.get("classes"))):
         if ours != theirs and None not in (ours, theirs):
             raise BadInput(f"{path}: trained with {what} {theirs}, but the data have {ours}")
-    feat_dim = [v.shape[0] for k, v in state["model"].items()
-                if k in ("rgb_to_d.fc8.0.weight", "rgb_to_d.fc.weight") and v.dim() == 2]
-    model = create_model(opt.model, *(feat_dim or [128])[:1], clips.channels, opt.size)
+    model = create_model(opt.model, state["opt"].get("feat_dim", 128), clips.channels, opt.size)
     checkpoint.load_model(model, state, path, opt.model)
     normalization = state.get("normalization") or transforms.fixed_normalization(
         "wrap", clips.channels, clips.second)
@@ -371,7 +369,7 @@ class HeldOut:
     def finish(self, images, **about):
         """Merges everything finished into the result files and pictures, and prints figures and
         places. images: uint8 array `[N, C, S, S]`."""
-        clips, blank = self.clips, decoding.blank(images, self.clips.encoding)
+        clips = self.clips
         distributed.barrier()  # the other ranks' subjects are finished too
         if not distributed.first():
             return
@@ -387,6 +385,7 @@ class HeldOut:
             raise util.RunFailed(f"{self.folder}: {len(missing)} held-out subjects of other ranks "
                                  f"are not there ({missing[0]} the first): --save_path must be a "
                                  f"folder that all machines share")
+        blank = decoding.blank(images, clips.encoding)
         keys = {(dataset.DATABASES[c.database], c.subject, c.key)
                 for c, is_blank in zip(clips.clips, blank) if is_blank}
         about["rendered"] = bool(clips.encoding.get("rendered"))

@@ -9,6 +9,9 @@ probing would give it, and trains both for a fixed number of epochs; the last on
 merges what is finished; `--subject all` trains one model on every clip, for prediction. Expect
 some ten minutes a subject on two CPU cores, seconds with --freeze_encoder.
 """
+import util  # first: it settles how threads wait before torch is imported
+
+# isort: split
 import zlib
 
 import numpy as np
@@ -23,7 +26,6 @@ import logistic
 import options
 import probing
 import transforms
-import util
 
 VIEWS = 2  # of a training image, from which the head is solved: plain and mirrored
 

@@ -14,7 +14,7 @@ import numpy as np
 import checkpoint
 import pictures
 from dataset import DATABASES
-from util import BadInput, read_log, write_json, write_text
+from util import BadInput, ensure, read_log, write_json, write_text
 
 DRAWS = 10_000  # of the bootstrap, and of the random baseline
 MEASURES = ("uf1", "uar", "accuracy")
@@ -224,8 +224,8 @@ def _maps(path, about, key):
     try:
         maps = (about.get("maps") or {}).get(key) or [None, None]
         maps = [None if m is None else np.array(m, dtype=np.uint8) for m in maps]
-        assert len(maps) == 2 and all(m is None or m.ndim == 2 for m in maps)
-    except (ValueError, TypeError, AttributeError, OverflowError, AssertionError):
+        ensure(len(maps) == 2 and all(m is None or m.ndim == 2 for m in maps))
+    except (ValueError, TypeError, AttributeError, OverflowError):
         raise BadInput(f"{path}: its 'maps' cannot be read; remove it and run again") from None
     return maps
 
@@ -273,8 +273,8 @@ def read_predictions(path, n_label):
         clip = row["database"], row["subject"], row["key"]
         try:
             found[clip], known = (int(row["label"]), int(row["prediction"])), len(found)
-            assert len(found) > known and all(0 <= i < n_label for i in found[clip])
-        except (ValueError, TypeError, AssertionError):
+            ensure(len(found) > known and all(0 <= i < n_label for i in found[clip]))
+        except (ValueError, TypeError):
             raise BadInput(f"{path}:{number}: a clip takes one row, with label and prediction in "
                            f"0..{n_label - 1}; run the script that wrote it again") from None
     return found
@@ -393,7 +393,8 @@ def write_results(folder, about, n_label, classes, blank_keys=()):
                "made_by": made_by,
                "checkpoints": dict(sorted({(str(s["checkpoint"]), s["sha256"]) for s, _ in kept})),
                **summarise(rows, n_label, blank_keys), "classes": classes}
-    choices = {name: about["choice"] for name, (about, _) in named.items() if "choice" in about}
+    choices = {name: subject["choice"] for name, (subject, _) in named.items()
+               if "choice" in subject}
     oracle = oracle_best_epoch(named, n_label)
     results |= {name: value for name, value in (("choices", choices), ("oracle_best_epoch", oracle))
                 if value}

@@ -89,6 +89,13 @@ def word(text):
 positive_int = number(int, 1)
 
 
+class _Ignored(argparse.Action):
+    """A flag that leaves no trace in the options."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        pass
+
+
 class NumberList(argparse.Action):
     """`120 160` and CMC's `120,160` alike, as a list of integers."""
 
@@ -186,6 +193,9 @@ def add_running_options(parser):
     group.add_argument("--resume", metavar="FILE|auto",
                        help="go on from this checkpoint; auto: from the run's last.pth, or fresh "
                             "where there is none [refuse a run folder that exists]")
+    # python -m torch.distributed.launch gives it; the environment says the same
+    group.add_argument("--local-rank", "--local_rank", action=_Ignored, type=int,
+                       default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return group
 
 

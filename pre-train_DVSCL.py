@@ -7,6 +7,9 @@ loss starts near log(256) = 5.5 per view, with --contrast bank near log(943) = 6
 it falls below half of that. Follow it with tensorboard --logdir tb. Expect an hour or two on two
 CPU cores, minutes on a GPU.
 """
+import util  # first: it settles how threads wait before torch is imported
+
+# isort: split
 import argparse
 import hashlib
 import math
@@ -25,7 +28,6 @@ import distributed
 import options
 import pictures
 import transforms
-import util
 from models import MODEL_NAMES, create_model
 from NCE.BatchContrast import BatchContrast
 from NCE.NCEAverage import NCEAverage

@@ -9,6 +9,9 @@ Frames are cropped, registered, subtracted and normalised as the checkpoint reco
 images it was trained on; prepared images must have been made alike. Prints a row per clip: the
 likeliest class and the probability of each. Expect a few seconds.
 """
+import util  # first: it settles how threads wait before torch is imported
+
+# isort: split
 import argparse
 import json
 import sys
@@ -23,10 +26,9 @@ import dataset
 import decoding
 import evaluation
 import options
-import util
 from models import create_classifier
 from preparation import cutting, detection, registration
-from util import BadInput
+from util import BadInput, ensure
 
 NEEDED = ("classifier", "classes", "layer", "view", "channels", "encoding", "normalization")
 FRAMES = ("onset", "apex", "depth_onset", "depth_apex")
@@ -103,12 +105,12 @@ def read_checkpoint(path):
                        f"fine-tune_DVSCL.py --subject all writes")
     try:
         state["channels"] = tuple(int(n) for n in state["channels"])
-        assert len(state["channels"]) == 2 and state["opt"]["model"]
-        assert isinstance(state["classes"], list)
-        assert all(isinstance(name, str) for name in state["classes"])
-        assert state["encoding"]["difference"] in decoding.NO_CHANGE
-        assert isinstance(state["layer"], int) and isinstance(state["view"], str)
-    except (AssertionError, KeyError, TypeError, ValueError):
+        ensure(len(state["channels"]) == 2 and state["opt"]["model"])
+        ensure(isinstance(state["classes"], list))
+        ensure(all(isinstance(name, str) for name in state["classes"]))
+        ensure(state["encoding"]["difference"] in decoding.NO_CHANGE)
+        ensure(isinstance(state["layer"], int) and isinstance(state["view"], str))
+    except (KeyError, TypeError, ValueError):
         raise BadInput(f"{path}: its 'opt', 'classes', 'layer', 'view', 'channels' or 'encoding' "
                        f"cannot be read; fine-tune again") from None
     return state
@@ -169,15 +171,15 @@ def recorded(path, encoding, with_depth):
             encoding["registration"], encoding["difference"],
             *([float(encoding["depth_scale"]), float(encoding["depth_range_mm"])] if with_depth
               else []))
-        assert settings.crop in ("mtcnn", "box", "boxes", "none")
-        assert settings.register in ("translation", "similarity", "none")
-        assert settings.margin >= 0 and 32 <= settings.size <= 1024
-        assert settings.depth_scale > 0 and settings.depth_range > 0
+        ensure(settings.crop in ("mtcnn", "box", "boxes", "none"))
+        ensure(settings.register in ("translation", "similarity", "none"))
+        ensure(settings.margin >= 0 and 32 <= settings.size <= 1024)
+        ensure(settings.depth_scale > 0 and settings.depth_range > 0)
     except KeyError as error:
         raise BadInput(f"{path}: does not record {error.args[0]!r} of the images it was trained "
                        f"on; give --list with images prepared alike, or prepare the training "
                        f"images with prepare_CASME3.py and train again") from None
-    except (AssertionError, TypeError, ValueError):
+    except (TypeError, ValueError):
         raise BadInput(f"{path}: its 'encoding' cannot be read; prepare and train again") from None
     return settings
 

@@ -9,6 +9,9 @@ come out byte for byte. Look at <data_folder>/audit/ afterwards; --dry_run makes
 without writing the set. A run that was stopped goes on when started again. Expect 10 clips per
 second or more on two cores, without face detection.
 """
+import util  # first: it settles how threads wait before torch is imported
+
+# isort: split
 import argparse
 import math
 import os
@@ -20,7 +23,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 import options
-import util
 from options import number, positive_int
 from preparation import (
     annotation,

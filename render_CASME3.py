@@ -8,6 +8,9 @@ views, lists, encoding.json and truth.csv (what each clip shows): 96 clips here,
 two cores. With --lists, an image is rendered for every path of existing lists (943 clips in about
 80 s); with --raw, raw frames, an annotation and OpenFace's tables are written instead.
 """
+import util  # first: it settles how threads wait before torch is imported
+
+# isort: split
 import csv
 import hashlib
 import json
@@ -25,7 +28,6 @@ from tqdm import tqdm
 
 import options
 import rendering
-import util
 from dataset import PAIR_COLUMNS, Clip, clip_keys, natural, write_lists
 
 NOTE = "rendered stand-in data, not CAS(ME)^3"

@@ -9,6 +9,9 @@ pre-trained without the fold's subjects, labelled or not, and linear heads on it
 Prints a table (threshold, pairs kept, UF1 over all inner folds) and writes it as threshold.csv
 and threshold.png. Expect thresholds x folds pre-trainings; finished ones are used again.
 """
+import util  # first: it settles how threads wait before torch is imported
+
+# isort: split
 import csv
 import importlib
 import math
@@ -23,7 +26,6 @@ import matplotlib.pyplot as plt  # noqa: E402
 import dataset  # noqa: E402
 import metrics  # noqa: E402
 import options  # noqa: E402
-import util  # noqa: E402
 from models import MODEL_NAMES  # noqa: E402
 
 COLUMNS = ("threshold", "pairs", "uf1", "uar")

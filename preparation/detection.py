@@ -8,7 +8,7 @@ import torch
 
 from preparation.frames import subject_number
 from preparation.registration import Box
-from util import BadInput
+from util import BadInput, ensure
 
 BOX_COLUMNS = ("database", "subject", "video", "onset", "x", "y", "width", "height", "roll",
                "frame", "frame_width", "frame_height")
@@ -67,10 +67,10 @@ def read_boxes(path, roll):
         try:
             values = [float(row[name]) for name in ("x", "y", "width", "height")]
             angle = float(row.get("roll") or 0) if roll else 0.0
-            assert min(values[2:]) > 0 and np.isfinite([*values, angle]).all()
+            ensure(min(values[2:]) > 0 and np.isfinite([*values, angle]).all())
             key = _box_key(row.get("database"), row["subject"], row.get("video"),
                            row.get("onset"))
-        except (KeyError, TypeError, ValueError, AssertionError):
+        except (KeyError, TypeError, ValueError):
             raise BadInput(f"{path}:{number}: needs a subject and the numbers x, y, width and "
                            f"height in pixels, the latter two above 0") from None
         boxes[key] = Box(*values, angle)

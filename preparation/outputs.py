@@ -12,7 +12,7 @@ from dataset import DATABASES, PAIR_COLUMNS, Clip, natural, write_lists
 from preparation.annotation import copy_lists
 from preparation.cutting import RECORDS, record_path
 from preparation.detection import BOX_COLUMNS
-from util import BadInput, write_json, write_text
+from util import BadInput, sweep, write_json, write_text
 
 # Clips per class of the published lists and of the two workbooks, to compare with.
 PUBLISHED = {"lists (943)": {"negative": 508, "positive": 64, "surprise": 201, "others": 170},
@@ -43,8 +43,7 @@ def begin(opt, settings, table, folder):
         raise BadInput(f"{folder}: holds lists that this script did not write; name another "
                        f"--data_folder")
     (folder / RECORDS).mkdir(parents=True, exist_ok=True)
-    for part in folder.rglob(".*.part"):
-        part.unlink()
+    sweep(folder)
     try:
         old = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         same = old["options"] == _options(opt) and old["annotation"] == table.source

@@ -1,4 +1,7 @@
 """What the tests share: the scripts as modules, small drawn data sets, one pre-trained run."""
+import util  # first: it settles how threads wait before torch is imported
+
+# isort: split
 import importlib
 import os
 import shutil
@@ -12,7 +15,6 @@ from PIL import Image
 
 import pictures
 import transforms
-import util  # before anything that reads protobuf files: it chooses protobuf's implementation
 from dataset import Clip, write_lists
 
 ROOT = Path(util.__file__).parent
