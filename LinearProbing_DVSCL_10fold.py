@@ -14,16 +14,13 @@ where --l2 is left to the inner folds.
 import util  # first: it settles how threads wait before torch is imported
 
 # isort: split
-import distributed
-import evaluation
-import options
-import probing
-import shortcuts
+from evaluation import heldout, probing, shortcuts
+from training import distributed, options
 
 
 def parse_option(argv):
     parser = options.ArgumentParser(description=__doc__)
-    data, _ = evaluation.add_head_options(parser, "probe", "10fold")
+    data, _ = heldout.add_head_options(parser, "probe", "10fold")
     data.add_argument("--subject", nargs="+", metavar="NAME",
                       help="only these held-out subjects; those finished before are merged into "
                            "the result [all]")
@@ -36,7 +33,7 @@ def parse_option(argv):
                         help="lbfgs: the minimum of the penalised loss, deterministic; sgd: the "
                              "published way, with the flags under optimisation [lbfgs; sgd where "
                              "one of those or --oracle_curve is given]")
-    evaluation.add_penalty_option(method)
+    heldout.add_penalty_option(method)
     sgd = options.add_optimisation_options(
         parser, 256, 0.1, [10, 20, 30, 40, 50, 60, 70], 0.2, 80,
         "initial learning rate; 30 to 50 for layer 6 of a ResNet")
@@ -49,10 +46,10 @@ def parse_option(argv):
                      help="learning rates that --select inner chooses from [0.3, 1 and 3 times "
                           "--learning_rate]")
     options.add_running_options(parser)
-    evaluation.add_result_options(parser)
+    heldout.add_result_options(parser)
     options.add_output_options(parser, "--save_path", "folder for the runs' results", 20)
     opt = parser.parse_args(argv)
-    evaluation.check_options(parser, opt)
+    heldout.check_options(parser, opt)
     choose_solver(parser, opt, [*options.given(sgd, argv), *["--oracle_curve"] * opt.oracle_curve])
     if opt.select_rates is None:
         opt.select_rates = [float(f"{share * opt.learning_rate:g}") for share in (0.3, 1, 3)]
@@ -73,8 +70,8 @@ def choose_solver(parser, opt, given):
 
 def set_loader(opt):
     """(clips, images, digest, fold names `[F]`, fold of each clip `[N]`)"""
-    clips, images, digest = evaluation.read_labelled(opt)
-    names, fold_of = evaluation.split(opt, clips)
+    clips, images, digest = heldout.read_labelled(opt)
+    names, fold_of = heldout.split(opt, clips)
     print(f"{len(clips)} clips, {len(clips.people)} subjects, {len(names)} folds")
     return clips, images, digest, names, fold_of
 
@@ -84,10 +81,10 @@ def evaluate(opt, argv, device, data):
     clips, images, digest, names, fold_of = data
     inner = opt.select == "inner"
     heads = util.penalty_name(opt) if opt.solver == "lbfgs" else f"sgd_{util.rate_name(opt)}"
-    held = evaluation.HeldOut("probe", opt, argv, __file__, clips, digest,
+    held = heldout.HeldOut("probe", opt, argv, __file__, clips, digest,
                               [heads, opt.protocol, opt.encoder, *["inner"] * inner])
     for group in held.groups:
-        found = evaluation.train_frozen(opt, held, group, images, names, fold_of, device,
+        found = heldout.train_frozen(opt, held, group, images, names, fold_of, device,
                                         opt.solver, opt.n_views_train,
                                         rates=opt.select_rates if inner else None)
         # before anybody counts as finished: what is finished is not run again
@@ -105,7 +102,7 @@ def main(argv=None):
     device = distributed.local_device(util.pick_device(opt.device))
     with distributed.group(device):
         data = set_loader(opt)
-        evaluation.over_seeds(opt, lambda one: evaluate(one, argv, device, data))
+        heldout.over_seeds(opt, lambda one: evaluate(one, argv, device, data))
 
 
 if __name__ == "__main__":

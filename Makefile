@@ -16,7 +16,7 @@ RESULTS = $(DEMO)/results/probe_random*/results.json $(DEMO)/results/probe_batch
 
 # 24 labelled people, held out in turn; 600 unlabelled pairs of 60 others to pre-train on
 demo: .venv/ready
-	$(PY) render_CASME3.py --data_folder $(DEMO)/data --subjects 24 --clips_per_subject 8 \
+	$(PY) render.py --data_folder $(DEMO)/data --subjects 24 --clips_per_subject 8 \
 	    --size 128 --unlabelled 600 --unlabelled_subjects 60
 	$(PY) pre-train_DVSCL.py $(SHARED) --model_path $(DEMO)/runs --batch_size 64 --epochs 25 \
 	    --warmup_epochs 2 --pool unlabelled --pairs $(DEMO)/data/pairs.tsv
@@ -36,7 +36,7 @@ test: .venv/test-ready
 test-slow: .venv/test-ready
 	$(PY) -m pytest -m slow -n auto --maxprocesses 8 --dist worksteal
 
-# the face detector of prepare_CASME3.py; without its pins, which would replace torch
+# the face detector of prepare.py; without its pins, which would replace torch
 faces: .venv/ready
 	$(PY) -m pip install --disable-pip-version-check --quiet -r requirements-prepare.txt requests
 	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps facenet-pytorch

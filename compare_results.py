@@ -19,14 +19,12 @@ import math
 import re
 from pathlib import Path
 
-import checkpoint
-import metrics
-import options
-import pictures
-from metrics import MEASURES
+from evaluation import measures, pictures
+from evaluation.measures import MEASURES
+from training import checkpoint, options
 from util import BadInput, ensure
 
-PUBLISHED = Path(__file__).with_name("published.csv")
+PUBLISHED = Path(measures.__file__).with_name("published.csv")
 VERIFIED = ("verified", "unverified")  # whether both figures were seen in the source named
 # options that say where and how a run was made, not what it computes
 BOOKKEEPING = checkpoint.FREE_TO_CHANGE - {"model_path", "data_folder", "list_folder", "pairs",
@@ -70,9 +68,9 @@ def read_results(path):
         raise BadInput(f"{path}: not a results.json; run the script that wrote it again")
     found["stage"] = path.resolve().parent.name.split("_")[0]
     table = path.with_name("predictions.csv")
-    found["predictions"] = metrics.read_predictions(table, found["n_label"])
+    found["predictions"] = measures.read_predictions(table, found["n_label"])
     labels, predictions = zip(*found["predictions"].values())
-    if metrics.confusion_matrix(labels, predictions,
+    if measures.confusion_matrix(labels, predictions,
                                 found["n_label"]).tolist() != found["confusion"]:
         raise BadInput(f"{table}: is not what {path} was computed from; run the script that wrote "
                        f"them again")
@@ -109,7 +107,7 @@ def common_clips(paths, results, common):
 
 def rows_on(found, clips):
     """Prediction rows of the given clips."""
-    return [dict(zip(metrics.COLUMNS, (*clip, *found["predictions"][clip]))) for clip in clips]
+    return [dict(zip(measures.COLUMNS, (*clip, *found["predictions"][clip]))) for clip in clips]
 
 
 # ---------------------------------------------------------------- tables: (caption, head, rows)
@@ -159,7 +157,7 @@ def seed_rows(results, figures):
     for group in groups.values():
         if len(group) > 1:
             numbers, members, its = zip(*group.values())
-            cells = metrics.over_seeds(its)
+            cells = measures.over_seeds(its)
             rows.append(row(f"{', '.join(map(str, numbers))}: {title(members[0])}, mean and "
                             f"standard deviation over {len(group)} seeds", its[0],
                             ["{:.3f} ± {:.3f}".format(*cells[m]) for m in MEASURES],
@@ -210,11 +208,12 @@ def test_table(results, figures, clips):
     people = [clip[:2] for clip in clips]
     guesses = [[found["predictions"][clip][1] for clip in clips] for found in results]
     pairs = list(itertools.combinations(range(len(results)), 2))
-    found = [metrics.permutation_test(labels, guesses[i], guesses[j], people, figures[0]["n_label"])
+    n_label = figures[0]["n_label"]
+    found = [measures.permutation_test(labels, guesses[i], guesses[j], people, n_label)
              for i, j in pairs]
-    adjusted = metrics.holm([p for _, p in found])
+    adjusted = measures.holm([p for _, p in found])
     return (f"Paired permutation tests: predictions swapped subject by subject, two-sided, "
-            f"{metrics.DRAWS:,} draws; Holm's correction for {len(pairs)} "
+            f"{measures.DRAWS:,} draws; Holm's correction for {len(pairs)} "
             f"pair{'s' * (len(pairs) > 1)}",
             ("pair", "UF1 difference", "p", "p (Holm)"),
             [[f"{i + 1} minus {j + 1}", f"{difference:+.3f}", f"{p:.4f}", f"{holm:.4f}"]
@@ -306,7 +305,7 @@ def main(argv=None):
             raise BadInput(f"{path}: named twice; name each result once")
     results = [read_results(path) for path in opt.results]
     clips = common_clips(opt.results, results, opt.common)
-    figures = [metrics.summarise(rows_on(found, clips), found["n_label"]) for found in results]
+    figures = [measures.summarise(rows_on(found, clips), found["n_label"]) for found in results]
     note = f"{len(clips)} clips"
     if any(len(found["predictions"]) > len(clips) for found in results):
         note = f"on the {len(clips)} clips that all results hold"

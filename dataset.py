@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-import decoding
+from images import decoding
 from util import BadInput, ensure, write_text
 
 DATABASES = ("casme3", "smic", "casme2", "samm")

@@ -18,20 +18,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import checkpoint
-import decoding
-import distributed
-import evaluation
-import logistic
-import options
-import probing
-import transforms
+from evaluation import heldout, logistic, probing
+from images import decoding, transforms
+from training import checkpoint, distributed, options
 
 VIEWS = 2  # of a training image, from which the head is solved: plain and mirrored
 
 def parse_option(argv):
     parser = options.ArgumentParser(description=__doc__)
-    data, _ = evaluation.add_head_options(parser, "fine-tune", "loso")
+    data, _ = heldout.add_head_options(parser, "fine-tune", "loso")
     data.add_argument("--subject", nargs="+", metavar="NAME",
                       help="only these held-out subjects, merged with those finished before; all: "
                            "one model on every clip, for prediction [each subject in turn]")
@@ -40,7 +35,7 @@ def parse_option(argv):
                         help="what the head starts from: probe: the one that linear probing gives "
                              "on the encoder as it is, whose penalty it keeps; zeros; or random "
                              "weights")
-    evaluation.add_penalty_option(method)
+    heldout.add_penalty_option(method)
     method.add_argument("--freeze_encoder", action="store_true",
                         help="train the head alone; what is said of the encoder's rate has "
                              "nothing to act on then")
@@ -63,11 +58,11 @@ def parse_option(argv):
         parser, 128, 0.1, [10, 20], 0.1, 30, "initial learning rate of the head", "step", 2,
         " of the encoder", decayed="; a solved head keeps its penalty instead")
     options.add_running_options(parser)
-    evaluation.add_result_options(parser)
+    heldout.add_result_options(parser)
     options.add_output_options(parser, "--save_path", "folder for the runs' results", 10)
     opt = parser.parse_args(argv)
     options.choose_schedule(parser, opt, options.given(optimisation, argv))
-    evaluation.check_options(parser, opt)
+    heldout.check_options(parser, opt)
     if opt.oversample and (opt.loss == "balanced" or opt.freeze_encoder):
         parser.error("--oversample excludes --loss balanced, which weights the classes already, "
                      "and --freeze_encoder, whose heads share their batches")
@@ -82,10 +77,10 @@ def parse_option(argv):
 
 def set_loader(opt):
     """(clips, images, digest, fold names `[F]`, fold of each clip `[N]`)"""
-    clips, images, digest = evaluation.read_labelled(opt)
+    clips, images, digest = heldout.read_labelled(opt)
     names, fold_of = [], np.full(len(clips), -1)  # of --subject all
     if opt.subject != ["all"]:
-        names, fold_of = evaluation.split(opt, clips)
+        names, fold_of = heldout.split(opt, clips)
     print(f"{len(clips)} clips, {len(clips.people)} subjects")
     return clips, images, digest, names, fold_of
 
@@ -112,9 +107,9 @@ class Encoded:
         if self.regression:
             heads, choice = probing.solve_heads(
                 self.regression, self.features, self.labels, fold_of, [fold], opt.l2,
-                evaluation.inner_groups(clips),
+                heldout.inner_groups(clips),
                 "balanced" if opt.loss == "balanced" or opt.oversample else "crossentropy")
-            evaluation.describe_choice(opt, choice)
+            heldout.describe_choice(opt, choice)
             l2 = choice.l2[0]
             state |= {"classifier.weight": heads.weight[0], "classifier.bias": heads.bias[0]}
         elif opt.head == "zero":
@@ -129,7 +124,7 @@ def set_model(opt, held, group, device):
     clips, (model, about) = held.clips, held.encoder(group.path)
     torch.manual_seed(int(np.random.SeedSequence(
         (opt.seed, zlib.crc32(group.unit.encode()))).generate_state(1)[0]))
-    head = evaluation.create_head(opt, clips)
+    head = heldout.create_head(opt, clips)
     return model.to(device, memory_format=torch.channels_last), head.to(device), about
 
 
@@ -267,7 +262,7 @@ def tune(opt, held, group, images, encoded, device):
             within, means["learning_rate"] = {}, optimizer.param_groups[1]["lr"] / scale
             held.log.epoch(epoch, means, group.unit)
             if group.people:
-                found = evaluation.validate(opt, images, test, about["normalization"], model, head,
+                found = heldout.validate(opt, images, test, about["normalization"], model, head,
                                             mixed[0], device)
                 history.append(found.argmax(1).tolist())
             if epoch % opt.print_freq == 0 or epoch == opt.epochs:
@@ -277,7 +272,7 @@ def tune(opt, held, group, images, encoded, device):
     if not group.people:
         return
     if found is None:  # stopped between the last epoch and its predictions
-        found = evaluation.validate(opt, images, test, about["normalization"], model, head,
+        found = heldout.validate(opt, images, test, about["normalization"], model, head,
                                     mixed[0], device)
     history = np.array(history).T
     for person in group.people:
@@ -313,13 +308,13 @@ def tune_frozen(opt, held, group, images, names, fold_of, device):
     if state and "classifier" in state:
         print(f"{held.last()}: finished")
         return
-    found = evaluation.train_frozen(opt, held, group, images, names, fold_of, device, "sgd",
+    found = heldout.train_frozen(opt, held, group, images, names, fold_of, device, "sgd",
                                     VIEWS, opt.loss, opt.head)
     if group.people:
         held.keep_frozen(group, found)
         return
     model, about = held.encoder(group.path)
-    head = evaluation.create_head(opt, clips)
+    head = heldout.create_head(opt, clips)
     heads = found.heads
     head.load_state_dict({"mean": heads.mean[0], "std": heads.std[0],
                           "classifier.weight": heads.weight[0].detach(),
@@ -335,7 +330,7 @@ def evaluate(opt, argv, device, data):
              util.penalty_name(opt) if opt.head == "probe" else opt.head, opt.protocol,
              opt.encoder, opt.loss, "frozen" * opt.freeze_encoder, "oversample" * opt.oversample,
              "bn" * opt.train_bn, "all" * (opt.subject == ["all"])]
-    held = evaluation.HeldOut("finetune", opt, argv, __file__, clips, digest,
+    held = heldout.HeldOut("finetune", opt, argv, __file__, clips, digest,
                               filter(None, parts),
                               None if opt.freeze_encoder else (names, fold_of))
     encoded = {}
@@ -354,7 +349,7 @@ def main(argv=None):
     device = distributed.local_device(util.pick_device(opt.device))
     with distributed.group(device):
         data = set_loader(opt)
-        evaluation.over_seeds(opt, lambda one: evaluate(one, argv, device, data))
+        heldout.over_seeds(opt, lambda one: evaluate(one, argv, device, data))
 
 
 if __name__ == "__main__":

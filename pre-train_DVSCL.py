@@ -21,18 +21,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import checkpoint
 import dataset
-import decoding
-import distributed
-import options
-import pictures
-import transforms
+from evaluation import pictures
+from images import decoding, transforms
 from models import MODEL_NAMES, create_model
 from NCE.BatchContrast import BatchContrast
 from NCE.NCEAverage import NCEAverage
 from NCE.NCECriterion import NCECriterion, NCESoftmaxLoss
-from options import number, positive_int
+from training import checkpoint, distributed, options
+from training.options import number, positive_int
 from util import BadInput
 
 METERS = ("rgb_loss", "rgb_prob", "depth_loss", "depth_prob")

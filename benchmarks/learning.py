@@ -26,14 +26,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import dataset
-import decoding
-import evaluation
-import logistic
-import metrics
-import options
-import pictures
-import probing
-import rendering
+from images import decoding
+from evaluation import heldout
+from evaluation import logistic
+from evaluation import measures
+from training import options
+from evaluation import pictures
+from evaluation import probing
+from rendering import face
 import util
 
 PEOPLE = 250  # in the unlabelled pool
@@ -73,7 +73,7 @@ def pixel_regression(clips, images, side=16):
     held_out = sorted(set(fold_of.tolist()))
     heads, _ = probing.solve_heads(logistic.Regression(x, clips.labels, clips.n_label), x,
                                    clips.labels, fold_of, held_out,
-                                   groups=evaluation.inner_groups(clips))
+                                   groups=heldout.inner_groups(clips))
     return probing.predict(heads, x, fold_of, held_out).argmax(1)
 
 
@@ -85,7 +85,7 @@ class Bench:
 
     def render(self, name, seed, *flags):
         folder = self.work / name
-        importlib.import_module("render_CASME3").main([
+        importlib.import_module("render").main([
             "--data_folder", folder, "--subjects", 60, "--clips_per_subject", 10, "--size", 128,
             "--seed", seed, *flags])
         return folder
@@ -132,9 +132,9 @@ class Bench:
         together, intervals over their subjects, the deviation over the seeds."""
         labels, said = (np.concatenate(of) for of in list(zip(*parts))[:2])
         people = [(str(seed), person) for seed, part in enumerate(parts) for person in part[2]]
-        each = [metrics.evaluate(*part[:2], 4)["uf1"] for part in parts]
-        found = {"name": name, "uf1": metrics.evaluate(labels, said, 4)["uf1"], "seeds": len(each),
-                 "ci95": metrics.intervals(labels, said, people, 4)["uf1"],
+        each = [measures.evaluate(*part[:2], 4)["uf1"] for part in parts]
+        found = {"name": name, "uf1": measures.evaluate(labels, said, 4)["uf1"], "seeds": len(each),
+                 "ci95": measures.intervals(labels, said, people, 4)["uf1"],
                  "std": float(np.std(each, ddof=1)) if len(each) > 1 else None}
         self.rows.append(found)
         util.write_json(self.work / "rows.json", self.rows)
@@ -189,7 +189,7 @@ def labelled_pool(data, folder):
     dataset.write_lists(folder, [replace(
         clip, subject=f"group{people.index(clip.subject) % 5}",
         key=Path(clip.rgb).name.removesuffix("_diff.png"),
-        label=rendering.CLASS_OF[truth[Path(clip.rgb).name.removesuffix("_diff.png")]])
+        label=face.CLASS_OF[truth[Path(clip.rgb).name.removesuffix("_diff.png")]])
         for clip in clips])
     shutil.copy(data / "encoding.json", folder)
     return folder
@@ -205,13 +205,13 @@ def ceiling(bench, pool, data, lists):
         *bench.shared("resnet18v1", 0), *scratch(
             max(2, round(bench.opt.seen / 5000)))])
     (path,) = root.glob("*/last.pth")
-    predict = importlib.import_module("predict_DVSCL")
+    predict = importlib.import_module("predict")
     state, clips = predict.read_checkpoint(path), dataset.read_clips(data)
     device = torch.device("cpu")
     model, head, normalization = predict.set_model(path, state, clips, device)
     images, _ = decoding.load_images(clips, bench.work / "cache", 4, SIZES["resnet18v1"])
     plain = options.argparse.Namespace(batch_size=64, layer=state["layer"], amp=False)
-    said = evaluation.validate(plain, images, np.arange(len(clips)), normalization, model, head,
+    said = heldout.validate(plain, images, np.arange(len(clips)), normalization, model, head,
                                util.mixed_precision(plain, device)[0], device).argmax(1)
     return clips.labels, said, [clip.subject for clip in clips.clips]
 
@@ -256,7 +256,7 @@ def main_rows(bench, sets, pools):
     """Baselines, pools of other people, each view, thresholds, fine-tuning: all seeds."""
     opt, model, seeds = bench.opt, "resnet18v1", range(bench.opt.seeds)
     everything = [dataset.read_clips(data) for data in sets]
-    for name, scores in metrics.baselines(np.concatenate([c.labels for c in everything]),
+    for name, scores in measures.baselines(np.concatenate([c.labels for c in everything]),
                                           4).items():
         print(f"| {name.replace('_', ' ')} | {scores['uf1']:.3f} | | |")
     images = [decoding.load_images(c, bench.work / "cache", 4, 112)[0] for c in everything]

@@ -55,7 +55,7 @@ def main():
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(),
                         help="processes [one per core]")
     opt = parser.parse_args()
-    prepare = importlib.import_module("prepare_CASME3")
+    prepare = importlib.import_module("prepare")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         labels, rates, busy = write_tree(root, opt.clips), [], []

@@ -29,9 +29,9 @@ sys.path.insert(0, str(ROOT))
 
 import bank_step  # noqa: E402
 import dataset  # noqa: E402
-import logistic  # noqa: E402
-import probing  # noqa: E402
-import transforms  # noqa: E402
+from evaluation import logistic  # noqa: E402
+from evaluation import probing  # noqa: E402
+from images import transforms  # noqa: E402
 import util  # noqa: E402
 from models import create_classifier, create_model  # noqa: E402
 from models.alexnet import ConvBlock  # noqa: E402
@@ -298,7 +298,7 @@ def main():
         parser.error(f"parts are {', '.join(PARTS)}")
     opt.device, work = torch.device(opt.device), Path(opt.work)
     if not (work / "lists").exists():
-        quietly(import_module("render_CASME3").main, "--data_folder", work / "data",
+        quietly(import_module("render").main, "--data_folder", work / "data",
                 "--subjects", 95, "--clips_per_subject", -(-opt.clips // 95))
         clips = dataset.read_clips(work / "data").clips
         dataset.write_lists(work / "lists", clips[:opt.clips], "depth")

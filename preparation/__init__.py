@@ -1,1 +1,1 @@
-"""From raw frames to difference images: what prepare_CASME3.py is made of."""
+"""From raw frames to difference images: what prepare.py is made of."""

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from decoding import NO_CHANGE  # noqa: E402
+from images.decoding import NO_CHANGE  # noqa: E402
 from preparation import (
     cutting,  # noqa: E402
     outputs,  # noqa: E402

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from decoding import NO_CHANGE, PIXEL_LIMIT
+from images.decoding import NO_CHANGE, PIXEL_LIMIT
 from preparation import detection, registration
 from preparation.registration import Box, Pair
 from util import write_json

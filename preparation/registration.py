@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from decoding import NO_CHANGE
+from images.decoding import NO_CHANGE
 from util import BadInput
 
 try:

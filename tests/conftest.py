@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-import pictures
-import transforms
 from dataset import Clip, write_lists
+from evaluation import pictures
+from images import transforms
 
 ROOT = Path(util.__file__).parent
 LISTS = ROOT.parent / "shared" / "casme3_lists.tar.xz"

@@ -9,9 +9,9 @@ from conftest import finetune, probe, save_image, signed_pair
 from sklearn.metrics import f1_score, recall_score
 
 import dataset
-import metrics
 import util
 from dataset import Clip, write_lists
+from evaluation import measures
 
 # See et al., MEGC 2019: clips per class (negative, positive, surprise) and subjects
 MEGC = {"smic": ((70, 51, 43), 16), "casme2": ((88, 32, 25), 24), "samm": ((92, 26, 15), 28)}
@@ -62,10 +62,10 @@ def test_442_clips_of_68_subjects(megc_rows, tmp_path):
     people = {(r["database"], r["subject"]) for r in megc_rows}
     assert (len(megc_rows), len(people), len({p[1] for p in people})) == (442, 68, 28)
     for person in people:
-        metrics.write_subject(tmp_path, "_".join(person), transductive=False, checkpoint="x",
+        measures.write_subject(tmp_path, "_".join(person), transductive=False, checkpoint="x",
                               sha256="1", rows=[r for r in megc_rows if
                                                 (r["database"], r["subject"]) == person])
-    found = metrics.write_results(tmp_path, {"protocol": "loso"}, 3, list("nps"))
+    found = measures.write_results(tmp_path, {"protocol": "loso"}, 3, list("nps"))
     assert (found["n"], found["n_subjects"]) == (442, 68)
     assert [found["uf1"], found["uar"]] == pytest.approx(figures(megc_rows))
     assert {k: (v["n"], v["n_subjects"]) for k, v in found["per_database"].items()} \
@@ -84,7 +84,7 @@ def test_442_clips_of_68_subjects(megc_rows, tmp_path):
         == pytest.approx(figures(megc_rows))
     for r in megc_rows:
         assert (r["key"], r["label"], r["prediction"]) in log[r["database"], r["subject"]]
-    printed = metrics.describe(found)
+    printed = measures.describe(found)
     for name, part in found["per_database"].items():
         assert f"{name:8s} UF1 {part['uf1']:.3f}, UAR {part['uar']:.3f}  ({part['n']} clips" \
             in printed
@@ -93,18 +93,18 @@ def test_442_clips_of_68_subjects(megc_rows, tmp_path):
 
 def test_a_database_without_a_class_is_averaged_over_all(megc_rows):
     rows = [r for r in megc_rows if r["database"] != "samm" or r["label"] != 2]
-    part = metrics.summarise(rows, 3)["per_database"]["samm"]
+    part = measures.summarise(rows, 3)["per_database"]["samm"]
     assert len(part["per_class_f1"]) == 3 and part["per_class_f1"][2] == 0
     assert part["uf1"] == pytest.approx(sum(part["per_class_f1"]) / 3)
     assert [part["uf1"], part["uar"]] == pytest.approx(figures(rows, "samm"))
 
 
 def test_one_database_leaves_no_challenge_log(megc_rows, tmp_path):
-    metrics.write_subject(tmp_path, "s01", [r for r in megc_rows if r["database"] == "smic"][::16],
+    measures.write_subject(tmp_path, "s01", [r for r in megc_rows if r["database"] == "smic"][::16],
                           transductive=False, checkpoint="x", sha256="1")
-    found = metrics.write_results(tmp_path, {}, 3, list("nps"))
+    found = measures.write_results(tmp_path, {}, 3, list("nps"))
     assert not (tmp_path / "megc2019.log").exists() and list(found["per_database"]) == ["smic"]
-    assert "smic" not in metrics.describe(found)
+    assert "smic" not in measures.describe(found)
 
 
 # ---------------------------------------------------------------- from end to end

@@ -10,8 +10,8 @@ from conftest import draw_set, save_image, signed_pair
 from PIL import Image
 
 import dataset
-import decoding
 from dataset import Clip, ClipSet
+from images import decoding
 from util import BadInput
 
 

@@ -11,16 +11,15 @@ import pytest
 import torch
 from conftest import ROOT, finetune, script
 
-import checkpoint
 import dataset
-import decoding
-import distributed
-import evaluation
 import util
+from evaluation import heldout
+from images import decoding
 from preparation import outputs
+from training import checkpoint, distributed
 
-SCRIPTS = ("pre-train_DVSCL", "LinearProbing_DVSCL_10fold", "fine-tune_DVSCL", "predict_DVSCL",
-           "compare_results", "prepare_CASME3", "render_CASME3")
+SCRIPTS = ("pre-train_DVSCL", "LinearProbing_DVSCL_10fold", "fine-tune_DVSCL", "predict",
+           "compare_results", "prepare", "render")
 
 
 def run(code, *flags, **environment):
@@ -34,7 +33,8 @@ def test_input_is_checked_without_assert_statements(tmp_path):
     (tmp_path / "predictions.csv").write_text("database,subject,key,label,prediction,p_0\n"
                                               "casme3,s1,a,9,0,1.0\n")
     path = str(tmp_path / "predictions.csv")
-    code = (f"import metrics, util\ntry: metrics.read_predictions({path!r}, 4)\n"
+    code = (f"import util\nfrom evaluation import measures\n"
+            f"try: measures.read_predictions({path!r}, 4)\n"
             f"except util.BadInput as error: print('refused', error)")
     for flags in ((), ("-O",)):
         assert "refused" in run(code, *flags) and "0..3" in run(code, *flags)
@@ -74,7 +74,7 @@ def test_images_are_searched_for_blanks_by_the_writer_alone(monkeypatch):
         raise AssertionError("images were read")
     monkeypatch.setattr(decoding, "blank", refuse)
     monkeypatch.setattr(distributed, "first", lambda: False)
-    run = object.__new__(evaluation.HeldOut)
+    run = object.__new__(heldout.HeldOut)
     run.clips = dataset.ClipSet([], None, "depth", False, (3, 1), {"difference": "signed"})
     assert run.finish(np.zeros((0, 4, 8, 8), np.uint8)) is None
 

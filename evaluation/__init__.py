@@ -1,0 +1,1 @@
+"""How results come about and are compared: persons held out, measures, pictures."""

@@ -1,0 +1,277 @@
+"""Pictures of a run: its curves, the confusion matrix, the clips most confidently wrong.
+
+Drawn without pyplot, so that no window system and no state is involved. Lines are in the colours
+of Okabe and Ito, maps in cividis and viridis: both can be told apart without red and green.
+"""
+import os
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+import dataset
+from images import transforms
+from images.decoding import NO_CHANGE
+from util import beside, read_log
+
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # Okabe and Ito
+# curves.png: title, axis, and the log's fields with the name and colour of their line
+PANELS = (("contrastive loss", "nats", {"rgb_loss": ("RGB", BLUE), "depth_loss": (None, ORANGE)}),
+          ("probability of the right pair", "", {"rgb_prob": ("RGB", BLUE),
+                                                 "depth_prob": (None, ORANGE)}),
+          ("training loss", "", {"train_loss": ("", BLUE)}),
+          ("UF1 on inner folds", "", {"inner_uf1": ("", GREEN)}),
+          ("training accuracy", "", {"train_accuracy": ("", BLUE)}),
+          ("learning rate", "", {"learning_rate": ("", GREEN)}))
+ORACLE = "oracle/"  # names of figures that look at the held-out subjects
+PANEL, GAP, BLOCKS = 1.35, 0.06, 2  # mistakes.png: side and gap of a panel, inches; clips in a row
+TITLE, BELOW = 0.5, 0.2  # inches above a clip's panels, for its text and their heads, and below
+
+
+def save(figure, path):
+    """Writes a figure as PNG under a temporary name, then renames."""
+    part = beside(path)
+    try:
+        FigureCanvasAgg(figure)
+        figure.savefig(part, dpi=150, format="png")
+        os.replace(part, path)
+    except OSError as error:
+        error.filename = str(path)  # not the temporary name
+        raise
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def shorten(text, length):
+    """The text, its middle left out where it is longer than `length` characters."""
+    head = (length - 1) // 2
+    return text if len(text) <= length else f"{text[:head]}…{text[head + 1 - length:]}"
+
+
+def draw_confusion(path, confusion, classes, title=""):
+    """The confusion matrix as a picture: counts, and shades of each row's share."""
+    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    side = 2.4 + 0.8 * len(classes)
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(confusion):
+        axes.text(column, row, f"{count}\n{share[row, column]:.0%}", ha="center", va="center",
+                  color="white" if share[row, column] > 0.55 else "black")
+    names, plain = [shorten(name, 24) for name in classes], {"parse_math": False}
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor",
+                    **plain)
+    axes.set_yticks(range(len(names)), [f"{c} ({n})" for c, n in zip(names, confusion.sum(1))],
+                    **plain)
+    axes.set_title(title, fontsize="medium")
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true (clips)")
+    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
+    save(figure, path)
+
+
+def draw_comparison(path, rows, baselines, title=""):
+    """UF1 of several results with their 95 % intervals, and of the baselines as lines.
+
+    rows: (name, UF1, (low, high)); baselines: name → UF1.
+    """
+    figure = Figure(figsize=(7.2, 1.5 + 0.5 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    for place, (_, uf1, (low, high)) in enumerate(rows):
+        axes.plot([low, high], [place, place], color=BLUE, linewidth=2)
+        axes.plot(uf1, place, "o", color=BLUE)
+        axes.annotate(f"{uf1:.3f}", (uf1, place), (0, 6), textcoords="offset points",
+                      ha="center", fontsize="small")
+    for (name, uf1), colour, style in zip(baselines.items(), (ORANGE, GREEN), ("--", "-.")):
+        axes.axvline(uf1, color=colour, linestyle=style, label=name.replace("_", " "))
+    axes.set_yticks(range(len(rows)), [shorten(name, 60) for name, _, _ in rows],
+                    parse_math=False)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlim(0, None)
+    axes.set_xlabel("UF1 on held-out subjects, with 95 % intervals over subjects")
+    axes.set_title(title, fontsize="medium")
+    axes.legend(fontsize="small", loc="lower left")
+    save(figure, path)
+
+
+# ---------------------------------------------------------------- curves
+
+def draw_curves(folder, held_out=None):
+    """`<folder>/curves.png` from its log.jsonl: a panel per kind of figure, epochs to the right.
+
+    Where a run holds several trainings (held-out subjects), each is a faint line and their mean a
+    strong one. held_out: figures of the held-out subjects (name under ORACLE → values at the
+    epochs 1, 2, …), where they may be shown.
+    """
+    header, *lines = read_log(folder)
+    lines += [{"epoch": epoch, name: value} for name, curve in (held_out or {}).items()
+              for epoch, value in enumerate(curve, 1)]
+    second = dataset.second_view(header["opt"].get("view", "RGB_D"))
+    panels = [(title, unit, {name: (second if label is None else label, colour)
+                             for name, (label, colour) in fields.items()
+                             if any(name in line for line in lines)})
+              for title, unit, fields in PANELS]
+    panels += [("oracle: sees the held-out subjects", "", {
+        name: (name.removeprefix(ORACLE), (PURPLE, GREEN, ORANGE, BLUE)[i % 4])
+        for i, name in enumerate(held_out or {})})]
+    panels = [panel for panel in panels if panel[2]]
+    figure = Figure(figsize=(3.9 * max(len(panels), 1), 3.3), layout="constrained")
+    figure.suptitle(shorten(Path(folder).resolve().name, 44 * max(len(panels), 1)),
+                    fontsize="medium", parse_math=False)
+    for place, (title, unit, fields) in enumerate(panels, 1):
+        axes = figure.add_subplot(1, len(panels), place)
+        for name, (label, colour) in fields.items():
+            _draw_curve(axes, _series(lines, name), label, colour)
+        axes.set_title(title, fontsize="medium")
+        if any("l2" in line for line in lines):
+            axes.set_xlabel("penalty (--l2)")
+            axes.set_xscale("log")
+        else:
+            axes.set_xlabel("epoch")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
+        axes.set_ylabel(unit)
+        axes.grid(alpha=0.3)
+        if title == "learning rate":
+            _scale_rate(axes, [line["learning_rate"] for line in lines if "learning_rate" in line])
+        elif "prob" in title or "accuracy" in title or ORACLE[:-1] in title:
+            axes.set_ylim(-0.03, 1.03)
+        elif axes.get_ylim()[0] > 0:
+            axes.set_ylim(bottom=0)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
+    save(figure, Path(folder) / "curves.png")
+
+
+def _series(lines, name):
+    """{training: {epoch: value}} of one field of the log; of solved heads, {penalty: value}."""
+    found = {}
+    for line in lines:
+        if name in line:
+            found.setdefault(line.get("subject"), {})[line.get("l2", line["epoch"])] = line[name]
+    return found
+
+
+def _draw_curve(axes, series, label, colour):
+    """One line, or faint ones of each training and their mean over those that got so far."""
+    style = {"color": colour, "linestyle": "--" if colour == ORANGE else "-",
+             "marker": "o" if max(map(len, series.values())) < 2 else None}
+    if len(series) == 1:
+        (values,) = series.values()
+        axes.plot(list(values), list(values.values()), label=label or None, **style)
+        return
+    for values in series.values():
+        axes.plot(list(values), list(values.values()), linewidth=0.8,
+                  **style | {"alpha": 0.25 if len(series) < 20 else 0.08})
+    epochs = sorted({epoch for values in series.values() for epoch in values})
+    means = [np.mean([v[epoch] for v in series.values() if epoch in v]) for epoch in epochs]
+    axes.plot(epochs, means, linewidth=2, label=f"{label} mean of {len(series)}".strip(), **style)
+
+
+def _scale_rate(axes, rates):
+    """A logarithmic axis where the rate decays; from 0 where it does not."""
+    if max(rates) > min(rates) > 0:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(0, 1.2 * max(rates) or 1)
+
+
+# ---------------------------------------------------------------- mistakes
+
+def draw_mistakes(path, clips, images, mistakes, counts):
+    """The clips most confidently wrong: both views, and where the model looked in each.
+
+    images: uint8 array `[N, C1+C2, S, S]` of `clips`; mistakes: (prediction row, maps) as
+    measures.read_mistakes gives them; counts: (mistakes, clips) in all.
+    """
+    place = {(clip.person, clip.key): i for i, clip in enumerate(clips.clips)}
+    rows = [(row, maps, place.get(((dataset.DATABASES.index(row["database"]), row["subject"]),
+                                   row["key"]))) for row, maps in mistakes]
+    rows = [found for found in rows if found[2] is not None]
+    width, height = 4 * PANEL + 3 * GAP, PANEL + TITLE + BELOW
+    deep = -(-len(rows) // BLOCKS) or 1
+    size = BLOCKS * width + (BLOCKS + 1) * 0.2, deep * height + 1.05
+    figure = Figure(figsize=size)
+    top = f"{len(rows)} most confidently wrong of {counts[0]} mistakes in {counts[1]} clips" \
+        if rows else f"no mistake in {counts[1]} clips"
+    _write(figure, size, 0.2, 0.15, top + ("; rendered stand-in data"
+                                           if clips.encoding.get("rendered") else ""), 11)
+    if rows:
+        _explain(figure, size)
+    views = [_visible(np.stack([images[i] for _, _, i in rows]), clips.encoding["difference"],
+                      part) for part in (slice(0, 3), slice(3, None))] if rows else []
+    for number, (row, maps, _) in enumerate(rows):
+        left = 0.2 + number % BLOCKS * (width + 0.2)
+        above = 0.8 + number // BLOCKS * height
+        _describe(figure, size, left, above, row, clips)
+        for v, name in enumerate(("RGB", clips.second)):
+            image, heat = views[v][number], maps[v]
+            for k in range(2):
+                axes = _axes(figure, size, left + (2 * v + k) * (PANEL + GAP), above + TITLE)
+                axes.set_title(f"{name}, looked at" if k else f"{name} change", fontsize=7, pad=2)
+                axes.imshow(image.mean(-1, keepdims=True).repeat(3, -1) if k else image)
+                if k:
+                    lack = "not seen" if any(m is not None for m in maps) else "no map kept"
+                    _overlay(axes, heat, image.shape, lack)
+    save(figure, path)
+
+
+def _write(figure, size, left, above, text, fontsize=8):
+    """Text at inches from the left and the top."""
+    figure.text(left / size[0], 1 - above / size[1], text, fontsize=fontsize, va="top",
+                parse_math=False)
+
+
+def _axes(figure, size, left, above, width=PANEL, height=PANEL):
+    """Axes without ticks at inches from the left and the top."""
+    axes = figure.add_axes((left / size[0], 1 - (above + height) / size[1],
+                            width / size[0], height / size[1]))
+    axes.set_xticks([])
+    axes.set_yticks([])
+    return axes
+
+
+def _explain(figure, size):
+    _write(figure, size, 0.2, 0.42, "looked at: Grad-CAM of the predicted class, each map in "
+           "shares of its own maximum:  0")
+    axes = _axes(figure, size, 5.25, 0.43, 1.0, 0.12)
+    axes.imshow(np.linspace(0, 1, 64)[None], cmap="viridis", aspect="auto")
+    _write(figure, size, 6.32, 0.42, "1")
+
+
+def _describe(figure, size, left, above, row, clips):
+    """Two lines: the clip, and what it was taken for."""
+    several = len({clip.database for clip in clips.clips}) > 1
+    person = f"{row['database']} {row['subject']}" if several else row["subject"]
+    true, taken = (shorten(clips.classes[row[name]], 20) for name in ("label", "prediction"))
+    _write(figure, size, left, above, shorten(row["key"], 76), 7.5)
+    _write(figure, size, left, above + 0.16, f"{shorten(person, 20)}: {true} → {taken}  "
+           f"(p {max(row['probabilities']):.2f}, true {row['probabilities'][row['label']]:.2f})",
+           7.5)
+
+
+def _visible(images, encoding, channels):
+    """Change of one view for the eye, float `[N, H, W, 3]` in 0..1, of images uint8
+    `[N, C, S, S]`: the crop the model saw, in one scale over all, "no change" grey (black
+    where differences are absolute)."""
+    levels = transforms.centre_crop(images[:, channels]).astype(np.int16) - NO_CHANGE[encoding]
+    if encoding == "wrap":
+        levels = (levels + 128) % 256 - 128
+    scale = max(np.percentile(abs(levels), 99.5), 1)
+    shown = levels / scale if encoding == "absolute" else 0.5 + levels / (2 * scale)
+    shown = shown.clip(0, 1).transpose(0, 2, 3, 1)
+    return shown if shown.shape[-1] == 3 else shown.repeat(3, -1)
+
+
+def _overlay(axes, heat, shape, lack):
+    """A map (uint8 `[h, w]`; None: there is none, and `lack` says why) over an image of `shape`."""
+    if heat is None or not heat.any():
+        text = lack if heat is None else "nothing in its favour"
+        axes.text(0.5, 0.5, text, fontsize=7, ha="center", va="center", transform=axes.transAxes,
+                  bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1.5})
+        return
+    colours = matplotlib.colormaps["viridis"](heat / 255)
+    axes.imshow(colours, extent=(-0.5, shape[1] - 0.5, shape[0] - 0.5, -0.5), alpha=0.65,
+                interpolation="bilinear")

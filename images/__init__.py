@@ -1,0 +1,1 @@
+"""Difference images: what a pixel means, lists, decoding, transforms."""

@@ -1,0 +1,158 @@
+"""Two-view augmentation of whole uint8 batches on any device: train and eval side by side.
+
+Geometry is drawn once per pair, photometrics per view, and only those that the encoding of the
+difference images allows: on a signed difference 128 means "no change", and a brightness jitter
+would move it by far more than the signal.
+"""
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from images.decoding import CROP, GREY, NO_CHANGE, SIZE
+
+# Published normalisation, of differences modulo 256, in units of 255 grey levels.
+WRAP_RGB = (0.4454, 0.4474, 0.4504), (0.4474, 0.4505, 0.4502)
+WRAP_DEPTH = 0.0423, 0.1761
+# For encoders that saw no data: the order of a micro-expression's change, in grey levels.
+FIXED_STD = 8 / 255, 4 / 255
+
+
+def fixed_normalization(encoding, channels, second="depth"):
+    """{mean, std}, a number per channel in units of 255 grey levels, from the encoding alone.
+
+    wrap: the published constants (a second view other than depth gets those of RGB); otherwise
+    "no change" maps to 0 and the deviation is that of an encoder that saw no data.
+    """
+    if encoding == "wrap":
+        mean, std = WRAP_RGB
+        if second == "depth":
+            return {"mean": [*mean, WRAP_DEPTH[0]], "std": [*std, WRAP_DEPTH[1]]}
+        if channels[1] == 1:
+            return {"mean": [*mean, sum(mean) / 3], "std": [*std, sum(std) / 3]}
+        return {"mean": [*mean, *mean], "std": [*std, *std]}
+    return {"mean": [NO_CHANGE[encoding] / 255] * sum(channels),
+            "std": [FIXED_STD[0]] * channels[0] + [FIXED_STD[1]] * channels[1]}
+
+
+def estimate_normalization(images, members, encoding, channels, second="depth"):
+    """{mean, std} for the images a pre-training sees: those at `members` of uint8 `[N, C, H, W]`.
+
+    wrap: the published constants. Otherwise the mean is "no change", and the deviation per
+    channel is taken about it.
+    """
+    found = fixed_normalization(encoding, channels, second)
+    if encoding == "wrap":
+        return found
+    squares = torch.zeros(sum(channels), dtype=torch.float64)
+    members = members[::-(-len(members) // 10_000)]  # of many clips, that many say it
+    for i in members:
+        change = torch.from_numpy(np.array(images[i])).float() - NO_CHANGE[encoding]
+        squares += change.square().mean((1, 2)).double()
+    std = (squares / len(members)).sqrt() / 255
+    # a channel without any change keeps the fixed deviation rather than dividing by zero
+    found["std"] = [s if s > 1e-4 else f for s, f in zip(std.tolist(), found["std"])]
+    return found
+
+
+def draw(n, rng, encoding, jitter=0.4, crop_low=1.0, flip=True):
+    """Everything random about a batch of `n` pairs, drawn for the whole batch from `rng`.
+
+    Returns a dict of tensors `[n, ...]`, to be cut along the batch: `flip` (bool), `gain` and
+    `offset` per view `[n, 2]` (offset in units of the image's own rms change), `grey` (bool), and
+    below crop_low 1 `box` `[n, 4]`: centre x, y and half width, height in [-1, 1].
+    """
+    drawn = {"flip": (torch.rand(n, generator=rng) < 0.5) & flip}
+    if crop_low < 1:
+        drawn["box"] = _boxes(n, rng, crop_low)
+    if encoding != "wrap":
+        drawn["gain"] = 1 + jitter * (2 * torch.rand(n, 2, generator=rng) - 1)
+    if encoding == "signed":
+        drawn["offset"] = jitter / 4 * (2 * torch.rand(n, 2, generator=rng) - 1)
+        drawn["grey"] = (torch.rand(n, generator=rng) < 0.2) & (jitter > 0)
+    return drawn
+
+
+def _boxes(n, rng, crop_low):
+    """Random resized crop: area in [crop_low, 1], aspect ratio in [3/4, 4/3], log-uniform."""
+    area = crop_low + (1 - crop_low) * torch.rand(n, generator=rng)
+    ratio = torch.exp((2 * torch.rand(n, generator=rng) - 1) * torch.log(torch.tensor(4 / 3)))
+    half = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], 1).clamp(max=1)  # [n, 2]
+    centre = (2 * torch.rand(n, 2, generator=rng) - 1) * (1 - half)
+    return torch.cat([centre, half], 1)  # [n, 4]
+
+
+def train_transform(images, drawn, normalization, encoding, channels):
+    """Augments and normalises uint8 `[B, C1+C2, 256, 256]` → float32 `[B, C1+C2, 224, 224]`, or
+    images of another side to 7/8 of it.
+
+    drawn: `draw`'s tensors for these B pairs. The result is channels-last. "No change" maps to
+    exactly 0 whatever was drawn (but for wrap, whose constants are the published ones).
+    """
+    drawn = {name: value.to(images.device) for name, value in drawn.items()}
+    mean, std = _constants(normalization, images)
+    if "box" in drawn:
+        # resampled about "no change": bilinear weights add up to 1 only to rounding
+        images, mean = _resized_crop(images.float() - mean, drawn["box"]), 0
+    else:
+        images = centre_crop(images)
+    flipped = drawn["flip"].view(-1, 1, 1, 1)
+    images = torch.where(flipped, images.flip(-1), images)
+    scale = torch.ones(len(images), len(channels), device=images.device)
+    if "gain" in drawn:
+        scale = drawn["gain"]
+    change = images.float().to(memory_format=torch.channels_last) - mean
+    if "grey" in drawn and drawn["grey"].any():
+        weights = torch.tensor(GREY, device=images.device).view(3, 1, 1)
+        chosen = change[drawn["grey"]]
+        chosen[:, :3] = (chosen[:, :3] * weights).sum(1, keepdim=True)
+        change[drawn["grey"]] = chosen
+    repeat = torch.tensor(channels, device=images.device)
+    scale = scale.repeat_interleave(repeat, 1)[..., None, None] / std  # [B, C, 1, 1]
+    if "offset" not in drawn:
+        return change.mul_(scale)
+    rms = torch.cat([view.square().mean((1, 2, 3), keepdim=True)  # [B, 2, 1, 1]
+                     for view in change.split(channels, 1)], 1).sqrt()
+    shift = (drawn["offset"][..., None, None] * rms).repeat_interleave(repeat, 1)
+    return change.add_(shift).mul_(scale)
+
+
+def eval_transform(images, normalization, mirror=False, shift=(0, 0)):
+    """Centre crop, or moved by `shift` pixels of 256 (down, right), mirrored or not, normalised.
+
+    uint8 `[B, C, 256, 256]` → float32 `[B, C, 224, 224]`, channels-last; nothing random.
+    """
+    images = centre_crop(images, shift)
+    images = images.flip(-1) if mirror else images
+    mean, std = _constants(normalization, images)
+    return images.float().to(memory_format=torch.channels_last).sub_(mean).div_(std)
+
+
+def centre_crop(images, shift=(0, 0)):
+    """The central 224 of 256 pixels, or as large a share of others, moved by `shift` pixels of
+    256 (down, right), in whole pixels."""
+    side = images.shape[-1]
+    crop = crop_side(side)
+    top, left = ((side - crop) // 2 + s * side // SIZE for s in shift)
+    return images[..., top:top + crop, left:left + crop]
+
+
+def crop_side(side):
+    """Side of the crop that is taken of images with this side, both in pixels."""
+    return CROP * side // SIZE
+
+
+def _resized_crop(images, box):
+    """Bilinear resampling of each pair's own box to the crop's side, both views in one grid."""
+    side = crop_side(images.shape[-1])
+    centre, half = box[:, :2], box[:, 2:]
+    theta = torch.zeros(len(images), 2, 3, device=images.device)
+    theta[:, 0, 0], theta[:, 1, 1] = half[:, 0], half[:, 1]
+    theta[:, :, 2] = centre
+    grid = F.affine_grid(theta, (len(images), 1, side, side), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def _constants(normalization, images):
+    """Mean and deviation in grey levels, float32 `[C, 1, 1]`; 128/255 comes back as exactly 128."""
+    return (torch.tensor([255 * v for v in normalization[name]], dtype=torch.float64)
+            .to(images.device, torch.float32).view(-1, 1, 1) for name in ("mean", "std"))

@@ -1,0 +1,300 @@
+"""Classes of new clips, from a checkpoint that fine-tune_DVSCL.py --subject all made.
+
+  python predict.py --model_path results/RUN/last.pth --onset 110.jpg --apex 118.jpg \\
+      --depth_onset 110.png --depth_apex 118.png
+  python predict.py --model_path results/RUN/last.pth --data_folder D \\
+      --list D/v_rgb/spNO1_test.txt --json
+
+Frames are cropped, registered, subtracted and normalised as the checkpoint records it of the
+images it was trained on; prepared images must have been made alike. Prints a row per clip: the
+likeliest class and the probability of each. Expect a few seconds.
+"""
+import util  # first: it settles how threads wait before torch is imported
+
+# isort: split
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+import dataset
+from evaluation import heldout
+from images import decoding
+from models import create_classifier
+from preparation import cutting, detection, registration
+from training import checkpoint, options
+from util import BadInput, ensure
+
+NEEDED = ("classifier", "classes", "layer", "view", "channels", "encoding", "normalization")
+FRAMES = ("onset", "apex", "depth_onset", "depth_apex")
+SMALLEST = 32  # side of a frame, pixels: no face is found in fewer
+
+
+class FaceBox(argparse.Action):
+    """--box X Y W H [ROLL] as a registration.Box."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if len(values) not in (4, 5) or min(values[2:4]) <= 0:
+            parser.error("argument --box: X Y W H in pixels of the onset frame, W and H above 0, "
+                         "and for a crop that was turned ROLL in degrees")
+        setattr(namespace, self.dest, registration.Box(*values))
+
+
+def parse_option(argv):
+    parser = options.ArgumentParser(description=__doc__)
+    data = parser.add_argument_group("data: two frames with their depth, or a list")
+    data.add_argument("--onset", metavar="FILE", help="RGB frame at the onset")
+    data.add_argument("--apex", metavar="FILE", help="RGB frame at the apex")
+    data.add_argument("--depth_onset", metavar="FILE",
+                      help="depth frame at the onset, for a model that sees depth")
+    data.add_argument("--depth_apex", metavar="FILE", help="depth frame at the apex")
+    data.add_argument("--box", nargs="+", type=options.number(float), action=FaceBox,
+                      metavar=("X", "Y W H"),
+                      help="the face on the onset frame, pixels; needed where training took boxes "
+                           "that were given [as in training: detected, or the central square]")
+    data.add_argument("--data_folder", metavar="DIR",
+                      help="folder the paths in the list are relative to")
+    data.add_argument("--list", metavar="FILE",
+                      help="a list of v_rgb/ with lines '<path> <label> <database>'; that of the "
+                           "second view has the same name in v_depth/ beside it")
+    data.add_argument("--encoding", choices=tuple(decoding.NO_CHANGE),
+                      help="what a pixel of the listed images means, where no encoding.json lies "
+                           "beside v_rgb/ [wrap]")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model_path", required=True, metavar="FILE",
+                       help="last.pth of fine-tune_DVSCL.py --subject all")
+    running = parser.add_argument_group("running")
+    running.add_argument("--device", default="auto", metavar="NAME",
+                         help="auto: cuda where there is one, else cpu; or cpu, cuda, cuda:1")
+    running.add_argument("--num_workers", type=options.number(int, 0), default=4,
+                         help="threads that decode images")
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="print JSON, not a table")
+    opt = parser.parse_args(argv)
+    check_option(parser, opt)
+    return opt
+
+
+def check_option(parser, opt):
+    frames = [f"--{name}" for name in (*FRAMES, "box") if getattr(opt, name) is not None]
+    if opt.list and frames:
+        parser.error(f"--list and {frames[0]} exclude each other")
+    if bool(opt.list) != bool(opt.data_folder):
+        parser.error("--list and --data_folder go together")
+    if not opt.list and not (opt.onset and opt.apex):
+        parser.error("give --onset and --apex, or --data_folder and --list")
+    if opt.encoding and not opt.list:
+        parser.error("--encoding goes with --list")
+    if bool(opt.depth_onset) != bool(opt.depth_apex):
+        parser.error("--depth_onset and --depth_apex go together")
+
+
+# ---------------------------------------------------------------- model
+
+def read_checkpoint(path):
+    """The state of a checkpoint with a head; raises BadInput."""
+    state = checkpoint.load(path)
+    missing = [name for name in NEEDED if state.get(name) is None]
+    if missing:
+        raise BadInput(f"{path}: cannot predict: it holds no {missing[0]}; name the last.pth that "
+                       f"fine-tune_DVSCL.py --subject all writes")
+    try:
+        state["channels"] = tuple(int(n) for n in state["channels"])
+        ensure(len(state["channels"]) == 2 and state["opt"]["model"])
+        ensure(isinstance(state["classes"], list))
+        ensure(all(isinstance(name, str) for name in state["classes"]))
+        ensure(state["encoding"]["difference"] in decoding.NO_CHANGE)
+        ensure(isinstance(state["layer"], int) and isinstance(state["view"], str))
+    except (KeyError, TypeError, ValueError):
+        raise BadInput(f"{path}: its 'opt', 'classes', 'layer', 'view', 'channels' or 'encoding' "
+                       f"cannot be read; fine-tune again") from None
+    return state
+
+
+def set_model(path, state, clips, device):
+    """(encoder, head, normalization) for `clips`, on the device; raises BadInput."""
+    opt = SimpleNamespace(model=state["opt"]["model"], view=state["view"],
+                          size=state["opt"].get("size", decoding.CROP))
+    try:
+        head = create_classifier(opt.model, state["layer"], len(state["classes"]),
+                                 state["channels"], state["opt"].get("encoder", "both"), opt.size)
+        head.load_state_dict(state["classifier"])
+        if not all(value.isfinite().all() for value in head.state_dict().values()):
+            raise BadInput(f"{path}: its head holds weights that are not finite; fine-tune again")
+    except (ValueError, RuntimeError, TypeError, AttributeError):
+        raise BadInput(f"{path}: its head does not fit {opt.model}, layer {state['layer']} and "
+                       f"{len(state['classes'])} classes; fine-tune again") from None
+    model, about = heldout.load_encoder(opt, path, clips)
+    return model.to(device), head.to(device), about["normalization"]
+
+
+# ---------------------------------------------------------------- prepared images
+
+def read_list(opt, state):
+    """ClipSet of --list; raises BadInput where its images are not as the checkpoint's were."""
+    path, view = Path(opt.list), state["view"]
+    clips = dataset.read_list(path, opt.data_folder, view, opt.encoding,
+                              alone=state["opt"].get("encoder") == "rgb")
+    if clips.channels != state["channels"]:
+        raise BadInput(f"{path}: the second view has {clips.channels[1]} channels, that of "
+                       f"{opt.model_path} {state['channels'][1]}")
+    for name, ours, theirs in differing(clips.encoding, state["encoding"], clips.second):
+        raise BadInput(f"{path}: its images have {name} {ours}, but {opt.model_path} was trained "
+                       f"with {theirs}; prepare them alike")
+    return clips
+
+
+def differing(ours, theirs, second):
+    """(what, here, there) where two encodings differ in what is known of both."""
+    def crop(encoding, name):
+        return encoding["crop"].get(name) if isinstance(encoding.get("crop"), dict) else None
+    pairs = [(name, ours.get(name), theirs.get(name)) for name in ("difference", "registration")]
+    pairs += [(f"crop {name}", crop(ours, name), crop(theirs, name)) for name in ("margin", "roll")]
+    if second == "depth":
+        pairs.append(("depth_range_mm", ours.get("depth_range_mm"), theirs.get("depth_range_mm")))
+    return [pair for pair in pairs if None not in pair and pair[1] != pair[2]]
+
+
+# ---------------------------------------------------------------- frames
+
+def recorded(path, encoding, with_depth):
+    """cutting.Settings as a checkpoint's encoding has them; raises BadInput."""
+    try:
+        crop = encoding["crop"]
+        settings = cutting.Settings(
+            crop["by"], float(crop["margin"]), int(encoding["size"]), bool(crop["roll"]),
+            encoding["registration"], encoding["difference"],
+            *([float(encoding["depth_scale"]), float(encoding["depth_range_mm"])] if with_depth
+              else []))
+        ensure(settings.crop in ("mtcnn", "box", "boxes", "none"))
+        ensure(settings.register in ("translation", "similarity", "none"))
+        ensure(settings.margin >= 0 and 32 <= settings.size <= 1024)
+        ensure(settings.depth_scale > 0 and settings.depth_range > 0)
+    except KeyError as error:
+        raise BadInput(f"{path}: does not record {error.args[0]!r} of the images it was trained "
+                       f"on; give --list with images prepared alike, or prepare the training "
+                       f"images with prepare.py and train again") from None
+    except (TypeError, ValueError):
+        raise BadInput(f"{path}: its 'encoding' cannot be read; prepare and train again") from None
+    return settings
+
+
+def check_frames(opt, state):
+    """Raises BadInput unless the frames that are given are those the model needs; returns whether
+    depth is cut."""
+    second, alone = dataset.second_view(state["view"]), state["opt"].get("encoder") == "rgb"
+    given = opt.depth_onset is not None
+    if second not in ("depth", "gray"):
+        raise BadInput(f"{opt.model_path}: its second view is {second}, which frames do not give; "
+                       f"give --list")
+    if given and second != "depth":
+        raise BadInput(f"--depth_onset {opt.depth_onset}: the second view of {opt.model_path} is "
+                       f"{second}, not depth; drop both depth frames")
+    if second == "depth" and not given and not alone:
+        raise BadInput(f"{opt.model_path}: sees depth too; give --depth_onset and --depth_apex")
+    for flags in (FRAMES[:2], FRAMES[2:] if given else ()):
+        sizes = {}
+        for name in flags:
+            file = getattr(opt, name)
+            if not Path(file).is_file():
+                raise BadInput(f"--{name} {file}: no such file")
+            sizes[name] = decoding.open_image(file).size
+            if min(sizes[name]) < SMALLEST:
+                raise BadInput(f"--{name} {file}: {sizes[name][0]}x{sizes[name][1]} pixels; a "
+                               f"frame has {SMALLEST} or more a side")
+        if len(set(sizes.values())) > 1:
+            (a, first), (b, other) = sizes.items()
+            raise BadInput(f"--{b} {getattr(opt, b)}: {other[0]}x{other[1]} pixels, but --{a} has "
+                           f"{first[0]}x{first[1]}: both are frames of one camera")
+    return given
+
+
+def check_box(opt, settings):
+    """Raises BadInput for a box that is missing, outside the frame, or not what was recorded."""
+    if settings.crop in ("box", "boxes") and opt.box is None:
+        raise BadInput(f"{opt.model_path}: was trained on crops around boxes that were given; give "
+                       f"--box X Y W H, the face on the onset frame")
+    if opt.box is None:
+        return
+    width, height = decoding.open_image(opt.onset).size
+    if settings.crop == "none":
+        raise BadInput(f"--box: {opt.model_path} was trained on the central square of its frames; "
+                       f"drop it")
+    if opt.box.roll and not settings.roll:
+        raise BadInput(f"--box: {opt.model_path} was trained on crops that were not turned; drop "
+                       f"the fifth number")
+    if not (opt.box.x < width and opt.box.y < height and opt.box.x + opt.box.width > 0
+            and opt.box.y + opt.box.height > 0):
+        raise BadInput(f"--box: lies outside {opt.onset}, {width}x{height} pixels")
+
+
+def cut_frames(opt, state, folder):
+    """ClipSet of the one clip, its difference images below `folder`; raises BadInput."""
+    with_depth = check_frames(opt, state)
+    settings = recorded(opt.model_path, state["encoding"], with_depth)
+    check_box(opt, settings)
+    registration.require()
+    if settings.crop == "mtcnn" and opt.box is None:
+        detection.require()
+    files = [str(getattr(opt, name)) for name in FRAMES[:4 if with_depth else 2]]
+    names = "rgb.png", "depth.png" if with_depth else ""
+    task = cutting.Task(Path(opt.apex).stem, *names, tuple(files), box=opt.box)
+    record = cutting.process(task, settings, folder)
+    if "dropped" in record:
+        reason = record["dropped"]
+        raise BadInput("no face found on the onset frame; give --box X Y W H, or another frame"
+                       if reason.startswith("no face") else f"{reason}; give another frame")
+    if not record["registered"]:
+        print_note(f"{opt.apex}: could not be registered onto {opt.onset}; taken as it is")
+    # without depth the luminance stands in: it is the view itself, or the head does not see it
+    clip = dataset.Clip(0, "", f"{opt.onset} {opt.apex}", -1, names[0], names[1] or names[0])
+    return dataset.ClipSet([clip], Path(folder), "depth" if with_depth else "gray", not with_depth,
+                           (3, 1), state["encoding"])
+
+
+def print_note(text):
+    """A remark on standard error: standard output holds the result alone."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------- result
+
+def report(opt, state, clips, probabilities):
+    """The result as text: JSON, or a table with a row per clip."""
+    classes, keys = state["classes"], [clip.key for clip in clips.clips]
+    if opt.json:
+        found = [{"key": key, "prediction": classes[p.argmax()],
+                  "probabilities": {name: float(v) for name, v in zip(classes, p)}}
+                 for key, p in zip(keys, probabilities)]
+        return json.dumps({"checkpoint": str(opt.model_path), "classes": classes, "clips": found},
+                          indent=1, ensure_ascii=False)
+    rows = [("clip", "prediction", *classes)]
+    rows += [(key, classes[p.argmax()], *(f"{v:.3f}" for v in p))
+             for key, p in zip(keys, probabilities)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), row[1].ljust(widths[1]),
+                                *(v.rjust(w) for v, w in zip(row[2:], widths[2:]))])
+                     for row in rows)
+
+
+@util.command_line
+def main(argv=None):
+    opt = parse_option(argv)
+    state, device = read_checkpoint(opt.model_path), util.pick_device(opt.device)
+    with tempfile.TemporaryDirectory() as folder:
+        clips = read_list(opt, state) if opt.list else cut_frames(opt, state, folder)
+        model, head, normalization = set_model(opt.model_path, state, clips, device)
+        images, _ = decoding.load_images(clips, "off", opt.num_workers,
+                                         state["opt"].get("size", decoding.CROP))
+    plain = SimpleNamespace(batch_size=64, layer=state["layer"], amp=False)
+    probabilities = heldout.validate(plain, images, np.arange(len(clips)), normalization, model,
+                                        head, util.mixed_precision(plain, device)[0], device)
+    print(report(opt, state, clips, probabilities))
+
+
+if __name__ == "__main__":
+    main()

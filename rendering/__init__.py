@@ -1,0 +1,1 @@
+"""Stand-in data: drawn faces whose expressions are known."""

@@ -1,0 +1,425 @@
+"""Heads through the scripts: as good as their features, blind to what is held out, and what
+fine-tuning starts from."""
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_set, finetune, probe, save_image, script
+from runs import load, only
+from sklearn.metrics import f1_score
+from test_logistic import fit
+
+import dataset
+import util
+from dataset import Clip, write_lists
+from evaluation import heldout, logistic, measures, probing
+from images import decoding, transforms
+from models import create_classifier, create_model
+from training import options
+
+pytestmark = pytest.mark.usefixtures("small_crops")
+
+
+def draw_spots(folder, reach):
+    """80 clips of 8 subjects whose four classes differ by where a bright spot lies, on one line
+    from top to bottom, so that no class is another's mirror image; reach: of that line, as a share
+    of the image."""
+    rng, clips = np.random.default_rng(0), []
+    y, x = np.mgrid[:256, :256] / 256 - 0.5
+    for i in range(8):
+        face = np.kron(rng.normal(0, 4, (8, 8)), np.ones((32, 32)))
+        for j in range(10):
+            label = j if j < 4 else int(rng.integers(4))
+            middle = (-0.3, -0.1, 0.1, 0.3)[label] * reach
+            change = face + 40 * np.exp(-(x ** 2 + (y - middle) ** 2) / (0.004 * reach ** 2))
+            clip = Clip(0, f"s{i + 1}", f"s{i + 1}-{j}", label, f"rgb/{i}-{j}.png",
+                        f"depth/{i}-{j}.png")
+            for path, view in ((clip.rgb, 128 + np.stack([change] * 3, 2)),
+                               (clip.second, 128 + change / 2)):
+                view = view + rng.normal(0, 6, view.shape)
+                save_image(folder / path, view.round().clip(0, 255).astype(np.uint8))
+            clips.append(clip)
+    write_lists(folder, clips, "depth")
+    util.write_json(folder / "encoding.json", {"difference": "signed"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def spots(tmp_path_factory):
+    """Spots that lie within a crop of 64 pixels."""
+    return draw_spots(tmp_path_factory.mktemp("spots"), 0.25)
+
+
+def scores(run, *flags):
+    """UF1 of a run of a script on the untrained encoder."""
+    save_path = flags[flags.index("--save_path") + 1]
+    run("--model_path", "random", "--protocol", "loso", *flags)
+    found = json.loads((only(save_path) / "results.json").read_text())
+    print(f"{' '.join(map(str, flags))}: UF1 {found['uf1']:.3f}")
+    return found["uf1"]
+
+
+WAYS = [([], 0.98), (["--l2", 0.001], 0.98), (["--solver", "sgd", "--batch_size", 16], 0.95),
+        (["--solver", "sgd", "--batch_size", 80], 0.95),
+        (["--solver", "sgd", "--batch_size", 256], 0.95),
+        (["--learning_rate", 0.1, "--layer", 5], 0.95)]
+
+
+@pytest.mark.parametrize("flags, least", WAYS, ids=lambda v: " ".join(map(str, v))
+                         if isinstance(v, list) else "")
+def test_a_plain_spot_is_told_from_an_untrained_encoder(spots, cache, tmp_path, flags, least):
+    assert scores(probe, "--data_folder", spots, "--cache", cache, "--model", "resnet18v1",
+                  "--save_path", tmp_path, *flags) >= least
+
+
+TUNED = ["--epochs", 5, "--subject", "s1", "s2"]
+
+
+@pytest.mark.parametrize("batch", [16, 128])
+def test_a_plain_spot_is_told_after_fine_tuning(spots, cache, tmp_path, batch):
+    assert scores(finetune, "--data_folder", spots, "--cache", cache, "--model", "resnet18v1",
+                  "--save_path", tmp_path, *TUNED, "--batch_size", batch) >= 0.95
+
+
+@pytest.mark.slow
+def test_a_plain_spot_is_told_by_alexnet_with_every_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(transforms, "CROP", 224)
+    data = draw_spots(tmp_path / "data", 1)
+    flags = ["--data_folder", data, "--cache", tmp_path / "cache", "--model", "alexnet"]
+    found = {" ".join(map(str, way)): (scores(
+        probe, *flags, "--save_path", tmp_path / f"out{i}", *way), least)
+        for i, (way, least) in enumerate(WAYS)}
+    found["fine-tuned"] = scores(finetune, *flags, "--save_path", tmp_path / "tuned", *TUNED), 0.95
+    found["fine-tuned as published"] = scores(
+        finetune, *flags, "--save_path", tmp_path / "published", "--learning_rate", 0.1, "--layer",
+        5, "--epochs", 5, "--subject", "s1", "s2"), 0.95
+    print(json.dumps(found, indent=1))
+    assert all(uf1 >= least for uf1, least in found.values()), found
+
+
+# ---------------------------------------------------------------- held-out labels
+
+def garble(folder, subject):
+    """Gives the clips of a subject other labels, in every list."""
+    for path in folder.glob("v_*/*.txt"):
+        path.write_text("".join(
+            re.sub(r" ([01]) 0$", lambda m: f" {1 - int(m[1])} 0", line)
+            if f"/{subject}-" in line else line for line in path.read_text().splitlines(True)))
+
+
+@pytest.mark.parametrize("flags", [[], ["--solver", "sgd", "--epochs", "3"],
+                                   ["--select", "inner", "--epochs", "3"]], ids=" ".join)
+def test_garbage_labels_of_a_held_out_subject_change_no_bit_of_its_probabilities(
+        fresh, quick, pretrained, tmp_path, flags):
+    flags = ["--model", "resnet18v1", "--cache", "off", "--protocol", "loso", *flags]
+    kept = []
+    for turn in ("right", "wrong"):
+        if turn == "wrong":
+            garble(fresh, "s1")
+        for name in ("s1", "s3"):
+            probe("--data_folder", fresh, *flags, "--model_path", pretrained, "--save_path",
+                  tmp_path / turn / name, "--subject", name)
+            run = only(tmp_path / turn / name)
+            about = json.loads((run / "subjects" / f"{name}.json").read_text())
+            kept.append((about.get("choice"), [r["probabilities"] for r in about["rows"]],
+                         [r["label"] for r in about["rows"]], util.read_log(run)[1:]))
+    (choice, p, labels, log), (_, others, _, _), (again, q, garbage, same), (_, changed, *_) = kept
+    assert labels == [1 - label for label in garbage]
+    assert (choice, p, log) == (again, q, same)
+    assert others != changed
+
+
+# ---------------------------------------------------------------- what fine-tuning starts from
+
+def kept(run, name="s1"):
+    """Probabilities `[n, C]` that a run kept of a subject."""
+    rows = measures.read_subject(run / "subjects" / f"{name}.json")[1]
+    return np.array([row["probabilities"] for row in rows])
+
+
+STILL = ["--encoder_lr", 0, "--learning_rate", 0, "--weight_decay", 0, "--subject", "s1", "s3"]
+
+
+@pytest.mark.parametrize("l2", [["--l2", 0.01], ["--l2", 0.0001], []], ids=lambda v: str(v[1:]))
+def test_a_head_that_is_not_trained_is_that_of_probing(drawn, quick, cache, pretrained, tmp_path,
+                                                       l2):
+    flags = ["--data_folder", drawn, "--model_path", pretrained, *l2]
+    finetune(*flags, *quick, "--save_path", tmp_path / "tuned", *STILL)
+    finetune(*flags, *quick, "--save_path", tmp_path / "frozen", "--freeze_encoder", *STILL)
+    probe(*flags, "--model", "resnet18v1", "--cache", cache, "--protocol", "loso", "--save_path",
+          tmp_path / "probe", "--subject", "s1", "s3")
+    tuned, frozen, probed = (only(tmp_path / name) for name in ("tuned", "frozen", "probe"))
+    for name in ("s1", "s3"):
+        assert np.allclose(kept(tuned, name), kept(probed, name), atol=1e-4)
+        assert np.allclose(kept(frozen, name), kept(probed, name), atol=1e-4)
+        assert np.ptp(kept(tuned, name)[:, 0]) > 0.01
+
+
+def test_heads_of_zeros_and_random_ones(drawn, quick, pretrained, tmp_path):
+    flags = ["--data_folder", drawn, *quick, "--model_path", pretrained, *STILL]
+    found = {}
+    for head, seed in (("zero", 0), ("random", 0), ("random", 1)):
+        finetune(*flags, "--head", head, "--seed", seed, "--save_path", tmp_path / f"{head}{seed}")
+        run = only(tmp_path / f"{head}{seed}")
+        assert f"_{head}_loso_" in run.name
+        found[head, seed] = kept(run)
+    assert (found["zero", 0] == 0.5).all()
+    for seed in (0, 1):
+        # normal with deviation 0.01 on features of unit length, give or take
+        logit = np.log(found["random", seed][:, 0] / found["random", seed][:, 1])
+        assert 0 < abs(logit).max() < 0.08
+    assert not np.allclose(found["random", 0], found["random", 1], atol=1e-4)
+
+
+@pytest.mark.parametrize("head", ["probe", "zero", "random"])
+def test_the_head_holds_the_statistics_of_its_training_clips(drawn, quick, pretrained, tmp_path,
+                                                             head):
+    finetune("--data_folder", drawn, *quick, "--model_path", pretrained, "--head", head,
+             "--save_path", tmp_path, *STILL[:-1])
+    state, clips = load(only(tmp_path) / "last.pth"), dataset.read_clips(drawn)
+    model = create_model("resnet18v1").eval()
+    model.load_state_dict(load(pretrained)["model"])
+    images = torch.from_numpy(decoding.load_images(clips)[0][3:])  # all but s1
+    x = transforms.eval_transform(images, state["normalization"])
+    with torch.no_grad():
+        rows = torch.cat([torch.cat(model(view, 6), 1) for view in (x, x.flip(-1))]).double()
+    mean, std = state["classifier"]["mean"], state["classifier"]["std"]
+    varies = rows.std(0) > 1e-6 * rows.abs().max()
+    assert varies.sum() > 400
+    assert torch.allclose(mean, rows.mean(0).float(), atol=1e-4)
+    assert torch.allclose(std[varies], rows.std(0, correction=0).float()[varies], rtol=1e-3)
+
+
+def test_norms_that_move_start_from_the_training_clips_alone(fresh, quick, tmp_path):
+    clips, found = dataset.read_clips(fresh), []
+    for turn in ("right", "wrong"):
+        if turn == "wrong":
+            for member in clips.members([(0, "s1")]):
+                save_image(fresh / clips.clips[member].rgb, np.full((256, 256, 3), 140, np.uint8))
+        finetune("--data_folder", fresh, *quick[:2], "--cache", "off", *quick[4:], "--model_path",
+                 "random", "--train_bn", "--save_path", tmp_path / turn, *STILL[:-1])
+        found.append(load(only(tmp_path / turn) / "last.pth"))
+    # of the first convolution's output; one step away from the initial 1 it would be 0.9
+    assert found[0]["model"]["rgb_to_d.bn1.running_var"].median() < 0.5
+    for name, value in found[0]["model"].items():
+        assert torch.equal(value, found[1]["model"][name]), name
+    for name, value in found[0]["classifier"].items():
+        assert torch.allclose(value, found[1]["classifier"][name], atol=1e-5), name
+
+
+def test_the_first_step_normalises_as_the_start_of_the_head_did(drawn):
+    clips, model = dataset.read_clips(drawn), create_model("resnet18v1")
+    images = decoding.load_images(clips)[0]
+    normalization = transforms.fixed_normalization("wrap", clips.channels, clips.second)
+    x = transforms.eval_transform(torch.from_numpy(images), normalization)
+    found = {}
+    for turn in ("before", "after"):
+        with torch.no_grad():
+            found[turn] = model.eval()(x, 5)[0]
+            wanted = found["wanted"] = model.train()(x, 5)[0]
+        script("fine-tune_DVSCL").set_norms(options.argparse.Namespace(batch_size=len(images)),
+                                            model, images, np.arange(len(images)), normalization,
+                                            torch.device("cpu"))
+    apart = {turn: ((found[turn] - wanted).norm() / wanted.norm()).item() for turn in found}
+    assert apart["after"] < 0.05 and apart["before"] > 0.5, apart
+
+
+def rates(monkeypatch, run):
+    """What the optimiser's groups were at every step of a run: [(rates, decays)]."""
+    seen, step = [], torch.optim.SGD.step
+
+    def noted(self, *args, **more):
+        seen.append(tuple([g[name] for g in self.param_groups] for name in ("lr", "weight_decay")))
+        return step(self, *args, **more)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.SGD, "step", noted)
+        run()
+    return seen
+
+
+@pytest.mark.parametrize("schedule", ["step", "cosine"])
+def test_the_encoders_rate_rises_first_and_the_heads_does_not(drawn, quick, pretrained, tmp_path,
+                                                              monkeypatch, schedule):
+    seen = rates(monkeypatch, lambda: finetune(
+        "--data_folder", drawn, *quick, "--batch_size", 3, "--epochs", 4, "--warmup_epochs", 2,
+        "--lr_schedule", schedule, *(["--lr_decay_epochs", 3] if schedule == "step" else []),
+        "--learning_rate", 0.01, "--encoder_lr",
+        1e-5, "--l2", 0.02, "--weight_decay", 3e-4, "--model_path", pretrained, "--save_path",
+        tmp_path, "--subject", "s1"))
+    assert len(seen) == 12  # 9 clips, three steps an epoch
+    encoder, weight, bias = np.array([rate for rate, _ in seen]).T
+    assert encoder[:6] == pytest.approx(1e-5 * np.arange(1, 7) / 6)
+    assert weight.tolist() == bias.tolist()
+    state = load(only(tmp_path) / "last.pth")["classifier"]
+    length = int((state["std"] != 1).sum())
+    base = 0.01 / length
+    if schedule == "step":
+        assert weight == pytest.approx([base] * 9 + [0.1 * base] * 3)
+        assert encoder[6:] == pytest.approx([1e-5] * 3 + [1e-6] * 3)
+    else:
+        assert weight == pytest.approx(base * (1 + np.cos(np.pi * np.arange(12) / 12)) / 2)
+        assert encoder[6:] == pytest.approx(1e-5 * (1 + np.cos(np.pi * np.arange(6) / 6)) / 2)
+    # the penalty goes on as it was: half its square times the features' mean squared length
+    assert all(decay == [3e-4, pytest.approx(0.02 * length), 0] for _, decay in seen)
+
+
+def test_heads_on_a_frozen_encoder_follow_the_schedule(drawn, quick, pretrained, tmp_path):
+    rates = {}
+    for schedule in ("step", "cosine"):
+        finetune("--data_folder", drawn, *quick, "--epochs", 4, "--freeze_encoder", "--head",
+                 "zero", "--learning_rate", 0.1, "--lr_schedule", schedule, "--model_path",
+                 pretrained, "--save_path", tmp_path / schedule)
+        log = util.read_log(only(tmp_path / schedule))[1:]
+        rates[schedule] = [line["learning_rate"] for line in log]
+    assert rates["step"] == [0.1] * 4
+    assert rates["cosine"] == pytest.approx(0.1 * (1 + np.cos(np.pi * np.arange(4) / 4)) / 2)
+
+
+@pytest.mark.parametrize("head", ["zero", "random"])
+def test_heads_without_a_penalty_take_the_decay(drawn, quick, pretrained, tmp_path, monkeypatch,
+                                                head):
+    seen = rates(monkeypatch, lambda: finetune(
+        "--data_folder", drawn, *quick, "--head", head, "--weight_decay", 3e-4, "--model_path",
+        pretrained, "--save_path", tmp_path, "--subject", "s1"))
+    assert seen and all(decay == [3e-4] * 3 for _, decay in seen)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """12 subjects with two clips each."""
+    folder = tmp_path_factory.mktemp("many")
+    draw_set(folder, 12, 2)
+    return folder
+
+
+@pytest.mark.parametrize("frozen", [[], ["--freeze_encoder"]], ids=["trained", "frozen"])
+@pytest.mark.parametrize("everybody", [False, True], ids=["one", "all"])
+def test_fine_tuning_by_ten_folds_holds_out_whole_groups(many, quick, tmp_path, monkeypatch,
+                                                         frozen, everybody):
+    clips = dataset.read_clips(many)
+    names, fold_of = dataset.ten_folds(clips)
+    (fold, *_) = [f for f in range(10) if (fold_of == f).sum() > 2]
+    group = {clips.clips[i].subject for i in np.flatnonzero(fold_of == fold)}
+    one, *others = sorted(group)
+    assert len(names) == 10 and others
+    trained, module = {}, script("fine-tune_DVSCL")
+    train, descend = module.train, probing.train_heads
+
+    def noted(epoch, opt, clips, images, members, *rest):
+        trained[len(trained)] = set(members.tolist())
+        return train(epoch, opt, clips, images, members, *rest)
+
+    def noted_heads(heads, features, positions, labels, fold_of, held_out, *rest, **more):
+        for place, which in enumerate(held_out):
+            allowed = np.flatnonzero(probing.training_clips(fold_of, held_out)[:, place])
+            trained[len(trained)] = set(allowed.tolist())
+            assert which in fold_of
+        return descend(heads, features, positions, labels, fold_of, held_out, *rest, **more)
+    monkeypatch.setattr(module, "train", noted)
+    monkeypatch.setattr(probing, "train_heads", noted_heads)
+    finetune("--data_folder", many, *quick, "--model_path", "random", "--protocol", "10fold",
+             "--save_path", tmp_path, *frozen, *([] if everybody else ["--subject", one]))
+    wanted = range(10) if everybody else [fold]
+    assert sorted(map(sorted, trained.values())) == sorted(
+        np.flatnonzero(fold_of != f).tolist() for f in wanted)
+    run = only(tmp_path)
+    assert "_10fold_" in run.name
+    found = json.loads((run / "results.json").read_text())
+    assert found["protocol"] == "10fold"
+    assert {p.stem for p in (run / "subjects").glob("*.json")} == (
+        {c.subject for c in clips.clips} if everybody else {one})
+    if frozen:
+        return
+    state = load(run / "last.pth")
+    out = group if not everybody else {
+        clips.clips[i].subject for i in np.flatnonzero(fold_of == names.index(state["unit"]))}
+    assert {s for _, s in state["seen"]["people"]} == {c.subject for c in clips.clips} - out
+    assert {line["subject"] for line in util.read_log(run)[1:]} == {names[f] for f in wanted}
+
+
+def test_the_rest_of_a_group_is_trained_without_those_who_are_finished(many, quick, tmp_path):
+    clips = dataset.read_clips(many)
+    _, fold_of = dataset.ten_folds(clips)
+    (fold, *_) = [f for f in range(10) if (fold_of == f).sum() > 2]
+    group = sorted({clips.clips[i].subject for i in np.flatnonzero(fold_of == fold)})
+    flags = ["--data_folder", many, *quick, "--model_path", "random", "--protocol", "10fold",
+             "--subject"]
+    finetune(*flags, *group, "--save_path", tmp_path / "together")
+    for name in group:
+        finetune(*flags, name, "--save_path", tmp_path / "apart")
+    together, apart = only(tmp_path / "together"), only(tmp_path / "apart")
+    for name in group:
+        assert np.allclose(kept(together, name), kept(apart, name), atol=1e-6)
+
+
+# ---------------------------------------------------------------- against scikit-learn, rendered
+
+def fair(labels, said):
+    return f1_score(labels, said, average="macro", labels=range(4), zero_division=0)
+
+
+def figures(p, data):
+    """(accuracy on training clips, UF1 on held-out ones) of probabilities `[N, F, C]`."""
+    _, labels, fold_of = data
+    said = p.argmax(2)
+    train = fold_of[:, None] != np.arange(p.shape[1])
+    return ((said == labels[:, None])[train].mean(),
+            fair(labels, said[np.arange(len(labels)), fold_of]))
+
+
+def by_scikit_learn(data, penalties):
+    """`[N, F, C]` with the penalty of each fold."""
+    features, labels, fold_of = data
+    found = np.zeros((len(labels), len(penalties), 4))
+    for fold, l2 in enumerate(penalties):
+        classes, p = fit(features, labels, fold_of != fold, l2)
+        found[:, fold, classes] = p
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", [6, 4])
+def test_no_head_fits_more_and_tells_less_than_scikit_learns(tmp_path, layer):
+    parse, found = script("LinearProbing_DVSCL_10fold").parse_option, []
+    for seed in range(5):
+        folder = tmp_path / str(seed)
+        script("render").main([
+            "--data_folder", folder, "--subjects", 10, "--clips_per_subject", 8, "--size", 64,
+            "--num_workers", 2, "--seed", seed])
+        clips = dataset.read_clips(folder)
+        torch.manual_seed(0)
+        model, head = create_model("resnet18v1"), create_classifier("resnet18v1", layer, 4)
+        features, positions, _ = probing.encode(
+            model, head, decoding.load_images(clips)[0],
+            transforms.fixed_normalization("signed", (3, 1)), layer, torch.device("cpu"),
+            torch.no_grad, views=2)
+        names, fold_of = dataset.subject_folds(clips)
+        data, everyone = (features, clips.labels, fold_of), list(range(len(names)))
+        regression = logistic.Regression(features, clips.labels, 4)
+        heads, choice = probing.solve_heads(regression, *data, everyone, None,
+                                            heldout.inner_groups(clips))
+        ours = {"chosen": (heads, choice.l2)}
+        for l2 in (1e-2, 1e-3, 1e-4):
+            heads, _ = probing.solve_heads(regression, *data, everyone, l2)
+            ours[f"l2 {l2:g}"] = heads, [l2] * len(names)
+        for batch in (16, 256):
+            opt = parse(["--solver", "sgd", "--batch_size", str(batch), "--data_folder", "d",
+                         "--save_path", "s", "--model_path", "random"])
+            stats = logistic.statistics(features, probing.training_clips(fold_of, everyone))
+            heads = probing.FoldHeads(names, stats, 4)
+            probing.train_heads(heads, features, positions, clips.labels, fold_of, everyone, opt)
+            ours[f"sgd {batch}"] = heads, choice.l2
+        with torch.no_grad():
+            found.append({name: (figures(heads(features[0]).softmax(2).numpy(), data),
+                                 figures(by_scikit_learn(data, l2), data))
+                          for name, (heads, l2) in ours.items()})
+    mean = {name: np.mean([each[name] for each in found], 0) for name in found[0]}
+    for name, ((fitted, told), (theirs, reference)) in mean.items():
+        print(f"layer {layer}, {name:8s} trained {fitted:.3f}, held out UF1 {told:.3f}; "
+              f"scikit-learn {theirs:.3f}, {reference:.3f}")
+    for name, ((fitted, told), (theirs, reference)) in mean.items():
+        assert not (fitted > theirs and told < reference - 0.02), name
+        if not name.startswith("sgd"):
+            assert (fitted, told) == pytest.approx((theirs, reference), abs=0.005), name

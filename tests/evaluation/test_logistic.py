@@ -1,0 +1,341 @@
+"""Solved heads against scikit-learn, fold by fold in double precision; what they may not see."""
+import numpy as np
+import pytest
+import torch
+from conftest import script
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score
+from sklearn.preprocessing import StandardScaler
+
+import dataset
+from evaluation import heldout, logistic, probing
+from images import decoding, transforms
+from models import create_classifier, create_model
+
+FOLDS, CLASSES = 6, 4
+L2 = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+
+
+def draw(n, dim, views=2, seed=0, missing=False, told=1.0):
+    """(features `[V, N, D]`, labels, fold of each clip): nearly all of a feature is what the clips
+    have in common. Two features are the same everywhere, one only outside fold 2; missing: class
+    3 occurs in fold 1 alone; told: how far the classes lie apart."""
+    rng = np.random.default_rng(seed)
+    labels, fold_of = rng.integers(0, CLASSES, n), np.arange(n) % FOLDS
+    if missing:
+        labels[labels == 3] = 0
+        labels[np.flatnonzero(fold_of == 1)[:3]] = 3
+    change = rng.normal(0, 1, (n, dim))
+    change[:, :CLASSES] += told * np.eye(CLASSES)[labels]
+    common = rng.uniform(3, 9, dim) * rng.choice([-1, 1], dim)
+    features = common + change * rng.uniform(0.2, 1, dim) + rng.normal(0, 0.2, (views, n, dim))
+    features[..., 5], features[..., 7] = 4.3, 0
+    features[:, fold_of != 2, 6] = -2.5
+    return torch.from_numpy(features.astype(np.float32)), labels, fold_of
+
+
+def fit(features, labels, train, l2, balanced=False):
+    """scikit-learn on all views of the clips `train` (bool `[N]`): (classes it has seen,
+    probabilities of the plain view of every clip)."""
+    rows = features[:, train].double().numpy().reshape(-1, features.shape[2])
+    scaler = StandardScaler().fit(rows)
+    rows, y = scaler.transform(rows), np.tile(labels[train], len(features))
+    length = np.square(rows).sum(1).mean()
+    # with two classes scikit-learn's is the difference of two heads, of twice the squared norm
+    heads = 2 if len(set(y)) == 2 else 1
+    model = LogisticRegression(C=heads / (l2 * length * len(rows)), tol=1e-10, max_iter=100_000,
+                               solver="newton-cg", class_weight="balanced" if balanced else None)
+    model.fit(rows, y)
+    return model.classes_, model.predict_proba(scaler.transform(features[0].double().numpy()))
+
+
+def solve(data, l2, held_out=tuple(range(FOLDS)), **more):
+    features, labels, fold_of = data
+    regression = logistic.Regression(features, labels, CLASSES)
+    return probing.solve_heads(regression, features, labels, fold_of, list(held_out), l2, **more)
+
+
+def probabilities(heads, features):
+    """`[N, F, C]` of the plain view"""
+    with torch.no_grad():
+        return heads(features[0]).softmax(2).numpy()
+
+
+def assert_agrees(data, l2, loss="crossentropy"):
+    """Every fold's head predicts as scikit-learn's; returns the largest difference."""
+    features, labels, fold_of = data
+    found, most = probabilities(solve(data, l2, loss=loss)[0], features), 0
+    for fold in range(FOLDS):
+        classes, expected = fit(features, labels, fold_of != fold, l2, loss == "balanced")
+        ours = found[:, fold]
+        assert (ours.argmax(1) == classes[expected.argmax(1)]).all(), f"fold {fold}"
+        assert ours[:, classes] == pytest.approx(expected, abs=1e-4), f"fold {fold}"
+        most = max(most, abs(ours[:, classes] - expected).max())
+    return most
+
+
+@pytest.mark.parametrize("l2", L2)
+@pytest.mark.parametrize("n, dim, views, loss, missing", [
+    (60, 150, 2, "crossentropy", False), (60, 150, 2, "balanced", True),
+    (90, 20, 2, "crossentropy", True), (90, 20, 3, "balanced", False),
+    (30, 600, 1, "crossentropy", False), (30, 600, 2, "balanced", True)])
+def test_heads_of_all_folds_agree_with_scikit_learn(capsys, n, dim, views, loss, missing, l2):
+    data = draw(n, dim, views, missing=missing)
+    square = data[0].square().sum(2).mean()
+    assert data[0].mean(1, keepdim=True).square().sum() / views > 0.96 * square
+    assert missing == (3 not in data[1][data[2] != 1])
+    assert_agrees(data, l2, loss)
+    assert "not converged" not in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    """(clips, images) of a small rendered set."""
+    folder = tmp_path_factory.mktemp("rendered")
+    script("render").main(["--data_folder", folder, "--subjects", FOLDS,
+                                  "--clips_per_subject", 6, "--size", 64, "--num_workers", 1])
+    clips = dataset.read_clips(folder)
+    return clips, decoding.load_images(clips)[0]
+
+
+@pytest.mark.parametrize("layer, dim", [(6, 512), (3, 2048)])
+def test_heads_on_features_of_an_encoder_agree_with_scikit_learn(small_crops, rendered, layer, dim):
+    clips, images = rendered
+    torch.manual_seed(0)
+    model, head = create_model("resnet18v1"), create_classifier("resnet18v1", layer, CLASSES)
+    features, *_ = probing.encode(model, head, images, transforms.fixed_normalization(
+        "signed", (3, 1)), layer, torch.device("cpu"), torch.no_grad, views=2)
+    assert features.shape == (2, 36, dim)
+    data = features, clips.labels, dataset.subject_folds(clips)[1]
+    assert len(set(data[1])) == CLASSES
+    for l2 in L2:
+        assert_agrees(data, l2)
+
+
+def test_a_fold_is_solved_alike_alone_among_others_and_in_parts(monkeypatch):
+    data = draw(60, 40)
+    weights = []
+    for held_out, problems in ((range(FOLDS), 512), (range(FOLDS), 4), ([1], 512), ([4, 1], 512)):
+        monkeypatch.setattr(logistic, "PROBLEMS", problems)
+        heads, _ = solve(data, 1e-3, held_out)
+        weights.append(heads.weight[list(held_out).index(1)])
+    for other in weights[1:]:
+        assert (other - weights[0]).norm() < 1e-4 * weights[0].norm()
+
+
+def test_a_start_leads_to_the_same_heads():
+    features, labels, fold_of = draw(60, 150)
+    regression = logistic.Regression(features, labels, CLASSES)
+    training = probing.training_clips(fold_of, list(range(FOLDS)))
+    stats = logistic.statistics(features, training)
+    cold = regression.solve(training, stats, torch.full((FOLDS,), 1e-3))
+    other = regression.solve(training, stats, torch.full((FOLDS,), 1e-1))
+    warm = regression.solve(training, stats, torch.full((FOLDS,), 1e-3), start=other)
+    (ours, bias), (theirs, offset) = (regression.weights(s, stats) for s in (cold, warm))
+    assert (ours - theirs).norm() < 1e-3 * ours.norm() and torch.allclose(bias, offset, atol=1e-3)
+
+
+def test_weights_give_the_logits_of_the_solution():
+    features, labels, fold_of = draw(90, 20)
+    regression = logistic.Regression(features, labels, CLASSES)
+    training = probing.training_clips(fold_of, list(range(FOLDS)))
+    stats = logistic.statistics(features, training)
+    for l2 in L2:
+        solution = regression.solve(training, stats, torch.full((FOLDS,), l2))
+        weight, bias = regression.weights(solution, stats)
+        seen = (features.view(-1, 1, 20) - stats.mean) / stats.std  # [V N, F, D]
+        logits = torch.einsum("nfd,fcd->nfc", seen, weight) + bias
+        assert torch.allclose(logits.double(), solution.logits + solution.bias, atol=1e-2), l2
+
+
+# ---------------------------------------------------------------- statistics
+
+def test_statistics_are_those_of_the_training_clips_over_all_views():
+    features, labels, fold_of = draw(40, 30, views=3)
+    training = probing.training_clips(fold_of, list(range(FOLDS)))
+    for block in (1024, 7):
+        found = logistic.statistics(features, training, block)
+        assert found.mean.shape == found.std.shape == found.varies.shape == (FOLDS, 30)
+        for fold in range(FOLDS):
+            rows = features[:, fold_of != fold].double().numpy().reshape(-1, 30)
+            constant = [5, 7] if fold != 2 else [5, 6, 7]
+            assert np.flatnonzero(~found.varies[fold].numpy()).tolist() == constant
+            assert found.mean[fold].numpy() == pytest.approx(rows.mean(0), rel=1e-6, abs=1e-7)
+            std = np.where(np.isin(np.arange(30), constant), 1, rows.std(0))
+            assert found.std[fold].numpy() == pytest.approx(std, rel=1e-5)
+            assert (found.std[fold][constant] == 1).all()
+
+
+def test_statistics_of_features_far_from_zero_keep_their_digits():
+    rng = np.random.default_rng(0)
+    features = torch.from_numpy(
+        (1e4 + rng.normal(0, 0.5, (2, 50, 8)) * np.logspace(-1, 1, 8)).astype(np.float32))
+    found = logistic.statistics(features, torch.ones(50, 1, dtype=torch.bool))
+    rows = features.double().numpy().reshape(-1, 8)
+    assert found.std[0].numpy() == pytest.approx(rows.std(0), rel=1e-5)
+    assert found.mean[0].numpy() == pytest.approx(rows.mean(0), rel=1e-6)
+    assert found.varies.all()
+
+
+# ---------------------------------------------------------------- choice
+
+def choose(data, groups, fold):
+    """(l2, inner UF1) of a fold by a loop over penalties and inner folds; the UF1 of each."""
+    features, labels, fold_of = data
+    train, tried = fold_of != fold, []
+    for l2 in probing.GRID:
+        said = np.full(len(labels), -1)
+        for group in range(groups.max() + 1):
+            left = train & (groups == group)
+            if left.any():
+                classes, p = fit(features, labels, train & (groups != group), l2)
+                said[left] = classes[p.argmax(1)][left]
+        tried.append(f1_score(labels[train], said[train], average="macro", labels=range(CLASSES),
+                              zero_division=0))
+    best = max(range(len(tried)), key=lambda i: (round(tried[i], 9), -i))  # the stronger on ties
+    return probing.GRID[best], tried[best], tried
+
+
+@pytest.mark.parametrize("n, dim, told, seed, ties", [(60, 40, 0.8, 0, False),
+                                                      (48, 60, 1.2, 2, True)])
+def test_the_penalty_is_that_of_a_loop_over_outer_and_inner_folds(n, dim, told, seed, ties):
+    data = draw(n, dim, seed=seed, told=told)
+    groups = np.array([0, 1, 2, 3, 0, 1])[data[2]]  # folds 2 and 3 are a group each
+    _, choice = solve(data, None, groups=groups)
+    expected = [choose(data, groups, fold) for fold in range(FOLDS)]
+    assert choice.l2 == [l2 for l2, _, _ in expected]
+    assert choice.uf1 == pytest.approx([uf1 for _, uf1, _ in expected], abs=1e-9)
+    assert len(set(choice.l2)) > 1
+    assert probing.GRID == tuple(sorted(probing.GRID, reverse=True)) == L2
+    assert [line["l2"] for line in choice.tried] == list(L2)
+    each = np.array([tried for _, _, tried in expected])
+    assert [line["inner_uf1"] for line in choice.tried] == pytest.approx(each.mean(0), abs=1e-9)
+    assert ties == any(sum(abs(t - uf1) < 1e-9 for t in tried) > 1 for _, uf1, tried in expected)
+
+
+def test_what_is_chosen_is_solved():
+    data = draw(60, 40, told=0.8)
+    groups = data[2] % 4
+    heads, choice = solve(data, None, groups=groups)
+    for fold in range(FOLDS):
+        alone, fixed = solve(data, choice.l2[fold], [fold])
+        assert fixed.l2 == [choice.l2[fold]] and fixed.uf1 == [None]
+        assert (heads.weight[fold] - alone.weight[0]).norm() < 1e-4 * alone.weight.norm()
+
+
+def test_too_few_subjects_take_a_penalty_that_is_said(capsys):
+    features, labels, fold_of = draw(20, 40)
+    fold_of = fold_of % 2
+    _, choice = solve((features, labels, fold_of), None, [0, 1], groups=fold_of)
+    assert choice.l2 == [probing.FEW] * 2 and choice.uf1 == [None] * 2
+    assert f"too few subjects for inner folds: --l2 {probing.FEW:g}" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- what a head may not see
+
+@pytest.mark.parametrize("loss", ["crossentropy", "balanced"])
+def test_garbage_labels_of_the_held_out_fold_change_neither_penalty_nor_a_bit_of_its_head(loss):
+    features, labels, fold_of = draw(60, 40, told=0.8)
+    groups, changed = fold_of % 4, 0
+    right, choice = solve((features, labels, fold_of), None, groups=groups, loss=loss)
+    for fold in range(FOLDS):
+        garbage = np.where(fold_of == fold, (labels + 1) % CLASSES, labels)
+        wrong, other = solve((features, garbage, fold_of), None, groups=groups, loss=loss)
+        assert choice.l2[fold] == other.l2[fold] and choice.uf1[fold] == other.uf1[fold]
+        assert torch.equal(right.weight[fold], wrong.weight[fold])
+        assert torch.equal(right.bias[fold], wrong.bias[fold])
+        for f in range(FOLDS):
+            assert f == fold or not torch.equal(right.weight[f], wrong.weight[f])
+            changed += choice.l2[f] != other.l2[f]
+    assert changed > 0
+
+
+@pytest.mark.parametrize("l2", L2[:4])
+@pytest.mark.parametrize("n, dim", [(60, 150), (90, 20)])
+def test_garbage_features_of_the_held_out_fold_leave_its_head_the_same(n, dim, l2):
+    features, labels, fold_of = data = draw(n, dim)
+    right, _ = solve(data, l2)
+    garbage = features.clone()
+    noise = torch.randn(garbage.shape, generator=torch.Generator().manual_seed(1))
+    garbage[:, fold_of == 3] += 3 * noise[:, fold_of == 3]
+    wrong, _ = solve((garbage, labels, fold_of), l2)
+    for name in ("weight", "bias", "mean", "std"):
+        ours, theirs = getattr(right, name)[3], getattr(wrong, name)[3]
+        assert (ours - theirs).norm() < 1e-4 * ours.norm(), name
+    assert (right.weight[2] - wrong.weight[2]).norm() > 0.1 * right.weight[2].norm()
+
+
+# ---------------------------------------------------------------- who it is, and no more
+
+PEOPLE, EACH, KINDS, DRAWS = 24, 4, 3, 10
+
+
+def identity_only(draw):
+    """(features `[1, N, D]` that name the subject, subject of each clip, labels): every subject
+    has one label, drawn anew."""
+    rng = np.random.default_rng(draw)
+    subject = np.repeat(np.arange(PEOPLE), EACH)
+    features = 5 + 2 * rng.normal(0, 1, (PEOPLE, 30))[subject] + rng.normal(0, 0.1, (96, 30))
+    labels = rng.permutation(np.arange(PEOPLE) % KINDS)[subject]
+    return torch.from_numpy(features[None].astype(np.float32)), subject, labels
+
+
+def uf1(labels, said):
+    return f1_score(labels, said, average="macro", labels=range(KINDS), zero_division=0)
+
+
+@pytest.mark.parametrize("way", ["chosen", "fixed", "sgd"])
+def test_labels_that_only_name_the_subject_stay_at_chance_for_others(way):
+    from test_probing import options
+    found, by_chance, rng = [], [], np.random.default_rng(0)
+    for number in range(DRAWS):
+        features, subject, labels = identity_only(number)
+        everyone = list(range(PEOPLE))
+        training = probing.training_clips(subject, everyone)
+        if way == "sgd":
+            heads = probing.FoldHeads([str(i) for i in everyone],
+                                      logistic.statistics(features, training), KINDS)
+            probing.train_heads(heads, features, 1, labels, subject, everyone,
+                                options(epochs=80, batch_size=16, learning_rate=0.3,
+                                        weight_decay=1e-4, lr_decay_epochs=[60]))
+        else:
+            heads, _ = probing.solve_heads(
+                logistic.Regression(features, labels, KINDS), features, labels, subject, everyone,
+                1e-4 if way == "fixed" else None, subject % heldout.INNER_FOLDS)
+        p = probabilities(heads, features)
+        hits = p.argmax(2) == labels[:, None]
+        if way != "chosen":  # inner folds, held out as well, rightly trust no such head
+            assert hits[training.numpy()].mean() == 1
+        found.append(uf1(labels, p.argmax(2)[np.arange(len(labels)), subject]))
+        by_chance.append([uf1(labels, rng.permutation(np.arange(PEOPLE) % KINDS)[subject])
+                          for _ in range(200)])
+    # subjects, not clips, are drawn: one who is named wrongly is so in all clips
+    limit = np.quantile(np.mean(by_chance, 0), 0.975)
+    print(f"UF1 {np.mean(found):.3f}, 97.5 % of chance {limit:.3f}")
+    assert np.mean(found) <= limit
+
+
+@pytest.mark.parametrize("kind", ["a subject of other scale", "sparse"])
+def test_a_feature_that_lives_in_the_held_out_clips_is_no_obstacle(kind, capsys):
+    rng = np.random.default_rng(0)
+    features, labels = torch.from_numpy(rng.normal(size=(2, 60, 300))).float(), \
+        rng.integers(0, 4, 60)
+    if kind == "sparse":
+        features = torch.relu(features - 2)
+    else:
+        features[:, :10] *= 1000
+    fold_of = np.repeat(np.arange(6), 10)
+    heads, _ = probing.solve_heads(logistic.Regression(features, labels, 4), features, labels,
+                                   fold_of, range(6), 0.1)
+    found = probing.predict(heads, features, fold_of, range(6))
+    for fold in range(6):
+        keep = fold_of != fold
+        rows = features[:, keep].double().flatten(0, 1).numpy()
+        mean, std = rows.mean(0), rows.std(0)
+        varies = std > 0
+        rows = ((rows - mean) / np.where(varies, std, 1))[:, varies]
+        theirs = LogisticRegression(C=1 / (0.1 * varies.sum() * len(rows)), tol=1e-10,
+                                    max_iter=10_000).fit(rows, np.tile(labels[keep], 2))
+        seen = ((features[0, ~keep].double().numpy() - mean) / np.where(varies, std, 1))[:, varies]
+        assert np.abs(theirs.predict_proba(seen) - found[~keep]).max() < 1e-4
+    assert "converged" not in capsys.readouterr().out

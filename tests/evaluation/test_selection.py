@@ -1,0 +1,379 @@
+"""Nested choice of epochs and rate, what picking on the test subjects would give, shortcuts."""
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_set, finetune, probe, script
+from runs import curves, only, rows
+from scipy.stats import rankdata
+from sklearn.metrics import f1_score
+
+import dataset
+import util
+from dataset import Clip, ClipSet, read_clips, write_lists
+from evaluation import heldout, logistic, measures, pictures, probing, shortcuts
+
+N, DIM, CLASSES, FOLDS = 48, 12, 3, 6
+RATES = [0.01, 0.3]
+
+
+def options(**changes):
+    return SimpleNamespace(**{"seed": 3, "epochs": 4, "batch_size": 9, "learning_rate": 0.1,
+                              "lr_decay_epochs": [2], "lr_decay_rate": 0.5, "momentum": 0.9,
+                              "weight_decay": 0.01, **changes})
+
+
+@pytest.fixture
+def data():
+    """(features `[2, N, D]`, labels, fold and inner group of each clip)"""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, CLASSES, N)
+    features = rng.normal(0, 1, (2, N, DIM)).astype(np.float32)
+    features[:, np.arange(N), labels] += 1.0
+    fold_of = np.repeat(np.arange(FOLDS), N // FOLDS)
+    return torch.from_numpy(features), labels, fold_of, fold_of % 3
+
+
+def nested(data, held_out=range(FOLDS), labels=None):
+    features, own, fold_of, groups = data
+    labels = own if labels is None else labels
+    names = [f"fold{f}" for f in held_out]
+    inner = probing.InnerFolds(names, labels, CLASSES, fold_of, list(held_out), groups, RATES)
+    training = probing.training_clips(fold_of, inner.held_out) & torch.from_numpy(inner.allowed)
+    heads = probing.FoldHeads(inner.names, logistic.statistics(features, training), CLASSES, 3)
+    probing.train_heads(heads, features, 1, labels, fold_of, inner.held_out, options(),
+                        inner=inner, on_epoch=lambda e, _: inner.look(e, heads, features))
+    inner.keep_best(heads)
+    return inner, heads
+
+
+def alone(data, fold, group, rate, epochs):
+    """One head that trains without the fold and the inner group (None: with all groups), by the
+    same SGD but on its own, on features standardised by hand; logits of all clips, its weight."""
+    features, labels, fold_of, groups = data
+    apart = np.where((fold_of == fold) | (groups == group), 0, 1)
+    rows = features[:, apart == 1].reshape(-1, DIM)
+    seen = (features - rows.mean(0)) / rows.std(0, correction=0)
+    plain = logistic.Statistics(torch.zeros(1, DIM), torch.ones(1, DIM),
+                                torch.ones(1, DIM, dtype=torch.bool))
+    head = probing.FoldHeads([f"fold{fold}"], plain, CLASSES, 3)
+    probing.train_heads(head, seen, 1, labels, apart, [0],
+                        options(epochs=epochs, learning_rate=rate))
+    return head(seen[0])[:, 0].detach(), head.weight[0].detach()
+
+
+def test_the_choice_is_that_of_a_loop_over_outer_and_inner_folds(data):
+    features, labels, fold_of, groups = data
+    inner, heads = nested(data)
+    for fold in range(FOLDS):
+        tried = {}
+        for epochs in range(1, 5):
+            for rate in RATES:
+                said = np.empty(N, int)
+                for group in range(3):
+                    left = groups == group
+                    said[left] = alone(data, fold, group, rate, epochs)[0].argmax(1)[left]
+                train = fold_of != fold
+                tried[epochs, rate] = f1_score(labels[train], said[train], average="macro",
+                                               labels=range(CLASSES), zero_division=0)
+        best = max(tried, key=lambda k: (round(tried[k], 9), -k[0], -RATES.index(k[1])))
+        chosen = inner.chosen(fold)
+        assert (chosen["epochs"], chosen["learning_rate"]) == best
+        assert chosen["inner_uf1"] == pytest.approx(tried[best], abs=1e-9)
+        logits, weight = alone(data, fold, None, best[1], best[0])
+        assert torch.allclose(heads.weight[fold], weight, atol=1e-5)
+        assert torch.allclose(heads(features[0])[:, fold], logits, atol=1e-4)
+    assert len({tuple(inner.chosen(f).values()) for f in range(FOLDS)}) > 1
+
+
+def test_garbage_labels_of_the_held_out_fold_change_neither_choice_nor_weights(data):
+    _, labels, fold_of, _ = data
+    for fold in (0, 4):
+        garbage = np.where(fold_of == fold, (labels + 1) % CLASSES, labels)
+        (plain, heads), (other, found) = nested(data), nested(data, labels=garbage)
+        assert plain.chosen(fold) == other.chosen(fold)
+        assert torch.equal(heads.weight[fold], found.weight[fold])
+        assert torch.equal(heads.bias[fold], found.bias[fold])
+        assert any(plain.chosen(f) != other.chosen(f) for f in range(FOLDS))
+
+
+def test_a_fold_chooses_the_same_alone_as_among_others(data):
+    every, some = nested(data)[0], nested(data, [1, 4])[0]
+    for fold in (1, 4):
+        assert every.chosen(fold) == some.chosen(fold)
+
+
+def test_probing_with_inner_selection_from_end_to_end(drawn, quick, pretrained, tmp_path):
+    flags = ["--data_folder", drawn, *quick, "--epochs", 3, "--protocol", "loso", "--select",
+             "inner", "--select_rates", 0.05, 0.5, "--model_path", pretrained]
+    probe(*flags, "--save_path", tmp_path)
+    results = json.loads((only(tmp_path) / "results.json").read_text())
+    assert results["choices"].keys() == {"s1", "s2", "s3", "s4"}
+    assert all(c["epochs"] in (1, 2, 3) and c["learning_rate"] in (0.05, 0.5)
+               for c in results["choices"].values())
+    assert results["n"] == 12 and "oracle_best_epoch" not in results
+
+
+def test_solved_heads_choose_a_penalty_and_follow_no_epochs(drawn, cache, pretrained, tmp_path,
+                                                            capsys):
+    flags = ["--data_folder", drawn, "--cache", cache, "--model", "resnet18v1", "--protocol",
+             "loso", "--model_path", pretrained]
+    probe(*flags, "--save_path", tmp_path / "inner")
+    folder = only(tmp_path / "inner")
+    assert folder.name.startswith("probe_memory_") and "_layer_6_l2_inner_loso_both_seed_0" in \
+        folder.name
+    results = json.loads((folder / "results.json").read_text())
+    assert results["choices"].keys() == {"s1", "s2", "s3", "s4"}
+    assert all(c["l2"] in probing.GRID and 0 <= c["inner_uf1"] <= 1 and len(c) == 2
+               for c in results["choices"].values())
+    assert "oracle_best_epoch" not in results and results["opt"]["solver"] == "lbfgs"
+    chosen = [c["l2"] for c in results["choices"].values()]
+    assert f"chosen by inner folds: penalty (--l2) {min(chosen):g} to {max(chosen):g}" in \
+        capsys.readouterr().out
+    lines = util.read_log(folder)[1:]
+    assert [line["l2"] for line in lines] == list(probing.GRID)
+    assert all(0 <= line["inner_uf1"] <= 1 and 0 <= line["train_accuracy"] <= 1 for line in lines)
+    probe(*flags, "--save_path", tmp_path / "fixed", "--l2", 0.003)
+    folder = only(tmp_path / "fixed")
+    assert "_layer_6_l2_0.003_loso_both_seed_0" in folder.name
+    results = json.loads((folder / "results.json").read_text())
+    assert all(c == {"l2": 0.003} for c in results["choices"].values())
+    assert len(results["choices"]) == 4 and "oracle_best_epoch" not in results
+    assert [line["l2"] for line in util.read_log(folder)[1:]] == [0.003]
+    assert "chosen by inner folds" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, name", [
+    (["--epochs", "4"], "sgd_lr_0.1_decay_0.0001_bsz_256"),
+    (["--learning_rate=0.3", "--lr_decay_epochs", "9"], "sgd_lr_0.3_decay_0.0001_bsz_256"),
+    (["--batch_size", "16"], "sgd_lr_0.1_decay_0.0001_bsz_16"),
+    (["--momentum", "0.5", "--weight_decay", "0"], "sgd_lr_0.1_decay_0_bsz_256"),
+    (["--select", "inner"], "sgd_lr_0.1_decay_0.0001_bsz_256"), (["--oracle_curve"], "sgd_lr_0.1"),
+    (["--solver", "sgd"], "sgd_lr_0.1_decay_0.0001_bsz_256"), ([], "l2_inner"),
+    (["--solver", "lbfgs"], "l2_inner"), (["--l2", "0.01"], "l2_0.01")], ids=" ".join)
+def test_flags_of_sgd_select_it_and_say_so(capsys, monkeypatch, flags, name):
+    module = script("LinearProbing_DVSCL_10fold")
+    opt = module.parse_option(["--data_folder", "d", "--save_path", "s", "--model_path", "random",
+                               *flags])
+    sgd = name.startswith("sgd")
+    assert opt.solver == ("sgd" if sgd else "lbfgs")
+    said = capsys.readouterr().out
+    implied = flags[0].partition("=")[0] if sgd and flags[0] != "--solver" else None
+    assert (f"{implied}: heads are trained by SGD" in said) == (implied is not None)
+
+    def named(stage, opt, argv, script, clips, digest, parts, folds=None):
+        raise util.RunFailed(util.head_run_name(stage, opt, parts))
+    monkeypatch.setattr(heldout, "HeldOut", named)
+    with pytest.raises(util.RunFailed, match=f"^probe_random_alexnet_view_RGB_D_layer_5_{name}"):
+        module.evaluate(opt, [], "cpu", (None, None, None, [], None))
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--solver", "lbfgs", "--epochs", "3"], "--epochs goes with --solver sgd"),
+    (["--solver", "lbfgs", "--select=inner"], "--select goes with --solver sgd"),
+    (["--solver", "lbfgs", "--oracle_curve"], "--oracle_curve goes with --solver sgd"),
+    (["--solver", "sgd", "--l2", "0.1"], "--l2 goes with --solver lbfgs"),
+    (["--l2", "0.1", "--learning_rate", "0.1"], "--l2 goes with --solver lbfgs"),
+    (["--l2", "0"], "--l2: 0 is out of range")], ids=" ".join)
+def test_flags_of_the_two_solvers_exclude_each_other(capsys, flags, message):
+    with pytest.raises(SystemExit) as end:
+        script("LinearProbing_DVSCL_10fold").parse_option(
+            ["--data_folder", "d", "--save_path", "s", "--model_path", "random", *flags])
+    assert end.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("held_out", [4, 6])
+def test_inner_groups_do_not_move_with_the_labels_of_a_held_out_subject(tmp_path, monkeypatch,
+                                                                       held_out):
+    draw_set(tmp_path, 6, 4, n_label=3)
+    clips = read_clips(tmp_path)
+    garbage = replace(clips, clips=[replace(c, label=(c.label + 1) % 3)
+                                    if c.subject == f"s{held_out}" else c for c in clips.clips])
+    stratified = [dataset.ten_folds(these, 5)[1].tolist() for these in (clips, garbage)]
+    assert stratified[0] != stratified[1]
+    groups = []
+
+    def seen(names, labels, n_label, fold_of, held_out, inner, rates):
+        groups.append(inner)
+        raise util.RunFailed("seen")
+    monkeypatch.setattr(probing, "InnerFolds", seen)
+    for these in (clips, garbage):
+        write_lists(tmp_path, these.clips)
+        with pytest.raises(SystemExit):
+            probe("--data_folder", tmp_path, "--cache", "off", "--model", "resnet18v1", "--layer",
+                  2, "--model_path", "random", "--protocol", "loso", "--select", "inner",
+                  "--save_path", tmp_path / f"out{len(groups)}")
+    assert groups[0].tolist() == groups[1].tolist()
+    assert sorted(np.bincount(groups[0])) == [4, 4, 4, 4, 8]  # whole subjects, evenly
+
+
+def test_rates_to_choose_from_follow_the_learning_rate():
+    parse = script("LinearProbing_DVSCL_10fold").parse_option
+    needed = ["--data_folder", "d", "--save_path", "s", "--model_path", "random"]
+    assert parse(needed).select_rates == [0.03, 0.1, 0.3]
+    assert parse([*needed, "--learning_rate", "30"]).select_rates == [9, 30, 90]
+    assert parse([*needed, "--select_rates", "1", "2"]).select_rates == [1, 2]
+
+
+def test_inner_selection_takes_three_subjects(drawn, quick, pretrained, tmp_path, capsys):
+    lists = tmp_path / "lists"
+    clips = [c for c in read_clips(drawn).clips if c.subject in ("s1", "s3")]
+    write_lists(lists, clips, "depth")
+    util.write_json(lists / "encoding.json", {"difference": "signed"})
+    with pytest.raises(SystemExit) as end:
+        probe("--data_folder", drawn, "--list_folder", lists, *quick, "--protocol", "loso",
+              "--select", "inner", "--model_path", pretrained, "--save_path", tmp_path)
+    assert end.value.code == 2 and "--select fixed" in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---------------------------------------------------------------- seeds, the same command twice
+
+def test_the_same_command_gives_the_same_predictions(drawn, quick, pretrained, tmp_path):
+    for run, name, more in ((probe, "probe", ["--protocol", "loso"]),
+                            (finetune, "tuned", ["--subject", "s1"])):
+        found = []
+        for place in "ab":
+            save = tmp_path / name / place
+            run("--data_folder", drawn, *quick, *more, "--model_path", pretrained,
+                "--save_path", save)
+            found.append((only(save) / "predictions.csv").read_bytes())
+        assert found[0] == found[1]
+
+
+def test_several_seeds_are_run_and_averaged(drawn, quick, tmp_path, capsys):
+    probe("--data_folder", drawn, *quick, "--protocol", "loso", "--model_path", "random",
+          "--save_path", tmp_path, "--seeds", 0, 4)
+    runs = sorted(p.parent.name for p in tmp_path.glob("*/results.json"))
+    assert [name.rpartition("_seed_")[2] for name in runs] == ["0", "4"]
+    (path,) = tmp_path.glob("*_seeds_0_4.json")
+    found, each = json.loads(path.read_text()), [
+        json.loads((tmp_path / run / "results.json").read_text()) for run in runs]
+    assert found["seeds"] == [0, 4] and found["runs"] == runs
+    assert each[0]["opt"]["seed"] == 0 and each[1]["opt"]["seed"] == 4
+    for name in measures.MEASURES:
+        a, b = each[0][name], each[1][name]
+        assert found[name]["mean"] == pytest.approx((a + b) / 2)
+        assert found[name]["std"] == pytest.approx(abs(a - b) / 2 ** 0.5)
+    assert f"uf1 {found['uf1']['mean']:.3f} ± {found['uf1']['std']:.3f}" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- picked on the test subjects
+
+def kept(labels, history):
+    return {"history": history}, [{"label": label} for label in labels]
+
+
+def test_oracle_best_epoch_by_hand():
+    found = measures.oracle_best_epoch({
+        "a": kept([0, 1, 1], [[1, 0, 0], [1, 1, 0], [1, 1, 1]]),   # 2, 3, 2 correct
+        "b": kept([0, 2], [[0, 1, 1], [1, 1, 2]])}, 3)              # 1, 0, 1 correct
+    assert found["per_subject"]["epochs"] == {"a": 2, "b": 1}
+    assert found["per_subject"]["accuracy"] == pytest.approx(4 / 5)
+    # class 0: 2 of 2; class 1: two hits, one of class 2 called 1; class 2: none
+    assert found["per_subject"]["uf1"] == pytest.approx((1 + 4 / 5 + 0) / 3)
+    truth, said = [0, 1, 1, 0, 2], {1: [1, 1, 1, 0, 1], 2: [0, 1, 1, 1, 1], 3: [0, 0, 1, 1, 2]}
+    each = {e: f1_score(truth, s, average="macro", labels=range(3), zero_division=0)
+            for e, s in said.items()}
+    assert found["common"]["epoch"] == max(each, key=each.get)
+    assert found["common"]["uf1"] == pytest.approx(max(each.values()))
+
+
+def test_oracle_best_epoch_needs_everybody_over_the_same_epochs():
+    whole, short = kept([0, 1], [[0, 0], [1, 1]]), kept([0], [[0]])
+    assert measures.oracle_best_epoch({"a": whole, "b": short}, 2) is None
+    assert measures.oracle_best_epoch({"a": whole, "b": ({}, [{"label": 0}])}, 2) is None
+
+
+@pytest.mark.parametrize("run, flags", [(probe, ["--protocol", "loso"]),
+                                        (finetune, ["--subject", "s1", "s3"])])
+def test_the_last_epoch_of_the_history_is_the_prediction(drawn, quick, pretrained, tmp_path,
+                                                         monkeypatch, run, flags):
+    drawn_curves, draw = [], pictures.draw_curves
+    monkeypatch.setattr(pictures, "draw_curves", lambda folder, held_out=None: (
+        drawn_curves.append(held_out), draw(folder, held_out)))
+    run("--data_folder", drawn, *quick, *flags, "--epochs", 2, "--model_path", pretrained,
+        "--save_path", tmp_path, "--oracle_curve")
+    folder = only(tmp_path)
+    for about, said in measures.read_subjects(folder).values():
+        history = np.array(about["history"])
+        assert history.shape == (len(said), 2)
+        assert history[:, -1].tolist() == [row["prediction"] for row in said]
+    results = json.loads((folder / "results.json").read_text())
+    assert results["oracle_best_epoch"]["common"]["uf1"] >= results["uf1"] - 1e-9
+    shown = curves(tmp_path / "tensorboard" / folder.name)["oracle/uf1"]
+    assert shown[2] == pytest.approx(results["uf1"], abs=1e-6)
+    assert drawn_curves[0].keys() == {"oracle/uf1", "oracle/uar", "oracle/accuracy"}
+    assert drawn_curves[0]["oracle/uf1"] == pytest.approx([shown[1], shown[2]], abs=1e-6)
+
+
+def test_no_oracle_curve_unless_asked_for(drawn, quick, pretrained, tmp_path):
+    probe("--data_folder", drawn, *quick, "--protocol", "loso", "--model_path", pretrained,
+          "--save_path", tmp_path)
+    shown = curves(tmp_path / "tensorboard" / only(tmp_path).name)
+    assert shown and not any("oracle" in tag for tag in shown)
+
+
+# ---------------------------------------------------------------- shortcuts
+
+def clip_set(subjects):
+    clips = [Clip(0, s, f"k{i:02d}", 0, f"{i}.png", f"{i}.png") for i, s in enumerate(subjects)]
+    return ClipSet(clips, None, "depth", False, (3, 1), {"difference": "signed"}, 1)
+
+
+def test_retrieval_by_hand():
+    clips = clip_set(["a", "a", "b", "b", "c"])
+    rgb = torch.eye(5)
+    depth = torch.eye(5)[[1, 0, 2, 3, 4]]      # the two clips of a are mixed up
+    depth[3] = torch.tensor([0, 0, 0, 0.5, 0.8])
+    depth[4] = torch.tensor([0, 0, 0, 0.9, 0.4])  # c looks like the second clip of b
+    found = shortcuts.retrieval(clips, rgb, depth)
+    assert found["all"] == {"n": 5, "top1": pytest.approx(1 / 5), "chance": 1 / 5}
+    assert found["within"] == {"n": 4, "top1": pytest.approx(2 / 4), "chance": pytest.approx(0.5)}
+
+
+@pytest.mark.parametrize("l2", [None, [1e-3, 1e-2, 1e-4]], ids=["sgd", "solved"])
+def test_subjects_are_told_apart_where_the_features_do_and_not_otherwise(l2):
+    clips, opt = clip_set(["a"] * 12 + ["b"] * 9 + ["c"]), options(epochs=30)
+    rng = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, 22, 6, generator=rng) + 9  # what all clips have in common
+    told = noise.clone()
+    told[0, :12, 0] -= 4
+    told[0, 12:21, 0] += 4
+
+    def named(features, l2):
+        return shortcuts.subject_probe(opt, clips, SimpleNamespace(
+            features=features, positions=1, l2=l2))
+    found = named(told, l2)
+    assert (found["n"], found["n_subjects"]) == (21, 2)
+    assert found["accuracy"] > 0.95 and found["chance"] == pytest.approx(12 / 21)
+    assert named(noise, l2)["accuracy"] < 0.8
+
+
+def test_head_motion_correlates_by_ranks(tmp_path):
+    clips, rng = clip_set(["a"] * 7), np.random.default_rng(0)
+    shift, p = rng.random(7), rng.random(7)
+    util.write_json(tmp_path / "manifest.json", {"clips": [
+        {"shift": s, "residual": 0.5, "files": {f"{i}.png": ""}} for i, s in enumerate(shift)]})
+    said = [{"database": "casme3", "subject": "a", "key": f"k{i:02d}", "label": 0,
+             "prediction": i % 2, "probabilities": [v, 1 - v]} for i, v in enumerate(p)]
+    found = shortcuts.head_motion(clips, said, tmp_path)
+    expected = np.corrcoef(rankdata(shift), rankdata(p))[0, 1]
+    assert found["shift"]["n"] == 7 and found["shift"]["p_0"] == pytest.approx(expected)
+    assert found["shift"]["p_1"] == pytest.approx(-expected)
+    assert found["residual"]["p_0"] is None
+    assert shortcuts.head_motion(clips, said, tmp_path / "nowhere") is None
+
+
+def test_probing_reports_the_shortcuts(drawn, quick, pretrained, tmp_path, capsys):
+    probe("--data_folder", drawn, *quick, "--protocol", "loso", "--model_path", pretrained,
+          "--save_path", tmp_path)
+    found = json.loads((only(tmp_path) / "results.json").read_text())["shortcuts"]
+    assert found["subject"]["n"] == len(rows(only(tmp_path))) == 12
+    assert found["subject"]["chance"] == pytest.approx(1 / 4)
+    assert found["retrieval"]["all"]["chance"] == pytest.approx(1 / 12)
+    assert found["retrieval"]["within"]["chance"] == pytest.approx(1 / 3)
+    assert found["head_motion"] is None
+    assert "the same features name the subject of 12 clips" in capsys.readouterr().out

@@ -1,0 +1,195 @@
+"""Two CPU processes (gloo) do what one does."""
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import script
+
+import util
+from evaluation import measures
+from training import checkpoint, distributed
+
+ROOT = Path(__file__).resolve().parents[2]
+DRIVER = ROOT / "tests" / "eval_norm.py"
+
+
+def run(ranks, *argv, folder):
+    """Runs the driver on `ranks` processes; returns the finished process."""
+    launch = [sys.executable]
+    if ranks > 1:
+        launch += ["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", 0,
+                   "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    return subprocess.run([str(a) for a in (*launch, DRIVER, *argv)], cwd=folder, text=True,
+                          capture_output=True, timeout=300, check=False)
+
+
+def assert_close(ours, theirs, relative):
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        if value.is_floating_point():
+            assert (value - theirs[name]).norm() <= relative * value.norm(), name
+
+
+@pytest.mark.parametrize("loss", [
+    "--softmax", pytest.param("--no-softmax", marks=pytest.mark.slow)])
+def test_two_ranks_pretrain_to_the_weights_and_banks_of_one(drawn, tmp_path, loss):
+    # one step of 13 clips, so uneven slices; three negatives of many, drawn for the global batch
+    flags = ["pre-train_DVSCL", "--data_folder", drawn, "--cache", tmp_path / "cache", "--model",
+             "resnet18v1", "--batch_size", 13, "--epochs", 1, "--nce_k", 3, loss]
+    states = []
+    for ranks in (1, 2):
+        done = run(ranks, *flags, "--model_path", tmp_path / str(ranks), folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        (last,) = (tmp_path / str(ranks)).glob("*/last.pth")
+        states.append(checkpoint.load(last))
+    one, two = states
+    assert_close(one["model"], two["model"], 1e-5)
+    assert_close(one["contrast"], two["contrast"], 1e-5)
+    # the momentum after one step is the gradient
+    for ours, theirs in zip(one["optimizer"]["state"].values(),
+                            two["optimizer"]["state"].values()):
+        assert_close({"m": ours["momentum_buffer"]}, {"m": theirs["momentum_buffer"]}, 1e-5)
+
+
+def test_two_ranks_contrast_within_the_whole_batch(drawn, tmp_path):
+    flags = ["pre-train_DVSCL", "--data_folder", drawn, "--cache", tmp_path / "cache", "--model",
+             "resnet18v1", "--batch_size", 13, "--epochs", 1, "--contrast", "batch"]
+    states = []
+    for ranks in (1, 2):
+        done = run(ranks, *flags, "--model_path", tmp_path / str(ranks), folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        (last,) = (tmp_path / str(ranks)).glob("batch_*/last.pth")
+        states.append(checkpoint.load(last))
+    assert_close(states[0]["model"], states[1]["model"], 1e-5)
+    for ours, theirs in zip(*(state["optimizer"]["state"].values() for state in states)):
+        assert_close({"m": ours["momentum_buffer"]}, {"m": theirs["momentum_buffer"]}, 1e-5)
+
+
+@pytest.mark.parametrize("script, more", [
+    ("LinearProbing_DVSCL_10fold", ["--protocol", "loso", "--batch_size", 8, "--epochs", 1]),
+    ("LinearProbing_DVSCL_10fold", ["--protocol", "loso"]),
+    pytest.param("fine-tune_DVSCL", ["--batch_size", 8, "--epochs", 1, "--subject", "s1", "s2",
+                                     "s3"], marks=pytest.mark.slow),
+    pytest.param("fine-tune_DVSCL", ["--batch_size", 8, "--epochs", 1, "--protocol", "10fold"],
+                 marks=pytest.mark.slow)], ids=["sgd", "solved", "fine-tuned", "10fold"])
+def test_folds_dealt_to_two_ranks_give_the_predictions_of_one(drawn, tmp_path, script, more):
+    flags = [script, "--data_folder", drawn, "--cache", tmp_path / "cache", "--model",
+             "resnet18v1", "--model_path", "random", *more]
+    rows, mistakes = [], []
+    for ranks in (1, 2):
+        done = run(ranks, *flags, "--save_path", tmp_path / str(ranks), folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        (folder,) = (tmp_path / str(ranks)).glob("[pf]*_*")
+        rows.append([row for path in sorted((folder / "subjects").glob("*.json"))
+                     for row in measures.read_subject(path)[1]])
+        mistakes.append({row["key"]: maps for row, maps in measures.read_mistakes(folder)[0]})
+        assert (folder / "mistakes.png").exists() and (folder / "curves.png").exists()
+    one, two = mistakes
+    assert one.keys() == two.keys()
+    for key, maps in one.items():
+        assert all(abs(a.astype(int) - b).max() <= 1 for a, b in zip(maps, two[key]))
+    one, two = rows
+    assert [(r["key"], r["prediction"]) for r in one] == [(r["key"], r["prediction"]) for r in two]
+    ours, theirs = (torch.tensor([r["probabilities"] for r in part]) for part in rows)
+    assert torch.allclose(ours, theirs, atol=1e-4 if "--epochs" not in more else 1e-5)
+
+
+def test_a_rank_that_dies_stops_the_others_with_an_error(drawn, tmp_path):
+    done = run(2, "--die", "pre-train_DVSCL", "--data_folder", drawn, "--cache",
+               tmp_path / "cache", "--model", "resnet18v1", "--batch_size", 4, "--epochs", 50,
+               "--model_path", tmp_path / "runs", folder=tmp_path)
+    assert done.returncode != 0
+    assert not list((tmp_path / "runs").glob("*/last.pth"))
+
+
+def test_a_barrier_outlasts_the_time_limit_of_a_step(tmp_path):
+    # a rank whose last fold takes longer than the others' is no lost rank
+    code = (f"import sys, time, datetime; sys.path.insert(0, {str(ROOT)!r})\n"
+            "import torch\nfrom training import distributed\n"
+            "distributed.TIMEOUT = datetime.timedelta(seconds=1)\n"
+            "with distributed.group(torch.device('cpu')):\n"
+            "    time.sleep(3 * distributed.rank()[0])\n"
+            "    distributed.barrier()\n"
+            "    assert distributed.gather(torch.ones(2)).tolist() == [1] * 4\n")
+    with socket.create_server(("localhost", 0)) as server:
+        port = str(server.getsockname()[1])
+    ranks = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env={
+        **os.environ, "RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+        "MASTER_PORT": port}) for r in range(2)]
+    for rank in ranks:
+        error = rank.communicate(timeout=120)[1]
+        assert rank.returncode == 0, error
+
+
+# ---------------------------------------------------------------- several GPUs, without one
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 4, 8])
+def test_the_smallest_slice_is_that_of_the_cut(devices, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    for n in range(devices, 60):
+        cut = torch.arange(n).chunk(devices)
+        assert distributed.smallest_slice(n, CUDA) == min(map(len, cut))
+        assert distributed.smallest_slice(n, torch.device("cpu")) == n
+    monkeypatch.setattr(distributed, "active", lambda: True)
+    monkeypatch.setattr(distributed, "size", lambda: devices)
+    for n in range(60):
+        assert distributed.smallest_slice(n, CUDA) == min(map(len, torch.arange(n)
+                                                              .tensor_split(devices)))
+
+
+@pytest.mark.parametrize("norm, n_data, fits", [
+    (torch.nn.BatchNorm1d, 50, False), (torch.nn.BatchNorm1d, 49, True),
+    (torch.nn.BatchNorm2d, 50, True), (torch.nn.SyncBatchNorm, 50, True)])
+def test_a_batch_that_leaves_a_device_too_few_clips_is_refused_before_training(
+        norm, n_data, fits, monkeypatch):
+    # on eight devices 50 clips make seven slices of 7 and one of 1, and 49 seven of 7
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    opt = SimpleNamespace(batch_size=64, seed=0, model="alexnet")
+    check = script("pre-train_DVSCL").check_slices
+    if fits:
+        check(opt, n_data, norm(4), CUDA)
+    else:
+        with pytest.raises(util.BadInput, match="a batch of 50, and a device 1 of them"):
+            check(opt, n_data, norm(4), CUDA)
+
+
+def test_replicas_in_threads_of_their_own_compute_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.nn, "DataParallel", lambda model: model)
+    autocast, _ = util.mixed_precision(SimpleNamespace(amp=True), torch.device("cpu"))
+    model, found = distributed.wrap(torch.nn.Linear(3, 2), CUDA, autocast), []
+    replica = threading.Thread(target=lambda: found.append(model(torch.ones(4, 3)).dtype))
+    replica.start()
+    replica.join()
+    assert found == [torch.bfloat16]
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+@pytest.mark.parametrize("native, dtype", [(True, torch.bfloat16), (False, torch.float16)])
+def test_a_gpu_that_only_emulates_bfloat16_gets_float16(native, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda including_emulation=True: native or including_emulation)
+    autocast, _ = util.mixed_precision(SimpleNamespace(amp=True), CUDA)
+    assert autocast().fast_dtype == dtype
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for local in range(4):
+        monkeypatch.setenv("LOCAL_RANK", str(local))
+        assert distributed.local_device(torch.device("cpu")) == torch.device("cpu")
+        if local < 2:
+            assert distributed.local_device(CUDA) == torch.device("cuda", local)
+        else:
+            with pytest.raises(util.BadInput, match="more processes than the 2 GPUs"):
+                distributed.local_device(CUDA)

@@ -1,0 +1,314 @@
+"""Runs that are stopped or killed anywhere end with the tensors of one that was not."""
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, finetune, pretrain, probe, published
+from runs import load, only, same_predictions, states_differ
+
+import util
+from evaluation import heldout, measures, probing, shortcuts
+from training import checkpoint, distributed
+
+pytestmark = pytest.mark.usefixtures("small_crops")
+SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+
+
+def stop_at(monkeypatch, step, number=signal.SIGTERM):
+    """This process gets the signal before the keeper's `step`-th look."""
+    look, count = checkpoint.Keeper.step, []
+
+    def struck(self, save):
+        count.append(1)
+        if len(count) == step:
+            os.kill(os.getpid(), number)
+        look(self, save)
+    monkeypatch.setattr(checkpoint.Keeper, "step", struck)
+
+
+def lines(run):
+    """The log's lines but for the header and the timing."""
+    return [{k: v for k, v in line.items() if k != "pairs_per_second"}
+            for line in util.read_log(run)[1:]]
+
+
+def same_run(a, b):
+    """Checkpoints, curves' values and predictions of two run folders agree bit for bit."""
+    assert states_differ(a / "last.pth", b / "last.pth") == []
+    assert lines(a) == lines(b) and len(lines(a)) > 1
+    if (a / "predictions.csv").exists():
+        assert (a / "predictions.csv").read_bytes() == (b / "predictions.csv").read_bytes()
+    assert not list(b.rglob(".*.part"))
+
+
+@pytest.mark.parametrize("number, code", SIGNALS)
+def test_pretraining_stopped_within_an_epoch_goes_on_from_that_step(drawn, quick, tmp_path,
+                                                                    monkeypatch, capsys, number,
+                                                                    code):
+    flags = ["--data_folder", drawn, *quick, "--batch_size", 4, "--epochs", 2]
+    pretrain(*flags, "--model_path", tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        stop_at(patch, 5, number)
+        pretrain(*flags, "--model_path", tmp_path / "part")
+    assert end.value.code == code
+    assert "error: stopped and saved" in capsys.readouterr().err.splitlines()[-1]
+    part = only(tmp_path / "part")
+    state = load(part / "last.pth")
+    # 11 clips: three steps of 4, 4 and 3 an epoch
+    assert (state["epoch"], state["step"], state["within"]["step"]) == (1, 5, 2)
+    assert state["within"]["meters"]["rgb_loss"][1] == 8
+    pretrain(*flags, "--model_path", tmp_path / "part", "--resume", "auto")
+    same_run(only(tmp_path / "whole"), part)
+
+
+@pytest.mark.parametrize("run, flags, step", [
+    (finetune, ["--batch_size", 4, "--epochs", 2, "--subject", "s1", "s2"], 8),
+    (finetune, ["--batch_size", 4, "--epochs", 2, "--protocol", "10fold", "--subject", "s1", "s2",
+                "--warmup_epochs", 1.5, "--lr_schedule", "cosine", "--head", "random"], 8),
+    (finetune, ["--freeze_encoder", "--epochs", 5], 3),
+    (probe, ["--protocol", "loso", "--epochs", 5], 3)],
+    ids=["finetune", "finetune 10fold", "frozen", "probe"])
+def test_heads_that_were_stopped_go_on_to_the_same_result(drawn, quick, pretrained, tmp_path,
+                                                          monkeypatch, run, flags, step):
+    flags = ["--data_folder", drawn, *quick, "--model_path", pretrained, *flags]
+    run(*flags, "--save_path", tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        stop_at(patch, step)
+        run(*flags, "--save_path", tmp_path / "part")
+    assert end.value.code == 143
+    run(*flags, "--save_path", tmp_path / "part", "--resume", "auto")
+    same_run(only(tmp_path / "whole"), only(tmp_path / "part"))
+
+
+def test_one_rank_alone_trains_the_model_on_every_clip(drawn, quick, pretrained, tmp_path,
+                                                       monkeypatch):
+    monkeypatch.setattr(distributed, "first", lambda: False)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "group", lambda device: contextlib.nullcontext())
+    finetune("--data_folder", drawn, *quick, "--model_path", pretrained, "--subject", "all",
+             "--save_path", tmp_path)
+    assert not list(tmp_path.rglob("last*.pth"))
+
+
+def test_subjects_that_another_machine_kept_to_itself_are_missed(drawn, quick, pretrained, tmp_path,
+                                                                monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # of which this is the first
+    monkeypatch.setattr(distributed, "group", lambda device: contextlib.nullcontext())
+    with pytest.raises(SystemExit) as end:
+        finetune("--data_folder", drawn, *quick, "--model_path", pretrained, "--subject", "s1",
+                 "s2", "s3", "--freeze_encoder", "--save_path", tmp_path)
+    assert end.value.code == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "1 held-out subjects of other ranks are not there (s2 the first)" in last
+    assert not list(tmp_path.rglob("results.json"))
+
+
+@pytest.mark.parametrize("place, name", [(shortcuts, "subject_probe"),
+                                         (measures, "write_subject")])
+def test_heads_that_were_stopped_when_all_were_trained_are_not_trained_again(
+        drawn, quick, pretrained, tmp_path, monkeypatch, place, name):
+    flags = ["--data_folder", drawn, *quick, "--model_path", pretrained, "--protocol", "loso",
+             "--epochs", 3, "--select", "inner"]
+    probe(*flags, "--save_path", tmp_path / "whole")
+    done, count = getattr(place, name), []
+
+    def struck(*given, **more):
+        count.append(1)
+        if len(count) == 2 or name == "subject_probe":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return done(*given, **more)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(place, name, struck)
+        probe(*flags, "--save_path", tmp_path / "part")
+    whole, part = only(tmp_path / "whole"), only(tmp_path / "part")
+    assert end.value.code == 143 and len(list(part.glob("subjects/*"))) == len(count) - 1
+    with monkeypatch.context() as patch:
+        patch.setattr(probing.FoldHeads, "step", refuse_heads_of_classes(probing.FoldHeads.step))
+        probe(*flags, "--save_path", tmp_path / "part", "--resume", "auto")
+    same_run(whole, part)
+    a, b = (json.loads((run / "results.json").read_text()) for run in (whole, part))
+    assert a["shortcuts"] == b["shortcuts"] and a["choices"] == b["choices"]
+    assert a["shortcuts"]["subject"]["n"] == 12
+
+
+def test_solving_that_was_stopped_goes_on_to_the_same_result(drawn, cache, pretrained, tmp_path,
+                                                              monkeypatch):
+    flags = ["--data_folder", drawn, "--cache", cache, "--model", "resnet18v1", "--model_path",
+             pretrained, "--protocol", "loso"]
+    probe(*flags, "--save_path", tmp_path / "whole")
+    write, count = measures.write_subject, []
+
+    def struck(*given, **more):
+        count.append(1)
+        if len(count) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return write(*given, **more)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(measures, "write_subject", struck)
+        probe(*flags, "--save_path", tmp_path / "part")
+    whole, part = only(tmp_path / "whole"), only(tmp_path / "part")
+    assert end.value.code == 143 and len(list(part.glob("subjects/*"))) == 2
+    probe(*flags, "--save_path", tmp_path / "part", "--resume", "auto")
+    assert same_predictions(whole, part)
+    a, b = (json.loads((run / "results.json").read_text()) for run in (whole, part))
+    assert a["choices"] == b["choices"] and a["shortcuts"] == b["shortcuts"]
+    assert a["uf1"] == b["uf1"] and b["n_subjects"] == 4
+
+
+def refuse_heads_of_classes(step):
+    """The heads' step, but for those that tell classes, not subjects, apart."""
+    def checked(self, *given):
+        assert self.bias.shape[1] == 4, "trained again"
+        step(self, *given)
+    return checked
+
+
+def test_a_checkpoint_is_written_when_the_minutes_are_over(drawn, quick, tmp_path, monkeypatch):
+    saved, save = [], checkpoint.save
+
+    def counted(path, state):
+        saved.append(state["step"])
+        save(path, state)
+    monkeypatch.setattr(checkpoint, "save", counted)
+    flags = ["--data_folder", drawn, *quick, "--batch_size", 4]
+    pretrain(*flags, "--model_path", tmp_path / "each", "--save_minutes", 0)
+    pretrain(*flags, "--model_path", tmp_path / "last")
+    assert saved == [1, 2, 3, 3, 3]
+
+
+def test_a_signal_after_the_last_step_of_a_subject_ends_the_run_too(drawn, quick, pretrained,
+                                                                     tmp_path, monkeypatch):
+    flags = ["--data_folder", drawn, *quick, "--model_path", pretrained, "--subject", "s1", "s2"]
+    finetune(*flags, "--save_path", tmp_path / "whole")
+    validate = heldout.validate
+
+    def struck(*given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return validate(*given)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(heldout, "validate", struck)
+        finetune(*flags, "--save_path", tmp_path / "part")
+    assert end.value.code == 143
+    part = only(tmp_path / "part")
+    assert load(part / "last_s1.pth")["epoch"] == 1 and not (part / "last_s2.pth").exists()
+    finetune(*flags, "--save_path", tmp_path / "part", "--resume", "auto")
+    same_run(only(tmp_path / "whole"), part)
+
+
+def test_jobs_in_one_folder_keep_their_own_checkpoints(drawn, quick, pretrained, tmp_path,
+                                                       monkeypatch, capsys):
+    flags = ["--data_folder", drawn, *quick, "--model_path", pretrained, "--batch_size", 4,
+             "--epochs", 2, "--save_path", tmp_path, "--subject"]
+    for subject, step in (("s1", 3), ("s2", 4)):  # two steps an epoch
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            stop_at(patch, step)
+            finetune(*flags, subject)
+    run = only(tmp_path)
+    for subject, step in (("s1", 1), ("s2", 2)):
+        state = load(run / f"last_{subject}.pth")
+        assert (state["unit"], state["epoch"], state["within"]["step"]) == (subject, 1, step)
+    finetune(*flags, "s1", "s2", "--resume", "auto")
+    assert re.findall("(s.): goes on after epoch 1", capsys.readouterr().out) == ["s1", "s2"]
+    assert [path.name for path in run.glob("*.pth")] == ["last.pth"]
+    assert sorted((line["subject"], line["epoch"]) for line in lines(run)) \
+        == [("s1", 1), ("s1", 2), ("s2", 1), ("s2", 2)]
+
+
+def test_a_later_second_interrupt_ends_the_run_at_once(monkeypatch):
+    with pytest.raises(util.Stopped) as end, checkpoint.Keeper(10) as keeper:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):  # one stop, passed on
+            os.kill(os.getpid(), number)
+        assert keeper.signal == signal.SIGTERM
+        monkeypatch.setattr(checkpoint.Keeper, "PATIENCE", -1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("not reached")
+    assert "at once" in str(end.value)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_before_training_leaves_no_half_written_file(drawn, tmp_path, monkeypatch):
+    from images import decoding
+    decode, count = decoding.decode, []
+
+    def struck(*given):
+        count.append(1)
+        if len(count) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return decode(*given)
+    monkeypatch.setattr(decoding, "decode", struck)
+    with pytest.raises(SystemExit) as end:
+        pretrain("--data_folder", drawn, "--cache", tmp_path / "cache", "--model_path",
+                 tmp_path / "runs", "--num_workers", 1)
+    assert end.value.code == 143
+    assert not (tmp_path / "runs").exists() and not list((tmp_path / "cache").iterdir())
+
+
+# ---------------------------------------------------------------- killed from outside
+
+def start(name, flags, log):
+    """The script in a process of its own, on small crops like the others here."""
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runpy;\n"
+            f"from images import transforms;"
+            f"transforms.CROP = 64; sys.argv[0] = {name!r};"
+            f"runpy.run_path({str(ROOT / name)!r}, run_name='__main__')")
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, flags)], stdout=log, stderr=log)
+
+
+def newest(folder):
+    """When the last checkpoint below `folder` was written, 0 without one."""
+    return max((path.stat().st_mtime for path in folder.glob("*/last*.pth")), default=0)
+
+
+def killed(name, flags, kills, tmp_path, seed):
+    """Kills the run so many times, each between its first new checkpoint and a random moment
+    later, then lets it finish."""
+    draw, done = random.Random(seed), 0
+    with open(tmp_path / "log", "w+") as log:
+        for _ in range(20 * kills):
+            process = start(name, [*flags, "--resume", "auto"], log)
+            began = time.time()
+            while process.poll() is None and newest(tmp_path / "part") <= began:
+                time.sleep(0.01)
+            try:
+                process.wait(draw.uniform(0, 1.5))
+                assert process.returncode == 0, (tmp_path / "log").read_text()[-2000:]
+                break
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                done += 1
+            if done == kills:
+                assert start(name, [*flags, "--resume", "auto"], log).wait() == 0
+                break
+    assert done == kills, f"finished after {done} kills"
+
+
+@pytest.mark.parametrize("kills, epochs", [
+    (2, 8), pytest.param(20, 60, marks=pytest.mark.slow)])
+def test_pretraining_that_was_killed_goes_on_bit_for_bit(drawn, quick, tmp_path, kills, epochs):
+    flags = ["--data_folder", drawn, *quick, "--batch_size", 4, "--epochs", epochs,
+             "--save_minutes", 0]
+    pretrain(*flags, "--model_path", tmp_path / "whole")
+    killed("pre-train_DVSCL.py", published(*flags, "--model_path", tmp_path / "part"), kills,
+           tmp_path, 0)
+    same_run(only(tmp_path / "whole"), only(tmp_path / "part"))
+
+
+@pytest.mark.parametrize("kills, epochs", [
+    (2, 4), pytest.param(5, 12, marks=pytest.mark.slow)])
+def test_fine_tuning_that_was_killed_goes_on_bit_for_bit(drawn, quick, pretrained, tmp_path, kills,
+                                                         epochs):
+    flags = ["--data_folder", drawn, *quick, "--batch_size", 4, "--epochs", epochs,
+             "--save_minutes", 0, "--model_path", pretrained, "--subject", "s1", "s2"]
+    finetune(*flags, "--save_path", tmp_path / "whole")
+    killed("fine-tune_DVSCL.py", [*flags, "--save_path", tmp_path / "part"], kills, tmp_path, 0)
+    same_run(only(tmp_path / "whole"), only(tmp_path / "part"))

@@ -1,0 +1,1 @@
+"""How any of the scripts trains: options, run folder, checkpoints, devices."""
