@@ -1,4 +1,4 @@
-"""What the scripts share: answers to bad input, names of runs, schedule, seeds, logs."""
+"""What every room shares: errors and how a command answers them, the parser, files, tables."""
 import os
 
 # Waiting OpenMP threads that spin cost many times what they save as soon as anything else runs;
@@ -8,23 +8,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # files only with its pure-Python implementation, and chooses it when it is first imported.
 os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
 # isort: split
+import argparse
 import contextlib
+import csv
 import errno
 import functools
-import itertools
+import io
 import json
 import math
 import platform
-import shlex
+import re
+import shutil
 import signal
-import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
-
-import numpy as np
-import torch
 
 
 class BadInput(Exception):
@@ -91,173 +88,149 @@ def command_line(main):
     return run
 
 
-# ---------------------------------------------------------------- runs and their names
+# ---------------------------------------------------------------- the command line
 
-def run_name(opt, without=None):
-    """CMC's name of a pre-training run; `without`: the left-out subject or fold, if any."""
-    kind = "batch"
-    if opt.contrast == "bank":
-        kind = f"memory_{'softmax' if opt.softmax else 'nce'}_{opt.nce_k}"
-    name = (f"{kind}_{opt.model}"
-            f"_lr_{opt.learning_rate:g}_decay_{opt.weight_decay:g}_bsz_{opt.batch_size}"
-            f"_view_{opt.view}")
-    name += size_name(opt) + "_amp" * opt.amp + f"_seed_{opt.seed}"
-    name += f"_without_{without}" if without else ""
-    return name + (f"_{opt.tag}" if opt.tag else "")
+class _Help(argparse.HelpFormatter):
+    """Appends each flag's default in brackets."""
 
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30, width=100)
 
-def head_run_name(stage, opt, parts):
-    """Name of a probe or fine-tuning run: the pre-training run's, layer, and `parts`.
+    def _get_help_string(self, action):
+        text = action.help or ""
+        plain = action.default not in (None, "", argparse.SUPPRESS) and not action.required
+        if not plain or "%(default)" in text or not action.option_strings:
+            return text
+        if isinstance(action.default, bool):
+            return f"{text} [{'on' if action.default else 'off'}]"
+        if isinstance(action.default, (list, tuple)):
+            return f"{text} [{' '.join(map(str, action.default))}]"
+        return f"{text} [%(default)s]"
 
-    stage: 'probe' or 'finetune'. A checkpoint other than `last.pth` joins in by its name.
-    """
-    if opt.model_path == "random":
-        source = f"random_{opt.model}_view_{opt.view}{size_name(opt)}"
-    else:
-        path = Path(opt.model_path.replace("{", "").replace("}", ""))
-        source = path.parent.name
-        source = "_".join(filter(None, [source, "" if path.stem == "last" else path.stem]))
-    name = f"{stage}_{source}_layer_{opt.layer}"
-    for part in parts:
-        name += f"_{part}"
-    name += "_amp" * opt.amp + f"_seed_{opt.seed}"
-    return name + (f"_{opt.tag}" if opt.tag else "")
+    def _get_default_metavar_for_optional(self, action):
+        return "N"
+
+    def _fill_text(self, text, width, indent):
+        return "".join(indent + line for line in text.splitlines(keepends=True))
 
 
-def size_name(opt):
-    """What a run's name says of crops of another size than the published one."""
-    return "" if opt.size == 224 else f"_size_{opt.size}"
+class Options(argparse.Namespace):
+    """Parsed options; `free`: the names of those that may differ when a run goes on."""
+    __slots__ = ("free",)
+
+    def changed(self, **values):
+        """A copy with other values."""
+        copy = Options(**{**vars(self), **values})
+        copy.free = self.free
+        return copy
 
 
-def rate_name(opt):
-    """What a run's name says of training by SGD."""
-    return f"lr_{opt.learning_rate:g}_decay_{opt.weight_decay:g}_bsz_{opt.batch_size}"
+class _Declared:
+    """`add_argument` with free=True declares that a flag may change when a run goes on."""
+
+    def add_argument(self, *names, free=False, **kwargs):
+        action = super().add_argument(*names, **kwargs)
+        action.free = free
+        return action
 
 
-def penalty_name(opt):
-    """What a run's name says of the penalty of solved heads."""
-    return "l2_inner" if opt.l2 is None else f"l2_{opt.l2:g}"
+class _Group(_Declared, argparse._ArgumentGroup):
+    pass
 
 
-def curve_folder(opt, root, run):
-    """Where a run's TensorBoard curves go."""
-    return Path(opt.tb_path or Path(root) / "tensorboard") / run
+class ArgumentParser(_Declared, argparse.ArgumentParser):
+    """argparse with defaults in the help and the project's one-line answer to wrong flags."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
+
+    def add_argument_group(self, *args, **kwargs):
+        group = _Group(self, *args, **kwargs)
+        self._action_groups.append(group)
+        return group
+
+    def parse_args(self, args=None, namespace=None):
+        found = super().parse_args(args, namespace or Options())
+        found.free = {action.dest for action in self._actions if getattr(action, "free", False)}
+        return found
+
+    def error(self, message):
+        self.exit(2, f"error: {message}; see --help\n")
 
 
-# ---------------------------------------------------------------- training
-
-class AverageMeter:
-    """Running mean of a quantity over samples."""
-
-    def __init__(self, total=0.0, count=0):
-        self.total, self.count = total, count
-
-    def update(self, value, n=1):
-        self.total += float(value) * n
-        self.count += n
-
-    @property
-    def avg(self):
-        return self.total / max(self.count, 1)
+def given(group, argv):
+    """The flags of an argument group that a command line names."""
+    names = {name for action in group._group_actions for name in action.option_strings}
+    return [name for name in (word.partition("=")[0] for word in argv) if name in names]
 
 
-class Meters(dict):
-    """An AverageMeter per name, going on from a `state()` where one is given."""
-
-    def __init__(self, names, state=None):
-        super().__init__({name: AverageMeter(*(state or {}).get(name, ())) for name in names})
-
-    def state(self):
-        return {name: [meter.total, meter.count] for name, meter in self.items()}
-
-    def means(self):
-        return {name: meter.avg for name, meter in self.items()}
-
-
-def learning_rate(opt, epoch, base=None):
-    """Step schedule of CMC: `base` times lr_decay_rate for every decay epoch that has passed."""
-    base = opt.learning_rate if base is None else base
-    return base * opt.lr_decay_rate ** sum(epoch > e for e in opt.lr_decay_epochs)
-
-
-def scheduled(opt, base, epoch, step, steps, warmup=0):
-    """`base` as --lr_schedule has it at step 1..`steps` of an epoch: CMC's steps [where a script
-    has no such flag], or half a cosine down to 0 (Loshchilov and Hutter 2017); rising in a line
-    over the first `warmup` epochs."""
-    done = epoch - 1 + step / steps
-    if done <= warmup:  # never where there is no warm-up: a step is done
-        return base * done / warmup
-    if getattr(opt, "lr_schedule", "step") == "step":
-        return learning_rate(opt, epoch, base)
-    done = max(done - 1 / steps - warmup, 0)  # the last step still moves
-    return base * (1 + math.cos(math.pi * done / (opt.epochs - warmup))) / 2
+def number(kind, low=None, high=None, low_open=False):
+    """An argparse type: `kind` (int or float) within [low, high], or (low, high]."""
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of type {kind.__name__}")
+        if (not math.isfinite(value)
+                or (low is not None and (value < low or low_open and value == low))
+                or (high is not None and value > high)):
+            wanted = " and ".join(
+                ([f"{'above' if low_open else 'at least'} {low}"] if low is not None else [])
+                + ([f"at most {high}"] if high is not None else [])) or "finite"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {wanted}")
+        return value
+    return convert
 
 
-def announce_dropped(n, batch_size):
-    """Says so where `batches` leaves out a last batch of one."""
-    if n > batch_size > 1 and n % batch_size == 1:
-        print("the last batch of an epoch would hold one clip; it is dropped")
+def word(text):
+    """An argparse type: letters, digits and .+-_ alone, so that it can be part of a file name."""
+    if not re.fullmatch(r"[\w.+-]*", text) or text.startswith("."):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one word of letters, digits and .+-_")
+    return text
 
 
-def epoch_line(opt, epoch, means):
-    """What the terminal shows of an epoch."""
-    return f"epoch {epoch}/{opt.epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in means.items())
+positive_int = number(int, 1)
 
 
-def generator(*numbers):
-    """CPU generator that follows from the given non-negative integers, such as (seed, epoch)."""
-    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+class NumberList(argparse.Action):
+    """`120 160` and CMC's `120,160` alike, as a list of integers."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        try:
+            found = [int(v) for v in ",".join(values).split(",") if v]
+        except ValueError:
+            parser.error(f"argument {option_string}: epochs as '120 160' or '120,160', "
+                         f"not {' '.join(values)!r}")
+        setattr(namespace, self.dest, found)
 
 
-def batches(n, batch_size, rng):
-    """Index tensors of one epoch over `n` samples in an order drawn from `rng`.
-
-    A last batch of one is left out: batch norm could estimate nothing of it.
-    """
-    parts = torch.randperm(n, generator=rng).split(min(batch_size, n))
-    return parts[:-1] if 1 == len(parts[-1]) < len(parts[0]) else parts
-
-
-def pick_device(name):
-    """torch.device for --device; raises BadInput for one that is not here."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu")
-                              if name == "auto" else name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("only cpu and cuda are supported")
-        if "LOCAL_RANK" not in os.environ:  # torchrun: every process would open the first GPU
-            torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--device {name}: not available here ({str(error).splitlines()[0]}); "
-                       f"use auto or cpu") from None
-    return device
-
-
-def mixed_precision(opt, device):
-    """(autocast context factory, GradScaler) for --amp on `device`; both idle without it."""
-    half = torch.bfloat16
-    # a GPU that only emulates bfloat16 is slower with it than in float32
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        half = torch.float16
-    scaler = torch.amp.GradScaler(device.type, enabled=opt.amp and half == torch.float16)
-
-    def autocast():
-        return torch.autocast(device.type, dtype=half) if opt.amp else contextlib.nullcontext()
-    return autocast, scaler
-
-
-# ---------------------------------------------------------------- logs
-
-def write_json(path, content):
-    """Writes `content` as JSON under a temporary name, then renames: never half a file."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
+# ---------------------------------------------------------------- files
 
 def beside(path):
     """The temporary name of `path`, no other process's even where machines share the disk."""
     path = Path(path)
     return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.part")
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """The one way to write a file, or a folder, whole: yields a temporary name beside `path` for
+    the time of a with block, then flushes it to the disk and renames it. What fails leaves what
+    was there, and errors name `path`."""
+    path, part = Path(path), beside(path)
+    try:
+        yield part
+        if part.is_file():
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        if str(error.filename) == str(part):
+            error.filename, error.filename2 = str(path), None
+        raise
+    finally:
+        with contextlib.suppress(OSError):  # what keeps it from being written may keep it here
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
 def sweep(folder):
@@ -267,120 +240,62 @@ def sweep(folder):
         try:
             os.kill(int(part.suffixes[-2][1:]), 0)
         except (ProcessLookupError, ValueError):
-            part.unlink(missing_ok=True)
+            shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
         except PermissionError:  # somebody else's, alive
             pass
 
 
 def write_text(path, text):
-    """Writes UTF-8 text under a temporary name, then renames."""
-    part = beside(path)
-    try:
-        with open(part, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    """Writes UTF-8 text whole."""
+    with replacing(path) as part, open(part, "w", encoding="utf-8", newline="") as file:
+        file.write(text)
 
 
-class Log:
-    """One run's record: `log.jsonl` (header, then a line per epoch) and TensorBoard curves.
+def write_json(path, content):
+    """Writes `content` as JSON, whole."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
-    folder: the run folder; curves: the TensorBoard folder. `keep(line)`: when a run goes on,
-    which of the log's lines (as dicts) stay. header None: append to a log that is there;
-    writes: False where this rank logs nothing.
+
+def read_cells(path, delimiter=",", fix="name a table"):
+    """(line number, cells) of every row of a CSV file, or one with tabs, where quotes are plain.
+
+    fix: what a user does about a file that is missing. Raises BadInput.
     """
-    _serial = itertools.count()
-
-    def __init__(self, folder, curves, header, keep=None, writes=True):
-        self.path, self.writes = Path(folder) / "log.jsonl", writes
-        if not writes:
-            return
-        self.writer = self._open_curves(Path(curves))  # a wrong --tb_path leaves no run folder
-        if header is not None:
-            self._write_header(folder, header, keep)
-
-    def _write_header(self, folder, header, keep):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        sweep(folder)
-        lines = read_log(folder) if keep else []
-        kept = [lines[0] if lines else header] + [line for line in lines[1:] if keep(line)]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        # written over only to cut it: other jobs may be appending to it
-        if not lines or self.path.read_text(encoding="utf-8") != text:
-            write_text(self.path, text)
-
-    def _open_curves(self, folder):
-        """The package names its file by whole seconds and truncates what is there, so it opens
-        in a folder of its own, and the open file is renamed to a name no other writer has."""
-        import tensorboard_logger
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as private:
-            writer = tensorboard_logger.Logger(private)
-            (file,) = Path(private).iterdir()
-            file.rename(folder / f"{file.name}.{os.getpid()}.{next(self._serial)}")
-        return writer
-
-    def epoch(self, epoch, values, subject=None):
-        """One line in log.jsonl, and each of `values` (name → number) as a curve at step `epoch`.
-
-        subject: the held-out subject it belongs to, where each has a training of its own.
-        """
-        if not self.writes:
-            return
-        line = {"epoch": epoch, **({"subject": subject} if subject else {}), **values}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        for name, value in values.items():
-            self.writer.log_value(f"{name}/{subject}" if subject else name, value, epoch)
-
-
-    def curves(self, values):
-        """Whole curves that the log does not hold: name → values at the epochs 1, 2, …"""
-        for name, curve in values.items():
-            for epoch, value in enumerate(curve, 1):
-                self.writer.log_value(name, value, epoch)
-
-
-def read_log(folder):
-    """The lines of a run's log.jsonl as dicts, up to the first that is not whole."""
-    path, lines = Path(folder) / "log.jsonl", []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break
-    return lines
-
-
-def commit(folder=Path(__file__).parent):
-    """The git commit of the code in `folder`, with "-dirty" where a tracked file was changed; None
-    where there is no git, or `folder` is not the top of a repository."""
-    def git(*arguments):
-        return subprocess.run(["git", "-C", str(folder), *arguments], check=True, text=True,
-                              capture_output=True, timeout=60).stdout
+    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
     try:
-        below, head = git("rev-parse", "--show-cdup", "HEAD").splitlines()
-        # somebody else's repository around the folder says nothing of the code
-        return None if below else \
-            head + "-dirty" * bool(git("status", "--porcelain", "--untracked-files=no"))
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return None
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, delimiter=delimiter, quoting=quoting)
+            return [(reader.line_num, row) for row in reader if row]
+    except FileNotFoundError:
+        raise BadInput(f"{path}: missing; {fix}") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise BadInput(f"{path}: not a table in UTF-8 ({error}); {fix}") from None
 
 
-def versions():
-    """What a result depends on besides its options."""
-    return {"commit": commit(), "python": platform.python_version(), "torch": torch.__version__,
-            "numpy": np.__version__, "platform": platform.platform(),
-            "threads": torch.get_num_threads(), "ranks": int(os.environ.get("WORLD_SIZE", "1")),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+def read_table(path, columns=(), delimiter=",", fix="name a table"):
+    """Rows below a header: ([(where, dict column → text), …], the columns), where being
+    '<path>:<line>'.
+
+    Raises BadInput for a file that cannot be read, lacks one of `columns`, or holds a row of
+    another length than its header.
+    """
+    (_, header), *rows = read_cells(path, delimiter, fix) or [(1, [])]
+    missing = [name for name in columns if name not in header]
+    if missing:
+        raise BadInput(f"{path}:1: no column {missing[0]!r}; needs the columns "
+                       f"{','.join(columns)}; {fix}")
+    for number, row in rows:
+        if len(row) != len(header):
+            raise BadInput(f"{path}:{number}: {len(row)} fields, not as many fields as the header "
+                           f"({len(header)})")
+    return [(f"{path}:{number}", dict(zip(header, row))) for number, row in rows], header
 
 
-def header(script, opt, argv, **more):
-    """First line of log.jsonl: the command, all options, versions, and `more` (digests)."""
-    command = shlex.join(["python", os.path.basename(script), *argv])
-    return {"command": command, "opt": vars(opt), "versions": versions(),
-            "started": time.strftime("%Y-%m-%d %H:%M:%S"), **more}
+def write_table(path, columns, rows, delimiter=","):
+    """Writes rows (dicts, or sequences in the order of the columns) as a table with a header."""
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        writer.writerow([row[name] for name in columns] if isinstance(row, dict) else row)
+    write_text(path, text.getvalue())

@@ -1,6 +1,6 @@
-"""Two-view augmentation of whole uint8 batches on any device: train and eval side by side.
+"""Augmentation of all views of whole uint8 batches on any device: train and eval side by side.
 
-Geometry is drawn once per pair, photometrics per view, and only those that the encoding of the
+Geometry is drawn once per clip, photometrics per view, and only those that the encoding of the
 difference images allows: on a signed difference 128 means "no change", and a brightness jitter
 would move it by far more than the signal.
 """
@@ -8,66 +8,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from images.decoding import CROP, GREY, NO_CHANGE, SIZE
-
-# Published normalisation, of differences modulo 256, in units of 255 grey levels.
-WRAP_RGB = (0.4454, 0.4474, 0.4504), (0.4474, 0.4505, 0.4502)
-WRAP_DEPTH = 0.0423, 0.1761
-# For encoders that saw no data: the order of a micro-expression's change, in grey levels.
-FIXED_STD = 8 / 255, 4 / 255
+from images.decoding import CROP, SIZE
+from images.encoding import GREY
 
 
-def fixed_normalization(encoding, channels, second="depth"):
-    """{mean, std}, a number per channel in units of 255 grey levels, from the encoding alone.
-
-    wrap: the published constants (a second view other than depth gets those of RGB); otherwise
-    "no change" maps to 0 and the deviation is that of an encoder that saw no data.
-    """
-    if encoding == "wrap":
-        mean, std = WRAP_RGB
-        if second == "depth":
-            return {"mean": [*mean, WRAP_DEPTH[0]], "std": [*std, WRAP_DEPTH[1]]}
-        if channels[1] == 1:
-            return {"mean": [*mean, sum(mean) / 3], "std": [*std, sum(std) / 3]}
-        return {"mean": [*mean, *mean], "std": [*std, *std]}
-    return {"mean": [NO_CHANGE[encoding] / 255] * sum(channels),
-            "std": [FIXED_STD[0]] * channels[0] + [FIXED_STD[1]] * channels[1]}
-
-
-def estimate_normalization(images, members, encoding, channels, second="depth"):
-    """{mean, std} for the images a pre-training sees: those at `members` of uint8 `[N, C, H, W]`.
-
-    wrap: the published constants. Otherwise the mean is "no change", and the deviation per
-    channel is taken about it.
-    """
-    found = fixed_normalization(encoding, channels, second)
-    if encoding == "wrap":
-        return found
-    squares = torch.zeros(sum(channels), dtype=torch.float64)
-    members = members[::-(-len(members) // 10_000)]  # of many clips, that many say it
-    for i in members:
-        change = torch.from_numpy(np.array(images[i])).float() - NO_CHANGE[encoding]
-        squares += change.square().mean((1, 2)).double()
-    std = (squares / len(members)).sqrt() / 255
-    # a channel without any change keeps the fixed deviation rather than dividing by zero
-    found["std"] = [s if s > 1e-4 else f for s, f in zip(std.tolist(), found["std"])]
-    return found
-
-
-def draw(n, rng, encoding, jitter=0.4, crop_low=1.0, flip=True):
-    """Everything random about a batch of `n` pairs, drawn for the whole batch from `rng`.
+def draw(n, rng, encoding, jitter=0.4, crop_low=1.0, flip=True, views=2):
+    """Everything random about a batch of `n` clips, drawn for the whole batch from `rng`.
 
     Returns a dict of tensors `[n, ...]`, to be cut along the batch: `flip` (bool), `gain` and
-    `offset` per view `[n, 2]` (offset in units of the image's own rms change), `grey` (bool), and
+    `offset` per view `[n, views]` (offset in units of the image's own rms change), `grey` (bool), and
     below crop_low 1 `box` `[n, 4]`: centre x, y and half width, height in [-1, 1].
     """
     drawn = {"flip": (torch.rand(n, generator=rng) < 0.5) & flip}
     if crop_low < 1:
         drawn["box"] = _boxes(n, rng, crop_low)
     if encoding != "wrap":
-        drawn["gain"] = 1 + jitter * (2 * torch.rand(n, 2, generator=rng) - 1)
+        drawn["gain"] = 1 + jitter * (2 * torch.rand(n, views, generator=rng) - 1)
     if encoding == "signed":
-        drawn["offset"] = jitter / 4 * (2 * torch.rand(n, 2, generator=rng) - 1)
+        drawn["offset"] = jitter / 4 * (2 * torch.rand(n, views, generator=rng) - 1)
         drawn["grey"] = (torch.rand(n, generator=rng) < 0.2) & (jitter > 0)
     return drawn
 
@@ -110,7 +68,7 @@ def train_transform(images, drawn, normalization, encoding, channels):
     scale = scale.repeat_interleave(repeat, 1)[..., None, None] / std  # [B, C, 1, 1]
     if "offset" not in drawn:
         return change.mul_(scale)
-    rms = torch.cat([view.square().mean((1, 2, 3), keepdim=True)  # [B, 2, 1, 1]
+    rms = torch.cat([view.square().mean((1, 2, 3), keepdim=True)  # [B, V, 1, 1]
                      for view in change.split(channels, 1)], 1).sqrt()
     shift = (drawn["offset"][..., None, None] * rms).repeat_interleave(repeat, 1)
     return change.add_(shift).mul_(scale)

@@ -1,44 +1,9 @@
-"""Options that several scripts share, and a parser that says defaults and errs in one line."""
+"""Options that several scripts share."""
 import argparse
-import math
 import os
-import re
 
 from models import n_layers
-
-
-class _Help(argparse.HelpFormatter):
-    """Appends each flag's default in brackets."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=30, width=100)
-
-    def _get_help_string(self, action):
-        text = action.help or ""
-        plain = action.default not in (None, "", argparse.SUPPRESS) and not action.required
-        if not plain or "%(default)" in text or not action.option_strings:
-            return text
-        if isinstance(action.default, bool):
-            return f"{text} [{'on' if action.default else 'off'}]"
-        if isinstance(action.default, (list, tuple)):
-            return f"{text} [{' '.join(map(str, action.default))}]"
-        return f"{text} [%(default)s]"
-
-    def _get_default_metavar_for_optional(self, action):
-        return "N"
-
-    def _fill_text(self, text, width, indent):
-        return "".join(indent + line for line in text.splitlines(keepends=True))
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse with defaults in the help and the project's one-line answer to wrong flags."""
-
-    def __init__(self, **kwargs):
-        super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
-
-    def error(self, message):
-        self.exit(2, f"error: {message}; see --help\n")
+from util import NumberList, number, positive_int, word
 
 
 def check_size(parser, opt):
@@ -55,57 +20,11 @@ def check_layer(parser, opt):
                      f"{n_layers(opt.model)} for a head")
 
 
-def given(group, argv):
-    """The flags of an argument group that a command line names."""
-    names = {name for action in group._group_actions for name in action.option_strings}
-    return [name for name in (word.partition("=")[0] for word in argv) if name in names]
-
-
-def number(kind, low=None, high=None, low_open=False):
-    """An argparse type: `kind` (int or float) within [low, high], or (low, high]."""
-    def convert(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of type {kind.__name__}")
-        if (not math.isfinite(value)
-                or (low is not None and (value < low or low_open and value == low))
-                or (high is not None and value > high)):
-            wanted = " and ".join(
-                ([f"{'above' if low_open else 'at least'} {low}"] if low is not None else [])
-                + ([f"at most {high}"] if high is not None else [])) or "finite"
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {wanted}")
-        return value
-    return convert
-
-
-def word(text):
-    """An argparse type: letters, digits and .+-_ alone, so that it can be part of a file name."""
-    if not re.fullmatch(r"[\w.+-]*", text) or text.startswith("."):
-        raise argparse.ArgumentTypeError(f"{text!r} is not one word of letters, digits and .+-_")
-    return text
-
-
-positive_int = number(int, 1)
-
-
 class _Ignored(argparse.Action):
     """A flag that leaves no trace in the options."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         pass
-
-
-class NumberList(argparse.Action):
-    """`120 160` and CMC's `120,160` alike, as a list of integers."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        try:
-            found = [int(v) for v in ",".join(values).split(",") if v]
-        except ValueError:
-            parser.error(f"argument {option_string}: epochs as '120 160' or '120,160', "
-                         f"not {' '.join(values)!r}")
-        setattr(namespace, self.dest, found)
 
 
 def add_data_options(parser):

@@ -1,0 +1,128 @@
+"""Items decoded once: an array in memory or mapped from a folder, and batches of it in time."""
+import hashlib
+import json
+import math
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from util import replacing, write_json
+
+
+def stamp(paths, *about):
+    """Digest of files by place, size and time, and of what else their array depends on."""
+    found = hashlib.sha256(repr(about).encode())
+    for path in paths:
+        stat = os.stat(path)
+        found.update(f"{Path(path).resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return found.hexdigest()
+
+
+def cached(items, decode, shape, dtype, stamp, folder="off", num_workers=4):
+    """Every item decoded once: (array `[N, *shape]`, SHA-256 of its bytes).
+
+    items: a list; decode(item) → array of `shape` and `dtype`, called by several threads; stamp:
+    what the result follows from. A folder keeps the array as a memory-mapped file under its
+    stamp, and later calls map it; 'off' keeps it in memory. Where it fits neither, a Stream takes
+    its place, and the digest is the stamp.
+    """
+    place, shape = Path(folder), (len(items), *shape)
+    path = place / f"{stamp[:32]}.npy"
+    if folder != "off" and path.with_suffix(".json").exists() and path.exists():
+        known = json.loads(path.with_suffix(".json").read_text())
+        return np.load(path, mmap_mode="r"), known["sha256"]
+    if folder != "off":
+        place.mkdir(parents=True, exist_ok=True)
+    volume = math.prod(shape) * np.dtype(dtype).itemsize
+    room = shutil.disk_usage(place).free if folder != "off" else _free_memory()
+    if volume > 0.9 * room:
+        print(f"{volume / 2 ** 30:.1f} GiB of images do not fit the {room / 2 ** 30:.1f} GiB free "
+              f"{'in memory' if folder == 'off' else f'in {folder}'}: they are decoded for every "
+              f"batch anew, by {num_workers} threads")
+        return Stream(items, decode, num_workers), stamp
+    if folder == "off":
+        images = np.empty(shape, dtype)
+        return images, _fill(images, items, decode, num_workers)
+    with replacing(path) as part:
+        images = np.lib.format.open_memmap(part, "w+", dtype, shape)
+        # claimed before it is written: a disk that fills up under a mapping is a bus error
+        with open(part, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
+        digest = _fill(images, items, decode, num_workers)
+        images.flush()
+    write_json(path.with_suffix(".json"), {"sha256": digest, "clips": len(items)})
+    return np.load(path, mmap_mode="r"), digest
+
+
+def _fill(images, items, decode, num_workers):
+    """Decodes into an array; its digest."""
+    with ThreadPoolExecutor(max(num_workers, 1)) as pool:
+        decoded = pool.map(decode, items)
+        for i, one in enumerate(tqdm(decoded, "decoding", len(items), disable=None)):
+            images[i] = one
+    return hashlib.sha256(images.data).hexdigest()
+
+
+def _free_memory():
+    """Bytes that can be had without swapping; no limit where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if "MemAvailable" in line)
+    except (OSError, StopIteration):
+        return float("inf")
+
+
+class Stream:
+    """Stands in for the array of decoded items: decodes what is asked for, by several threads."""
+
+    def __init__(self, items, decode, num_workers):
+        self.items, self.decode = items, decode
+        self.pool = ThreadPoolExecutor(max(num_workers, 1))
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        """An int, slice or array of indices → `[*shape]` or `[B, *shape]`."""
+        if isinstance(index, (int, np.integer)):
+            return self.decode(self.items[index])
+        chosen = [self.items[i] for i in np.arange(len(self))[index]]
+        return np.stack(list(self.pool.map(self.decode, chosen)))
+
+
+def fetch(images, batches, device):
+    """`images[index]` on `device`, uint8 `[B, C, S, S]`, for each index array of `batches`.
+
+    The next one is fetched while one is used, for a GPU from pinned memory on a stream of its own:
+    a copy from other memory would wait for the step before it, and the GPU for the copy.
+    """
+    gpu = device.type == "cuda"
+    stream = torch.cuda.Stream(device) if gpu else None
+
+    def get(index):
+        batch = torch.from_numpy(images[index])
+        if gpu:
+            with torch.cuda.stream(stream):
+                batch = batch.pin_memory().to(device, non_blocking=True)
+            stream.synchronize()
+        return batch
+
+    def ready(future):
+        batch = future.result()
+        if gpu:  # its memory is used again only after what the caller's stream does with it
+            batch.record_stream(torch.cuda.current_stream(device))
+        return batch
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = None
+        for index in batches:
+            done, coming = coming, pool.submit(get, index)
+            if done:
+                yield ready(done)
+        if coming:
+            yield ready(coming)
