@@ -15,18 +15,18 @@ import util  # first: it settles how threads wait before torch is imported
 
 # isort: split
 from evaluation import heldout, probing, shortcuts
-from training import distributed, options
+from training import distributed, epochs, options, record
 
 
 def parse_option(argv):
-    parser = options.ArgumentParser(description=__doc__)
+    parser = util.ArgumentParser(description=__doc__)
     data, _ = heldout.add_head_options(parser, "probe", "10fold")
-    data.add_argument("--subject", nargs="+", metavar="NAME",
+    data.add_argument("--subject", nargs="+", metavar="NAME", free=True,
                       help="only these held-out subjects; those finished before are merged into "
                            "the result [all]")
     method = parser.add_argument_group("method")
     method.add_argument("--n_views_train", default=2,
-                        type=options.number(int, 1, len(probing.VIEWS)),
+                        type=util.number(int, 1, len(probing.VIEWS)),
                         help="augmented views of a training image: 1 plain, 2 and mirrored, up "
                              f"to {len(probing.VIEWS)}: and the four corner crops")
     method.add_argument("--solver", choices=("lbfgs", "sgd"),
@@ -34,23 +34,23 @@ def parse_option(argv):
                              "published way, with the flags under optimisation [lbfgs; sgd where "
                              "one of those or --oracle_curve is given]")
     heldout.add_penalty_option(method)
-    sgd = options.add_optimisation_options(
-        parser, 256, 0.1, [10, 20, 30, 40, 50, 60, 70], 0.2, 80,
-        "initial learning rate; 30 to 50 for layer 6 of a ResNet")
+    sgd = options.add_optimisation_options(parser, options.Descent(
+        256, 0.1, [10, 20, 30, 40, 50, 60, 70], 0.2, 80,
+        "initial learning rate; 30 to 50 for layer 6 of a ResNet"))
     sgd.title = "optimisation (--solver sgd)"
     sgd.add_argument("--select", choices=("fixed", "inner"), default="fixed",
                      help="inner: epochs and learning rate chosen for each held-out fold by "
                           "inner folds of its training subjects; fixed: as given")
     sgd.add_argument("--select_rates", nargs="+", metavar="RATE",
-                     type=options.number(float, 0, low_open=True),
+                     type=util.number(float, 0, low_open=True),
                      help="learning rates that --select inner chooses from [0.3, 1 and 3 times "
                           "--learning_rate]")
     options.add_running_options(parser)
     heldout.add_result_options(parser)
-    options.add_output_options(parser, "--save_path", "folder for the runs' results", 20)
+    options.add_output_options(parser, "--save_path", "folder for the runs' results")
     opt = parser.parse_args(argv)
     heldout.check_options(parser, opt)
-    choose_solver(parser, opt, [*options.given(sgd, argv), *["--oracle_curve"] * opt.oracle_curve])
+    choose_solver(parser, opt, [*util.given(sgd, argv), *["--oracle_curve"] * opt.oracle_curve])
     if opt.select_rates is None:
         opt.select_rates = [float(f"{share * opt.learning_rate:g}") for share in (0.3, 1, 3)]
     return opt
@@ -69,40 +69,45 @@ def choose_solver(parser, opt, given):
 
 
 def set_loader(opt):
-    """(clips, images, digest, fold names `[F]`, fold of each clip `[N]`)"""
-    clips, images, digest = heldout.read_labelled(opt)
-    names, fold_of = heldout.split(opt, clips)
-    print(f"{len(clips)} clips, {len(clips.people)} subjects, {len(names)} folds")
-    return clips, images, digest, names, fold_of
+    """(dataset.Data, dataset.Folds)"""
+    data = heldout.read_labelled(opt)
+    folds = heldout.split(opt, data.clips)
+    print(f"{len(data.clips)} clips, {len(data.clips.people)} subjects, {len(folds.names)} folds")
+    return data, folds
 
 
-def evaluate(opt, argv, device, data):
+def run_name(opt):
+    heads = heldout.penalty_name(opt) if opt.solver == "lbfgs" else f"sgd_{record.rate_name(opt)}"
+    return heldout.head_run_name("probe", opt, heads, opt.protocol, opt.encoder,
+                                 "inner" * (opt.select == "inner"))
+
+
+def evaluate(opt, argv, device, data, folds):
     """Trains the heads that are left to do, writes the results: (run folder, results or None)."""
-    clips, images, digest, names, fold_of = data
-    inner = opt.select == "inner"
-    heads = util.penalty_name(opt) if opt.solver == "lbfgs" else f"sgd_{util.rate_name(opt)}"
-    held = heldout.HeldOut("probe", opt, argv, __file__, clips, digest,
-                              [heads, opt.protocol, opt.encoder, *["inner"] * inner])
+    run = record.Run(opt.save_path, run_name(opt), opt)
+    held = heldout.HeldOut(run, argv, __file__, data)
+    recipe = probing.Recipe(opt.solver, opt.n_views_train,
+                            rates=opt.select_rates if opt.select == "inner" else None)
     for group in held.groups:
-        found = heldout.train_frozen(opt, held, group, images, names, fold_of, device,
-                                        opt.solver, opt.n_views_train,
-                                        rates=opt.select_rates if inner else None)
+        classifier = held.encoders.load(group.path).to(device)
+        held_out = sorted(set(folds.of[data.clips.members(group.people)].tolist()))
+        trained = probing.train_frozen(opt, classifier, data, folds, held_out, recipe, held.log,
+                                       group.unit)
         # before anybody counts as finished: what is finished is not run again
         if group.path == opt.model_path and distributed.first():
-            util.write_json(held.folder / "shortcuts.json", shortcuts.measure(
-                opt, clips, found))
-        held.keep_frozen(group, found)
-        held.finished(group.unit)
-    return held.folder, held.finish(images, protocol=opt.protocol)
+            util.write_json(run.folder / "shortcuts.json",
+                            shortcuts.measure(opt, data.clips, trained))
+        heldout.keep_frozen(held, group, classifier, trained)
+    return run.folder, held.finish(protocol=opt.protocol)
 
 
 @util.command_line
 def main(argv=None):
     opt = parse_option(argv)
-    device = distributed.local_device(util.pick_device(opt.device))
+    device = distributed.local_device(epochs.pick_device(opt.device))
     with distributed.group(device):
-        data = set_loader(opt)
-        heldout.over_seeds(opt, lambda one: evaluate(one, argv, device, data))
+        data, folds = set_loader(opt)
+        heldout.over_seeds(opt, lambda one: evaluate(one, argv, device, data, folds))
 
 
 if __name__ == "__main__":

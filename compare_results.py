@@ -12,29 +12,30 @@ Seconds.
 import util  # first: it settles how threads wait before torch is imported
 
 # isort: split
-import csv
 import itertools
 import json
 import math
 import re
 from pathlib import Path
 
-from evaluation import measures, pictures
+from evaluation import measures, result_files
 from evaluation.measures import MEASURES
-from training import checkpoint, options
-from util import BadInput, ensure
+from util import BadInput, ensure, read_table
 
 PUBLISHED = Path(measures.__file__).with_name("published.csv")
 VERIFIED = ("verified", "unverified")  # whether both figures were seen in the source named
-# options that say where and how a run was made, not what it computes
-BOOKKEEPING = checkpoint.FREE_TO_CHANGE - {"model_path", "data_folder", "list_folder", "pairs",
-                                           "subject"}
+# options that may differ when a run goes on, in results that do not say so themselves
+FREE = {"data_folder", "list_folder", "model_path", "save_path", "tb_path", "cache", "pairs",
+        "num_workers", "device", "print_freq", "save_freq", "save_minutes", "resume", "subject",
+        "seeds", "oracle_curve"}
+# of those the ones that say what is computed, not where and how
+TOLD = {"model_path", "data_folder", "list_folder", "pairs", "subject"}
 HEAD = ("", "clips / subjects", "UF1", "UAR", "accuracy", "transductive")
 TRANSDUCTIVE = {True: "yes", False: "no", None: "unknown"}
 
 
 def parse_option(argv):
-    parser = options.ArgumentParser(description=__doc__)
+    parser = util.ArgumentParser(description=__doc__)
     parser.add_argument("results", nargs="+", metavar="results.json",
                         help="files that the probing and fine-tuning scripts wrote, each with its "
                              "predictions.csv beside it")
@@ -56,7 +57,7 @@ def read_results(path):
     """The content of one results.json, with `stage` and `predictions`; raises BadInput."""
     path = Path(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = {"free": FREE, **json.loads(path.read_text(encoding="utf-8"))}
         ensure({*MEASURES, "opt", "n_label", "confusion", "protocol"} <= found.keys())
         ensure(all(isinstance(found["opt"][name], kind) for name, kind in (
             ("model", str), ("model_path", str), ("encoder", str), ("seed", int))))
@@ -68,7 +69,7 @@ def read_results(path):
         raise BadInput(f"{path}: not a results.json; run the script that wrote it again")
     found["stage"] = path.resolve().parent.name.split("_")[0]
     table = path.with_name("predictions.csv")
-    found["predictions"] = measures.read_predictions(table, found["n_label"])
+    found["predictions"] = result_files.read_predictions(table, found["n_label"])
     labels, predictions = zip(*found["predictions"].values())
     if measures.confusion_matrix(labels, predictions,
                                 found["n_label"]).tolist() != found["confusion"]:
@@ -107,7 +108,7 @@ def common_clips(paths, results, common):
 
 def rows_on(found, clips):
     """Prediction rows of the given clips."""
-    return [dict(zip(measures.COLUMNS, (*clip, *found["predictions"][clip]))) for clip in clips]
+    return [dict(zip(result_files.COLUMNS, (*clip, *found["predictions"][clip]))) for clip in clips]
 
 
 # ---------------------------------------------------------------- tables: (caption, head, rows)
@@ -124,13 +125,13 @@ def title(found):
 
 def row(name, found, cells, transductive=""):
     """One row of figures; `found` says of how many clips and subjects."""
-    return [name, f"{found['n']} / {found['n_subjects']}", *cells, transductive]
+    return [name, f"{found['n']} / {found['n_subjects'] or '-'}", *cells, transductive]
 
 
 def saw_held_out(results):
     """Whether an encoder of these results saw held-out subjects: yes, no, or unknown."""
-    known = {found.get("transductive") for found in results}
-    return TRANSDUCTIVE[True if True in known else None if None in known else False]
+    return TRANSDUCTIVE[result_files.whether_transductive(
+        found.get("transductive") for found in results)]
 
 
 def plain(scores):
@@ -141,7 +142,7 @@ def plain(scores):
 def system(found):
     """What a result was computed with but for seeds, as a comparable text."""
     same = {k: v for k, v in found["opt"].items()
-            if k not in checkpoint.FREE_TO_CHANGE | {"seed", "seeds"}}
+            if k not in {*found["free"], "seed", "seeds"}}
     encoder = re.sub(r"_seed_\d+", "", found["opt"]["model_path"])
     return json.dumps([found["stage"], found["protocol"], found.get("data_digest"), encoder, same],
                       sort_keys=True)
@@ -180,7 +181,8 @@ def result_table(results, figures, note):
         if len(its["per_database"]) > 1:
             rows += [row(f"{number}: {database} of these", part, plain(part))
                      for database, part in its["per_database"].items()]
-    return (f"Held-out subjects, {note}; in brackets 95 % intervals, resampling subjects", HEAD,
+    units = figures[0]["resampled"]
+    return (f"Held-out {units}, {note}; in brackets 95 % intervals, resampling {units}", HEAD,
             rows + seed_rows(results, figures))
 
 
@@ -195,7 +197,8 @@ def option_table(results):
     """The options (and stage, protocol, data) that are not the same in all results."""
     settings = [{"stage": found["stage"], "protocol": found["protocol"],
                  "data": str(found.get("data_digest"))[:8], **found["opt"]} for found in results]
-    names = dict.fromkeys(name for each in settings for name in each if name not in BOOKKEEPING)
+    bookkeeping = set().union(*(found["free"] for found in results)) - TOLD
+    names = dict.fromkeys(name for each in settings for name in each if name not in bookkeeping)
     values = {name: [shown(each[name]) if name in each else "-" for each in settings]
               for name in names}
     rows = [[name, *values[name]] for name in names if len(set(values[name])) > 1]
@@ -224,20 +227,16 @@ def published_table(path=PUBLISHED):
     """The literature's figures; raises BadInput."""
     columns = ("method", "year", "source", "database", "n", "classes", "epoch_selection", "uf1",
                "uar", "verified")
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            rows = [[line[column] for column in columns] for line in reader]
-        ensure(all(all(cells) and cells[-1] in VERIFIED for cells in rows))
-    except FileNotFoundError:
-        raise BadInput(f"{path}: missing; it belongs beside compare_results.py")
-    except (KeyError, ValueError, csv.Error):
-        raise BadInput(f"{path}: needs the columns {','.join(columns)}, no field empty; 'not "
-                       f"stated' where a paper is silent, and {' or '.join(VERIFIED)} at the end")
+    rows, _ = read_table(path, columns, fix="it belongs to evaluation/")
+    for place, row in rows:
+        if not all(row[column] for column in columns) or row["verified"] not in VERIFIED:
+            raise BadInput(f"{place}: no field is empty; 'not stated' where a paper is silent, and "
+                           f"{' or '.join(VERIFIED)} at the end")
     return ("Published figures, not comparable with those above: other clips, other splits, and "
             "mostly no word on how the epoch was chosen; verified: both figures were seen in the "
             "source named, unverified: they were not",
-            [{"uf1": "UF1", "uar": "UAR"}.get(c, c.replace("_", " ")) for c in columns], rows)
+            [{"uf1": "UF1", "uar": "UAR"}.get(c, c.replace("_", " ")) for c in columns],
+            [[row[column] for column in columns] for _, row in rows])
 
 
 # ---------------------------------------------------------------- printing
@@ -321,6 +320,7 @@ def main(argv=None):
     show = latex if opt.latex else markdown
     print("\n\n".join([PREAMBLE] * opt.latex + [show(*table) for table in tables]))
     if opt.picture:
+        from evaluation import pictures  # else the command would take seconds to start
         pictures.draw_comparison(
             opt.picture, [(f"{number}: {title(found)}", its["uf1"], its["ci95"]["uf1"])
                           for number, (found, its) in enumerate(zip(results, figures), 1)],

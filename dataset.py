@@ -9,6 +9,7 @@ import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -87,7 +88,15 @@ class ClipSet:
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def load_images(clips, folder="off", num_workers=4, size=decoding.CROP):
+class Data(NamedTuple):
+    """Clips, their decoded images uint8 `[N, C, S, S]`, and the digest of these."""
+    clips: ClipSet
+    images: np.ndarray
+    digest: str
+
+
+def load_images(clips: ClipSet, folder: str = "off", num_workers: int = 4,
+                size: int = decoding.CROP) -> tuple[np.ndarray, str]:
     """Every clip of a ClipSet decoded once (cache.cached): (uint8 array `[N, C, S, S]`, digest).
 
     size: of the crops to be taken of them, pixels, for which S is 8/7 of it.
@@ -104,14 +113,15 @@ def load_images(clips, folder="off", num_workers=4, size=decoding.CROP):
 
 # ---------------------------------------------------------------- reading
 
-def view_names(view):
+def view_names(view: str) -> tuple[str, str]:
     """Names of the views of --view: ('rgb', 'depth') for RGB_D; raises BadInput."""
     if not re.fullmatch(r"RGB_[A-Za-z0-9]+", view):
         raise BadInput(f"--view {view}: views are RGB_D, RGB_gray or RGB_<name>")
     return "rgb", "depth" if view == "RGB_D" else view[4:]
 
 
-def read_clips(data_folder, list_folder=None, view="RGB_D", difference=None):
+def read_clips(data_folder: str | Path, list_folder: str | Path | None = None, view: str = "RGB_D",
+               difference: str | None = None) -> ClipSet:
     """Reads, pairs and checks the lists of a data set.
 
     difference: what --encoding says. Returns a ClipSet. Raises BadInput as soon as something does
@@ -128,10 +138,10 @@ def read_clips(data_folder, list_folder=None, view="RGB_D", difference=None):
              for name in names[:1 if luminance else 2]]
     lists.check_paired(place, names, views)
     for key, (_, *row, where) in views[0].items():
-        for view in views[1:]:
-            if view[key][1:4] != tuple(row):
-                raise BadInput(f"{view[key][4]}: label, database and subject {view[key][1:4]} of "
-                               f"{key} differ from {tuple(row)} in {where}")
+        for other in views[1:]:
+            if other[key][1:4] != tuple(row):
+                raise BadInput(f"{other[key][4]}: label, database and subject {other[key][1:4]} "
+                               f"of {key} differ from {tuple(row)} in {where}")
     paths = [lists.relative(data_folder, {row[0]: row[4] for row in view.values()})
              for view in views]
     clips = [Clip(row[2], row[3], key, row[1], _of_views(
@@ -171,7 +181,8 @@ def _channels(folder, clips, views, luminance):
     return (3, *(count(number, view) for number, view in enumerate(views[1:], 1)))
 
 
-def read_list(path, data_folder, view="RGB_D", difference=None, alone=False):
+def read_list(path: str | Path, data_folder: str | Path, view: str = "RGB_D",
+              difference: str | None = None, alone: bool = False) -> ClipSet:
     """The clips of one list `<folder>/v_rgb/<name>` and of the same name in the second view's
     folder, in the order of the list: a ClipSet without subjects and classes.
 
@@ -208,7 +219,8 @@ def read_list(path, data_folder, view="RGB_D", difference=None, alone=False):
                    encoding.read_encoding(place, difference), luminance=luminance)
 
 
-def read_pairs(path, data_folder, view="RGB_D", difference=None, min_intensity=None):
+def read_pairs(path: str | Path, data_folder: str | Path, view: str = "RGB_D",
+               difference: str | None = None, min_intensity: float | None = None) -> ClipSet:
     """Unlabelled pairs of `pairs.tsv` (columns PAIR_COLUMNS), as a ClipSet.
 
     min_intensity: keep pairs of at least this intensity, in the file's own unit. A subject is ''
@@ -264,9 +276,21 @@ def _pair(row, views, where, min_intensity):
                 tuple(row[view] for view in views))
 
 
+def merge(labelled: ClipSet, unlabelled: ClipSet, path: str) -> ClipSet:
+    """Both as one set; a clip of both counts once. path: of the unlabelled ones; raises BadInput
+    for other differences."""
+    ours, theirs = (clips.encoding["difference"] for clips in (labelled, unlabelled))
+    if ours != theirs:
+        raise BadInput(f"{path}: its differences are {theirs}, those of the lists {ours}; prepare "
+                       f"them alike")
+    known = {clip.paths[0] for clip in labelled.clips}
+    return replace(labelled, clips=labelled.clips + [
+        clip for clip in unlabelled.clips if clip.paths[0] not in known])
+
+
 # ---------------------------------------------------------------- subjects and folds
 
-def person_name(person, clips):
+def person_name(person: tuple, clips: ClipSet) -> str:
     """'spNO1', or 'casme2_sub01' where the lists hold several databases."""
     several = len({database for database, _ in (clips.origin or clips).people}) > 1
     return f"{DATABASES[person[0]]}_{person[1]}" if several else person[1]
@@ -277,12 +301,12 @@ def _plain(name):
     return name.replace(".", "").lower()
 
 
-def same_person(a, b):
+def same_person(a: tuple, b: tuple) -> bool:
     """Whether two (database, subject) pairs name the same person."""
     return a[0] == b[0] and _plain(a[1]) == _plain(b[1])
 
 
-def find_people(names, clips):
+def find_people(names: list[str], clips: ClipSet, flag: str = "--subject") -> list[tuple]:
     """(database, subject) pairs that `names` mean: 'spNO1', or 'casme2/sub01' for one of several
     databases. Raises BadInput for a name that is not there."""
     found = []
@@ -293,28 +317,49 @@ def find_people(names, clips):
         if not hits:
             some = sorted((p[1] for p in clips.people), key=natural)
             some = ", ".join(some[:5]) + ", …" * (len(some) > 5)
-            raise BadInput(f"--subject {name}: no such subject; the data hold "
+            raise BadInput(f"{flag} {name}: no such subject; the data hold "
                            f"{len(clips.people)}: {some}")
         found += hits
     return found
 
 
-def subject_folds(clips):
-    """Leave-one-subject-out: (names `[F]`, fold of each clip int `[N]`)."""
+def people_seen(clips: ClipSet, members: np.ndarray) -> dict:
+    """What a checkpoint says of whom its encoder saw: `people`, the (database, subject) pairs.
+
+    None where clips name no subject; then `named` holds those that are known all the same.
+    """
+    chosen = [clips.clips[i] for i in members]
+    named = [list(p) for p in sorted({clip.person for clip in chosen if clip.subject})]
+    unnamed = sum(not clip.subject for clip in chosen)
+    if not unnamed:
+        return {"people": named, "clips": len(members)}
+    print(f"{unnamed} of these clips name no subject: results of this encoder cannot say whether "
+          f"it saw whom they hold out")
+    return {"people": None, "named": named, "clips": len(members)}
+
+
+class Folds(NamedTuple):
+    """Groups of whole subjects: `names` `[F]`, and the fold `of` each clip, int `[N]`."""
+    names: list
+    of: np.ndarray
+
+
+def subject_folds(clips: ClipSet) -> Folds:
+    """Leave-one-subject-out."""
     people = clips.people
     place = {person: i for i, person in enumerate(people)}
-    return ([person_name(p, clips) for p in people],
-            np.array([place[clip.person] for clip in clips.clips]))
+    return Folds([person_name(p, clips) for p in people],
+                 np.array([place[clip.person] for clip in clips.clips]))
 
 
-def ten_folds(clips, n_folds=10, stratified=True):
+def ten_folds(clips: ClipSet, n_folds: int = 10, stratified: bool = True) -> Folds:
     """Groups of whole subjects, stratified as far as that allows, a function of the lists alone.
 
     stratified: False balances the number of clips alone and looks at no label.
 
     Subjects are dealt out, the largest first, each to the fold in which the squared deviation
-    from an even share of clips per class grows least. Fewer subjects make fewer folds. Returns
-    (names `[F]` such as 'fold3of10', fold of each clip int `[N]`).
+    from an even share of clips per class grows least. Fewer subjects make fewer folds. Names are
+    such as 'fold3of10'.
     """
     people, labels = clips.people, clips.labels
     n_folds = min(n_folds, len(people))
@@ -335,5 +380,5 @@ def ten_folds(clips, n_folds=10, stratified=True):
         chosen = int(growth.round(9).argmin())
         totals[chosen] += counts[person]
         fold_of[person] = chosen
-    names = [f"fold{i + 1}of{n_folds}" for i in range(n_folds)]
-    return names, np.array([fold_of[place[clip.person]] for clip in clips.clips])
+    return Folds([f"fold{i + 1}of{n_folds}" for i in range(n_folds)],
+                 np.array([fold_of[place[clip.person]] for clip in clips.clips]))

@@ -13,46 +13,81 @@ import util  # first: it settles how threads wait before torch is imported
 import argparse
 import hashlib
 import math
-import os
 import time
 from dataclasses import replace
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import dataset
 from evaluation import pictures
-from images import decoding, transforms
+from images import cache, encoding, transforms
 from models import MODEL_NAMES, create_model
 from NCE.BatchContrast import BatchContrast
 from NCE.NCEAverage import NCEAverage
 from NCE.NCECriterion import NCECriterion, NCESoftmaxLoss
-from training import checkpoint, distributed, options
-from training.options import number, positive_int
-from util import BadInput
+from training import checkpoint, distributed, epochs, options, record
+from util import BadInput, number, positive_int
 
 METERS = ("rgb_loss", "rgb_prob", "depth_loss", "depth_prob")
 
 
+# ---------------------------------------------------------------- options
+
 def parse_option(argv):
-    parser = options.ArgumentParser(description=__doc__)
-    data = options.add_data_options(parser)
-    data.add_argument("--subject", metavar="NAME|each",
-                      help="leave this subject out, of the labelled and unlabelled pool alike; "
-                           "each: one run per subject, dealt out to the ranks under torchrun")
-    data.add_argument("--fold", metavar="i/10", help="leave the i-th of ten subject groups out")
-    data.add_argument("--pairs", metavar="FILE", help="pairs.tsv with unlabelled pairs")
-    data.add_argument("--pool", choices=("labelled", "unlabelled", "both"), default="labelled",
-                      help="which clips to contrast")
-    data.add_argument("--min_intensity", type=number(float), metavar="X",
-                      help="keep unlabelled pairs of this intensity or more, in the unit of the "
-                           "pairs file (OpenFace's 0-5) [all]")
+    parser = util.ArgumentParser(description=__doc__)
+    add_pool_options(options.add_data_options(parser))
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=MODEL_NAMES, default="alexnet", metavar="NAME",
                        help="encoder of each view: " + ", ".join(MODEL_NAMES))
     model.add_argument("--feat_dim", type=positive_int, default=128,
                        help="length of the contrasted features")
+    bank = add_method_options(parser)
+    optimisation = options.add_optimisation_options(
+        parser, options.Descent(256, 0.03, [160, 200], 0.1, 240), options.Schedule(
+            "cosine", 12, risen=", a twentieth of the run at most where nothing is given"))
+    running = options.add_running_options(parser)
+    running.add_argument("--sync_bn", action="store_true",
+                         help="batch-norm statistics over the global batch under torchrun, not "
+                              "over each rank's slice")
+    options.add_output_options(parser, "--model_path", "folder for the runs' checkpoints", 40)
+    opt = parser.parse_args(argv)
+    choose_contrast(parser, opt, util.given(bank, argv))
+    given = util.given(optimisation, argv)
+    options.choose_schedule(parser, opt, given)
+    if "--warmup_epochs" not in given:
+        opt.warmup_epochs = min(opt.warmup_epochs, opt.epochs / 20)
+    options.check_size(parser, opt)
+    if opt.subject and opt.fold:
+        parser.error("--subject and --fold exclude each other")
+    if (opt.pairs is None) != (opt.pool == "labelled"):
+        parser.error("--pool unlabelled or both goes with --pairs FILE, and only with it")
+    if opt.min_intensity is not None and not opt.pairs:
+        parser.error("--min_intensity goes with --pairs")
+    if opt.batch_size == 1:
+        parser.error("argument --batch_size: batch norm needs at least 2")
+    return opt
+
+
+def add_pool_options(data):
+    """Which clips are contrasted, and whose are left out."""
+    data.add_argument("--subject", metavar="NAME|each", free=True,
+                      help="leave this subject out, of the labelled and unlabelled pool alike; "
+                           "each: one run per subject, dealt out to the ranks under torchrun")
+    data.add_argument("--fold", metavar="i/10", help="leave the i-th of ten subject groups out")
+    data.add_argument("--without", nargs="+", metavar="NAME", default=[],
+                      help="leave these subjects out of every run as well [none]")
+    data.add_argument("--pairs", metavar="FILE", free=True,
+                      help="pairs.tsv with unlabelled pairs")
+    data.add_argument("--pool", choices=("labelled", "unlabelled", "both"), default="labelled",
+                      help="which clips to contrast")
+    data.add_argument("--min_intensity", type=number(float), metavar="X",
+                      help="keep unlabelled pairs of this intensity or more, in the unit of the "
+                           "pairs file (OpenFace's 0-5) [all]")
+
+
+def add_method_options(parser):
+    """How they are contrasted; returns the group of flags that only memory banks have."""
     method = parser.add_argument_group("method")
     method.add_argument("--contrast", choices=("batch", "bank"),
                         help="what each clip is told apart from: batch: the others of its batch; "
@@ -76,30 +111,7 @@ def parse_option(argv):
     method.add_argument("--no_flip", action="store_true", help="no random horizontal flip")
     method.add_argument("--jitter", type=number(float, 0, 0.9), default=0.4,
                         help="range of the gain about 'no change', as a share; not used with wrap")
-    optimisation = options.add_optimisation_options(
-        parser, 256, 0.03, [160, 200], 0.1, 240, schedule="cosine", warmup=12,
-        risen=", a twentieth of the run at most where nothing is given")
-    running = options.add_running_options(parser)
-    running.add_argument("--sync_bn", action="store_true",
-                         help="batch-norm statistics over the global batch under torchrun, not "
-                              "over each rank's slice")
-    options.add_output_options(parser, "--model_path", "folder for the runs' checkpoints", 40)
-    opt = parser.parse_args(argv)
-    choose_contrast(parser, opt, options.given(bank, argv))
-    given = options.given(optimisation, argv)
-    options.choose_schedule(parser, opt, given)
-    if "--warmup_epochs" not in given:
-        opt.warmup_epochs = min(opt.warmup_epochs, opt.epochs / 20)
-    options.check_size(parser, opt)
-    if opt.subject and opt.fold:
-        parser.error("--subject and --fold exclude each other")
-    if (opt.pairs is None) != (opt.pool == "labelled"):
-        parser.error("--pool unlabelled or both goes with --pairs FILE, and only with it")
-    if opt.min_intensity is not None and not opt.pairs:
-        parser.error("--min_intensity goes with --pairs")
-    if opt.batch_size == 1:
-        parser.error("argument --batch_size: batch norm needs at least 2")
-    return opt
+    return bank
 
 
 def choose_contrast(parser, opt, given):
@@ -115,13 +127,22 @@ def choose_contrast(parser, opt, given):
         opt.nce_t = 0.07 if opt.contrast == "bank" else 0.2
 
 
+def run_name(opt, without=None):
+    """CMC's name of a run; `without`: the left-out subject or fold, if any."""
+    kind = "batch"
+    if opt.contrast == "bank":
+        kind = f"memory_{'softmax' if opt.softmax else 'nce'}_{opt.nce_k}"
+    out = [*[without] * bool(without), *opt.without]
+    return record.join_name(
+        kind, opt.model, record.rate_name(opt), "view", opt.view, record.size_name(opt),
+        "amp" * opt.amp, f"seed_{opt.seed}", f"without_{record.name_of(out)}" if out else "",
+        opt.tag)
+
+
 # ---------------------------------------------------------------- data
 
 def set_loader(opt):
-    """The pool of clips to contrast, decoded, and which of them are blank.
-
-    Returns (ClipSet, uint8 array `[N, C, S, S]`, its digest, bool `[N]`).
-    """
+    """(the pool of clips to contrast, decoded: dataset.Data, and which are blank: bool `[N]`)"""
     labelled = unlabelled = None
     if opt.pool != "unlabelled":
         labelled = dataset.read_clips(opt.data_folder, opt.list_folder, opt.view, opt.encoding)
@@ -129,58 +150,50 @@ def set_loader(opt):
         unlabelled = dataset.read_pairs(opt.pairs, opt.data_folder, opt.view, opt.encoding,
                                         opt.min_intensity)
         print(f"{len(unlabelled)} unlabelled pairs from {opt.pairs}")
-        if (opt.subject or opt.fold) and not all(c.subject for c in unlabelled.clips):
+        if (opt.subject or opt.fold or opt.without) and not all(
+                c.subject for c in unlabelled.clips):
             raise BadInput(f"{opt.pairs}: names no subjects, so none can be left out; fill its "
-                           f"subject column, or drop --subject and --fold")
-    clips = _pool(opt, labelled, unlabelled)
+                           f"subject column, or drop --subject, --fold and --without")
+    clips = unlabelled or labelled
+    if opt.pool == "both":
+        clips = dataset.merge(labelled, unlabelled, opt.pairs)
     if opt.crop_low < 1 and clips.encoding["difference"] == "wrap":
         raise BadInput(f"--crop_low {opt.crop_low:g}: resizing destroys differences modulo 256; "
                        f"leave it at 1, or prepare signed differences")
     with distributed.in_turn():
-        images, digest = decoding.load_images(clips, opt.cache, opt.num_workers,
-                                              opt.size)
-    return clips, images, digest, decoding.blank(images, clips.encoding)
-
-
-def _pool(opt, labelled, unlabelled):
-    """Labelled and unlabelled clips as one ClipSet; a clip of both counts once."""
-    if opt.pool == "labelled":
-        return labelled
-    if labelled and labelled.encoding["difference"] != unlabelled.encoding["difference"]:
-        raise BadInput(f"{opt.pairs}: its differences are {unlabelled.encoding['difference']}, "
-                       f"those of the lists {labelled.encoding['difference']}; prepare them alike")
-    if opt.pool == "unlabelled":
-        return unlabelled
-    known = {clip.rgb for clip in labelled.clips}
-    more = [clip for clip in unlabelled.clips if clip.rgb not in known]
-    return replace(labelled, clips=labelled.clips + more)
+        data = dataset.Data(clips, *dataset.load_images(clips, opt.cache, opt.num_workers,
+                                                        opt.size))
+    return data, encoding.blank(data.images, clips.encoding["difference"])
 
 
 def exclusions(opt, clips):
-    """(name, persons left out) of every run that --subject and --fold ask for."""
-    if not opt.fold and not opt.subject:
+    """(name, persons left out) of every run that --subject, --fold and --without ask for."""
+    if not (opt.fold or opt.subject or opt.without):
         return [(None, set())]
     everyone = clips
     if opt.pool == "unlabelled":  # who is left out may be in the lists alone
         lists = dataset.read_clips(opt.data_folder, opt.list_folder, opt.view, opt.encoding)
         everyone = replace(lists, clips=lists.clips + clips.clips)
+    always = set(dataset.find_people(opt.without, everyone, "--without"))
     if opt.fold:
         labelled = everyone.subset([clip.label >= 0 for clip in everyone.clips])
-        names, fold_of = dataset.ten_folds(labelled)
-        name = "fold" + opt.fold.replace("/", "of")
-        if name not in names:
-            raise BadInput(f"--fold {opt.fold}: the subjects make {len(names)} groups, 1/"
-                           f"{len(names)} to {len(names)}/{len(names)}")
-        out = {labelled.clips[i].person for i in np.flatnonzero(fold_of == names.index(name))}
-        return [(name, out)]
+        folds = dataset.ten_folds(labelled)
+        name, n = "fold" + opt.fold.replace("/", "of"), len(folds.names)
+        if name not in folds.names:
+            raise BadInput(f"--fold {opt.fold}: the subjects make {n} groups, 1/{n} to {n}/{n}")
+        out = {labelled.clips[i].person
+               for i in np.flatnonzero(folds.of == folds.names.index(name))}
+        return [(name, out | always)]
     if opt.subject == "each":
-        return distributed.share([(dataset.person_name(p, everyone), {p})
+        return distributed.share([(dataset.person_name(p, everyone), {p} | always)
                                   for p in everyone.people])
+    if not opt.subject:
+        return [(None, always)]
     out = dataset.find_people([opt.subject], everyone)
     if len({database for database, _ in out}) > 1:
         raise BadInput(f"--subject {opt.subject}: several databases have this name; say "
                        + " or ".join(f"{dataset.DATABASES[d]}/{name}" for d, name in out))
-    return [(dataset.person_name(out[0], everyone), set(out))]
+    return [(dataset.person_name(out[0], everyone), set(out) | always)]
 
 
 def training_clips(clips, blank, out):
@@ -193,21 +206,6 @@ def training_clips(clips, blank, out):
     print(f"{len(members)} clips to contrast"
           + (f"; {blank.sum()} blank ones (onset = apex) never enter" if blank.any() else ""))
     return members
-
-
-def people_seen(clips, members):
-    """What the checkpoint says of whom its encoder saw: `people`, the (database, subject) pairs.
-
-    None where clips name no subject; then `named` holds those that are known all the same.
-    """
-    chosen = [clips.clips[i] for i in members]
-    named = sorted({clip.person for clip in chosen if clip.subject})
-    unnamed = sum(not clip.subject for clip in chosen)
-    if not unnamed:
-        return {"people": [list(p) for p in named], "clips": len(members)}
-    print(f"{unnamed} of these clips name no subject: results of this encoder cannot say whether "
-          f"it saw whom they hold out")
-    return {"people": None, "named": [list(p) for p in named], "clips": len(members)}
 
 
 # ---------------------------------------------------------------- model
@@ -230,6 +228,7 @@ def set_model(opt, channels, n_data, device):
     if opt.sync_bn and distributed.active():
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(device, memory_format=torch.channels_last)
+    check_slices(opt, n_data, model, device)
     return model, contrast.to(device), criterion.to(device)
 
 
@@ -237,12 +236,12 @@ def check_slices(opt, n_data, model, device):
     """Raises BadInput if a batch leaves a device too few clips for the model's batch norm."""
     # in maps one clip has many positions; of vectors it takes two, or those of the other ranks
     least = 1 + any(isinstance(part, torch.nn.BatchNorm1d) for part in model.modules())
-    for batch in util.batches(n_data, opt.batch_size, util.generator(opt.seed)):
-        found = distributed.smallest_slice(len(batch), device)
-        if found < least:
+    for batch in epochs.batches(n_data, opt.batch_size, epochs.generator(opt.seed)):
+        smallest = distributed.smallest_slice(len(batch), device)
+        if smallest < least:
             raise BadInput(f"--batch_size {opt.batch_size}: of {n_data} clips it leaves a batch of "
-                           f"{len(batch)}, and a device {found} of them; {opt.model} needs {least} "
-                           f"on each: take another, or fewer devices")
+                           f"{len(batch)}, and a device {smallest} of them; {opt.model} needs "
+                           f"{least} on each: take another, or fewer devices")
 
 
 def set_optimizer(opt, model):
@@ -252,35 +251,34 @@ def set_optimizer(opt, model):
 
 # ---------------------------------------------------------------- training
 
-def train(epoch, opt, pool, normalization, model, contrast, criterion, optimizer, mixed, within,
-          on_step):
+def train(epoch, opt, pool, normalization, networks, optimizer, precision, within, on_step):
     """One epoch of the contrastive step; returns the mean of METERS over the clips.
 
-    pool: (ClipSet, images, indices of the clips to contrast); within: {step, meters} to go on
-    from inside the epoch; `on_step(within)` is called after every step.
+    pool: (dataset.Data, indices of the clips to contrast); networks: as set_model gives them;
+    within, on_step: see epochs.Loop.run.
     """
-    clips, images, members = pool
-    autocast, scaler = mixed
-    device, encoding = next(model.parameters()).device, clips.encoding["difference"]
-    means = util.Meters(METERS, within.get("meters"))
+    (clips, images, _), members = pool
+    model, contrast, criterion = networks
+    device, difference = next(model.parameters()).device, clips.encoding["difference"]
+    means = epochs.Meters(METERS, within.get("meters"))
     model.train()
     contrast.train()
-    order = util.batches(len(members), opt.batch_size, util.generator(opt.seed, epoch))
-    decay = {"epoch": epoch, "steps": len(order), "warmup": opt.warmup_epochs}
+    order = epochs.batches(len(members), opt.batch_size, epochs.generator(opt.seed, epoch))
     steps = list(enumerate(order, 1))[within.get("step", 0):]
     # drawn for the global batch, of which a rank takes its slice
     wanted = [members[distributed.part(index).numpy()] for _, index in steps]
-    for (step, index), batch in zip(steps, decoding.fetch(images, wanted, device)):
+    for (step, index), batch in zip(steps, cache.fetch(images, wanted, device)):
         for group in optimizer.param_groups:
-            group["lr"] = util.scheduled(opt, opt.learning_rate, step=step, **decay)
-        rng = util.generator(opt.seed, epoch, step)
-        drawn = transforms.draw(len(index), rng, encoding, opt.jitter, opt.crop_low,
-                                not opt.no_flip)
+            group["lr"] = epochs.scheduled(opt, opt.learning_rate, epoch, step, len(order),
+                                           opt.warmup_epochs)
+        rng = epochs.generator(opt.seed, epoch, step)
+        drawn = transforms.draw(len(index), rng, difference, opt.jitter, opt.crop_low,
+                                not opt.no_flip, len(clips.views))
         negatives = contrast.draw(index, rng)
         mine = distributed.part(torch.arange(len(index)))
         drawn = {name: value[mine] for name, value in drawn.items()}
-        batch = transforms.train_transform(batch, drawn, normalization, encoding, clips.channels)
-        with autocast():
+        batch = transforms.train_transform(batch, drawn, normalization, difference, clips.channels)
+        with precision.autocast():
             feat_rgb, feat_depth = model(batch)  # [B, feat_dim] each
         rows = mine if opt.contrast == "batch" else index[mine]
         out_rgb, out_depth = contrast(feat_rgb.float(), feat_depth.float(), rows.to(device),
@@ -298,39 +296,38 @@ def train(epoch, opt, pool, normalization, model, contrast, criterion, optimizer
         optimizer.zero_grad(set_to_none=True)
         # gradients are averaged over ranks, whose slices may differ by one clip
         share = len(mine) * distributed.size() / len(index)
-        scaler.scale((losses[0] + losses[1]) * share).backward()
-        scaler.step(optimizer)
-        scaler.update()
+        precision.scaler.scale((losses[0] + losses[1]) * share).backward()
+        precision.scaler.step(optimizer)
+        precision.scaler.update()
         on_step({"step": step, "meters": means.state()})
     return means.means()
 
 
 def announce(opt, n_data):
-    """Prints the number of steps and where the learning rate decays; returns steps per epoch."""
-    size = min(opt.batch_size, n_data)
-    per_epoch = -(-n_data // size) - (n_data > size and n_data % size == 1)
-    rate = f"rises for {opt.warmup_epochs * per_epoch:.0f} steps, then " * (opt.warmup_epochs > 0)
+    """Prints the number of steps and how the learning rate goes; returns steps per epoch."""
+    steps = epochs.per_epoch(n_data, opt.batch_size)
+    rate = f"rises for {opt.warmup_epochs * steps:.0f} steps, then " * (opt.warmup_epochs > 0)
     if opt.lr_schedule == "cosine":
         rate += "falls to 0 in a cosine"
     else:
         rate += "decays after epoch " + (", ".join(
-            f"{e} (step {e * per_epoch})" for e in opt.lr_decay_epochs if e < opt.epochs)
+            f"{e} (step {e * steps})" for e in opt.lr_decay_epochs if e < opt.epochs)
             or "- (none within the run)")
-    print(f"{n_data} clips at batch {size}: {per_epoch} steps per epoch, "
-          f"{per_epoch * opt.epochs} in all; the learning rate {rate}")
-    util.announce_dropped(n_data, size)
-    return per_epoch
+    print(f"{n_data} clips at batch {min(opt.batch_size, n_data)}: {steps} steps per epoch, "
+          f"{steps * opt.epochs} in all; the learning rate {rate}")
+    epochs.announce_dropped(n_data, min(opt.batch_size, n_data))
+    return steps
 
 
-def go_on(path, opt, data_digest, states):
+def go_on(path, run, data_digest, states):
     """Restores `states` (name → module, optimizer or scaler) from a checkpoint of the same run.
 
     Returns (epochs done, normalization, what is done of the next epoch). Raises BadInput for other
     options or data.
     """
     old = checkpoint.load(path)
-    checkpoint.check_resumable(path, old, opt, grow=True, data_digest=data_digest)
-    checkpoint.load_model(states["model"], old, path, opt.model)
+    run.check_resumable(path, old, grow=True, data_digest=data_digest)
+    checkpoint.load_model(states["model"], old, path, run.opt.model)
     for name in ("contrast", "optimizer", "scaler"):
         states[name].load_state_dict(old[name])
     within = old.get("within") or {}
@@ -339,79 +336,65 @@ def go_on(path, opt, data_digest, states):
     return old["epoch"], old["normalization"], within
 
 
-def pretrain(opt, argv, device, clips, images, digest, blank, without, out):
-    """One run: all clips but the blank ones and those of the persons in `out`."""
-    name = util.run_name(opt, without)
-    folder = os.path.join(opt.model_path, name)
-    curves = util.curve_folder(opt, opt.model_path, name)
-    resume = checkpoint.find_resume(opt, folder)
-    members = training_clips(clips, blank, out)
-    per_epoch = announce(opt, len(members))
-    data_digest = hashlib.sha256(f"{digest} {members.tolist()}".encode()).hexdigest()
-    mixed = util.mixed_precision(opt, device)
+def pretrain(opt, argv, device, data, members, run):
+    """One run over the clips `members`."""
+    clips, resume = data.clips, run.find_resume()
+    steps = announce(opt, len(members))
+    data_digest = hashlib.sha256(f"{data.digest} {members.tolist()}".encode()).hexdigest()
+    precision = epochs.mixed_precision(opt.amp, device)
     model, contrast, criterion = set_model(opt, clips.channels, len(members), device)
-    check_slices(opt, len(members), model, device)
     optimizer = set_optimizer(opt, model)
-    states = {"model": model, "contrast": contrast, "optimizer": optimizer, "scaler": mixed[1]}
+    states = {"model": model, "contrast": contrast, "optimizer": optimizer,
+              "scaler": precision.scaler}
     if resume:
-        start, normalization, within = go_on(resume, opt, data_digest, states)
+        done, normalization, within = go_on(resume, run, data_digest, states)
     else:
-        start, within, normalization = 0, {}, transforms.estimate_normalization(
-            images, members, clips.encoding["difference"], clips.channels, clips.second)
+        done, within, normalization = 0, {}, encoding.estimate_normalization(
+            data.images, members, clips.encoding["difference"], clips.views, clips.channels)
     distributed.barrier()  # every rank has looked at the folder before rank 0 writes to it
-    log = util.Log(folder, curves, util.header(__file__, opt, argv, data_digest=data_digest),
-                   (lambda line: line["epoch"] <= start) if resume else None,
-                   writes=distributed.first())
+    log = run.log(record.header(__file__, opt, argv, data_digest=data_digest),
+                  (lambda line: line["epoch"] <= done) if resume else None,
+                  writes=distributed.first())
     fixed = {"opt": vars(opt), "normalization": normalization, "encoding": clips.encoding,
-             "seen": people_seen(clips, members),
+             "seen": dataset.people_seen(clips, members),
              "data_digest": data_digest, "channels": list(clips.channels)}
-    parallel = distributed.wrap(model, device, mixed[0])
+    networks = distributed.wrap(model, device, precision.autocast), contrast, criterion
 
-    def state(epoch, within):
-        return {**fixed, "epoch": epoch, "step": epoch * per_epoch + within.get("step", 0),
-                "within": within, **{name: part.state_dict() for name, part in states.items()}}
+    def train_epoch(epoch, within, on_step):
+        began, share = time.perf_counter(), 1 - within.get("step", 0) / steps
+        means = train(epoch, opt, (data, members), normalization, networks, optimizer, precision,
+                      within, on_step)
+        return means | {"learning_rate": optimizer.param_groups[0]["lr"], "pairs_per_second":
+                        share * len(members) / (time.perf_counter() - began)}
 
-    def save_last(epoch, within):
+    def save(epoch, within):
         if distributed.first():
-            checkpoint.save(os.path.join(folder, "last.pth"), state(epoch, within))
+            state = {**fixed, "epoch": epoch, "step": epoch * steps + within.get("step", 0),
+                     "within": within, **{k: part.state_dict() for k, part in states.items()}}
+            if within:
+                checkpoint.save(run.last(), state)
+            else:
+                checkpoint.save_epoch(run.folder, state)
 
-    with tqdm(total=per_epoch * (opt.epochs - start), initial=within.get("step", 0),
-              desc=name[:40], disable=None) as bar, \
-            checkpoint.Keeper(opt.save_minutes, together=True) as keeper:
-        for epoch in range(start + 1, opt.epochs + 1):
-            began, steps = time.perf_counter(), per_epoch - within.get("step", 0)
-            def on_step(within, done=epoch - 1):
-                bar.update()
-                keeper.step(lambda: save_last(done, within))
-
-            means = train(epoch, opt, (clips, images, members), normalization, parallel, contrast,
-                          criterion, optimizer, mixed, within, on_step)
-            within, share = {}, steps / per_epoch
-            means |= {"learning_rate": optimizer.param_groups[0]["lr"], "pairs_per_second":
-                      share * len(members) / (time.perf_counter() - began)}
-            log.epoch(epoch, means)
-            if epoch % opt.print_freq == 0 or epoch in (start + 1, opt.epochs):
-                tqdm.write(util.epoch_line(opt, epoch, means))
-            if distributed.first() and (epoch % opt.save_freq == 0 or epoch == opt.epochs):
-                checkpoint.save_epoch(folder, state(epoch, {}))
+    epochs.Loop(opt, log, steps=steps, together=True).run(train_epoch, save, done, within)
     if distributed.first():
-        pictures.draw_curves(folder)
-    print(f"checkpoint   {os.path.join(folder, 'last.pth')}\nlog          {log.path}\n"
-          f"curves       {os.path.join(folder, 'curves.png')}\n"
-          f"TensorBoard  tensorboard --logdir {curves.parent}")
+        pictures.draw_curves(run.folder)
+    run.print_places(checkpoint="last.pth", log="log.jsonl", curves="curves.png")
 
 
 @util.command_line
 def main(argv=None):
     opt = parse_option(argv)
-    device = distributed.local_device(util.pick_device(opt.device))
+    device = distributed.local_device(epochs.pick_device(opt.device))
     with distributed.group(device, opt.subject != "each"):
-        clips, images, digest, blank = set_loader(opt)
-        runs = exclusions(opt, clips)
-        for without, _ in runs:  # before the first one trains for an hour
-            checkpoint.find_resume(opt, os.path.join(opt.model_path, util.run_name(opt, without)))
-        for without, out in runs:
-            pretrain(opt, argv, device, clips, images, digest, blank, without, out)
+        data, blank = set_loader(opt)
+        runs = [(record.Run(opt.model_path, run_name(opt, without), opt), out)
+                for without, out in exclusions(opt, data.clips)]
+        for run, _ in runs:  # before the first one trains for an hour
+            run.find_resume()
+        for run, out in runs:
+            members = training_clips(data.clips, blank, out)
+            pretrain(opt, argv, device, data, members, run)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ class _Help(argparse.HelpFormatter):
 
     def _get_help_string(self, action):
         text = action.help or ""
-        plain = action.default not in (None, "", argparse.SUPPRESS) and not action.required
+        plain = action.default not in (None, "", [], argparse.SUPPRESS) and not action.required
         if not plain or "%(default)" in text or not action.option_strings:
             return text
         if isinstance(action.default, bool):

@@ -3,7 +3,6 @@
 Drawn without pyplot, so that no window system and no state is involved. Lines are in the colours
 of Okabe and Ito, maps in cividis and viridis: both can be told apart without red and green.
 """
-import os
 from pathlib import Path
 
 import matplotlib
@@ -13,9 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import dataset
-from images import transforms
-from images.decoding import NO_CHANGE
-from util import beside, read_log
+from dataset import ClipSet
+from images import encoding, transforms
+from training.record import read_log
+from util import replacing
 
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # Okabe and Ito
 # curves.png: title, axis, and the log's fields with the name and colour of their line
@@ -31,27 +31,21 @@ PANEL, GAP, BLOCKS = 1.35, 0.06, 2  # mistakes.png: side and gap of a panel, inc
 TITLE, BELOW = 0.5, 0.2  # inches above a clip's panels, for its text and their heads, and below
 
 
-def save(figure, path):
-    """Writes a figure as PNG under a temporary name, then renames."""
-    part = beside(path)
-    try:
-        FigureCanvasAgg(figure)
+def save(figure: Figure, path: str | Path) -> None:
+    """Writes a figure as PNG, whole."""
+    FigureCanvasAgg(figure)
+    with replacing(path) as part:
         figure.savefig(part, dpi=150, format="png")
-        os.replace(part, path)
-    except OSError as error:
-        error.filename = str(path)  # not the temporary name
-        raise
-    finally:
-        part.unlink(missing_ok=True)
 
 
-def shorten(text, length):
+def shorten(text: str, length: int) -> str:
     """The text, its middle left out where it is longer than `length` characters."""
     head = (length - 1) // 2
     return text if len(text) <= length else f"{text[:head]}…{text[head + 1 - length:]}"
 
 
-def draw_confusion(path, confusion, classes, title=""):
+def draw_confusion(path: Path, confusion: np.ndarray, classes: list[str],
+                   title: str = "") -> None:
     """The confusion matrix as a picture: counts, and shades of each row's share."""
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     side = 2.4 + 0.8 * len(classes)
@@ -73,7 +67,8 @@ def draw_confusion(path, confusion, classes, title=""):
     save(figure, path)
 
 
-def draw_comparison(path, rows, baselines, title=""):
+def draw_comparison(path: str | Path, rows: list[tuple], baselines: dict,
+                    title: str = "") -> None:
     """UF1 of several results with their 95 % intervals, and of the baselines as lines.
 
     rows: (name, UF1, (low, high)); baselines: name → UF1.
@@ -99,21 +94,21 @@ def draw_comparison(path, rows, baselines, title=""):
 
 # ---------------------------------------------------------------- curves
 
-def draw_curves(folder, held_out=None):
+def draw_curves(folder: Path, held_out: dict | None = None, panels: tuple = PANELS) -> None:
     """`<folder>/curves.png` from its log.jsonl: a panel per kind of figure, epochs to the right.
 
     Where a run holds several trainings (held-out subjects), each is a faint line and their mean a
     strong one. held_out: figures of the held-out subjects (name under ORACLE → values at the
-    epochs 1, 2, …), where they may be shown.
+    epochs 1, 2, …), where they may be shown; panels: as PANELS.
     """
     header, *lines = read_log(folder)
     lines += [{"epoch": epoch, name: value} for name, curve in (held_out or {}).items()
               for epoch, value in enumerate(curve, 1)]
-    second = dataset.second_view(header["opt"].get("view", "RGB_D"))
+    second = dataset.view_names(header["opt"].get("view", "RGB_D"))[1]
     panels = [(title, unit, {name: (second if label is None else label, colour)
                              for name, (label, colour) in fields.items()
                              if any(name in line for line in lines)})
-              for title, unit, fields in PANELS]
+              for title, unit, fields in panels]
     panels += [("oracle: sees the held-out subjects", "", {
         name: (name.removeprefix(ORACLE), (PURPLE, GREEN, ORANGE, BLUE)[i % 4])
         for i, name in enumerate(held_out or {})})]
@@ -180,16 +175,17 @@ def _scale_rate(axes, rates):
 
 # ---------------------------------------------------------------- mistakes
 
-def draw_mistakes(path, clips, images, mistakes, counts):
+def draw_mistakes(path: Path, clips: ClipSet, images: np.ndarray, mistakes: list[tuple],
+                  counts: tuple[int, int]) -> None:
     """The clips most confidently wrong: both views, and where the model looked in each.
 
     images: uint8 array `[N, C1+C2, S, S]` of `clips`; mistakes: (prediction row, maps) as
-    measures.read_mistakes gives them; counts: (mistakes, clips) in all.
+    result_files.read_mistakes gives them; counts: (mistakes, clips) in all.
     """
     place = {(clip.person, clip.key): i for i, clip in enumerate(clips.clips)}
     rows = [(row, maps, place.get(((dataset.DATABASES.index(row["database"]), row["subject"]),
                                    row["key"]))) for row, maps in mistakes]
-    rows = [found for found in rows if found[2] is not None]
+    rows = [row for row in rows if row[2] is not None]
     width, height = 4 * PANEL + 3 * GAP, PANEL + TITLE + BELOW
     deep = -(-len(rows) // BLOCKS) or 1
     size = BLOCKS * width + (BLOCKS + 1) * 0.2, deep * height + 1.05
@@ -206,7 +202,7 @@ def draw_mistakes(path, clips, images, mistakes, counts):
         left = 0.2 + number % BLOCKS * (width + 0.2)
         above = 0.8 + number // BLOCKS * height
         _describe(figure, size, left, above, row, clips)
-        for v, name in enumerate(("RGB", clips.second)):
+        for v, name in enumerate(("RGB", *clips.views[1:])):
             image, heat = views[v][number], maps[v]
             for k in range(2):
                 axes = _axes(figure, size, left + (2 * v + k) * (PANEL + GAP), above + TITLE)
@@ -252,15 +248,13 @@ def _describe(figure, size, left, above, row, clips):
            7.5)
 
 
-def _visible(images, encoding, channels):
+def _visible(images, difference, channels):
     """Change of one view for the eye, float `[N, H, W, 3]` in 0..1, of images uint8
     `[N, C, S, S]`: the crop the model saw, in one scale over all, "no change" grey (black
     where differences are absolute)."""
-    levels = transforms.centre_crop(images[:, channels]).astype(np.int16) - NO_CHANGE[encoding]
-    if encoding == "wrap":
-        levels = (levels + 128) % 256 - 128
+    levels = encoding.levels(transforms.centre_crop(images[:, channels]), difference)
     scale = max(np.percentile(abs(levels), 99.5), 1)
-    shown = levels / scale if encoding == "absolute" else 0.5 + levels / (2 * scale)
+    shown = levels / scale if difference == "absolute" else 0.5 + levels / (2 * scale)
     shown = shown.clip(0, 1).transpose(0, 2, 3, 1)
     return shown if shown.shape[-1] == 3 else shown.repeat(3, -1)
 

@@ -7,45 +7,59 @@ common. `solve_heads` finds the heads of all folds as logistic regressions; `tra
 them by SGD, as one weight tensor `[F, C, D]` over shared batches: a fold's loss is the mean over
 the batch's clips that it does not hold out, and a batch with none of those leaves it untouched.
 """
+import argparse
 import zlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
-import util
+import dataset
+from dataset import ClipSet, Data, Folds
 from evaluation import logistic, measures
-from images import decoding, transforms
+from images import cache, transforms
+from models.classifier import Classifier
+from training import checkpoint, epochs
+from training.record import Log
+from training.supervised import class_weights, classification_loss
+from util import BadInput, RunFailed
 
 # penalties to choose from, strongest first
 GRID = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 FEW = 1e-3  # where there are too few subjects to choose
+INNER_FOLDS = 5  # groups of training subjects that choose penalty, epochs and learning rate
 
 # (mirrored, shift in pixels of 256): the centre crop and its mirror image, then the corners' crops
 VIEWS = [(mirror, shift) for shift in ((0, 0), (-16, -16), (16, 16), (-16, 16), (16, -16))
          for mirror in (False, True)]
 
 
-def encode(model, head, images, normalization, layer, device, autocast, views=1, members=None,
-           batch_size=64):
-    """Pooled features of every image under the first `views` of VIEWS, float32 `[V, N, D]`; the
-    number of positions of the pooled map they are flattened from (1 for a vector); the encoder's
-    unit features of both views of every image, plain, `[2, N, feat_dim]` on the CPU.
+class Encoded(NamedTuple):
+    """What an encoder gives for N clips: `features` pooled at the tap under the first V of VIEWS,
+    float32 `[V, N, D]`, flattened from so many `positions` of a map (1 for a vector); `embedded`:
+    its unit features of both views, plain, `[2, N, feat_dim]` on the CPU."""
+    features: Tensor
+    positions: int
+    embedded: Tensor
 
-    images: uint8 array `[n, C, S, S]`; head: gives `pool(feat_rgb, feat_depth)` → `[B, D]`;
-    members: indices of the N images [all].
-    """
+
+def encode(classifier: Classifier, images: np.ndarray, autocast: Callable, views: int = 1,
+           members: np.ndarray | None = None, batch_size: int = 64) -> Encoded:
+    """Encodes every image of a uint8 array `[n, C, S, S]`, or those of `members`."""
+    model, head, layer = classifier.encoder, classifier.head, classifier.layer
+    device = classifier.device
     model.eval()
     features, embedded, start = None, [], 0
     members = np.arange(len(images)) if members is None else members
     parts = np.array_split(members, -(-len(members) // batch_size))
     with torch.no_grad():
-        coming = decoding.fetch(images, parts, device)
+        coming = cache.fetch(images, parts, device)
         for batch in tqdm(coming, "encoding", len(parts), disable=None):
             for v, (mirror, shift) in enumerate(VIEWS[:views]):
-                x = transforms.eval_transform(batch, normalization, mirror, shift)
+                x = transforms.eval_transform(batch, classifier.normalization, mirror, shift)
                 with autocast():
                     taps = model(x, layer)
                     pooled = head.pool(*taps)
@@ -56,28 +70,21 @@ def encode(model, head, images, normalization, layer, device, autocast, views=1,
                     features = torch.empty(views, len(members), pooled.shape[1], device=device)
                 features[v, start:start + len(batch)] = pooled.float()
             start += len(batch)
-    return features, positions, torch.cat(embedded, 1)
+    return Encoded(features, positions, torch.cat(embedded, 1))
 
 
-def class_weights(labels, n_label):
-    """n / (C n_c) per class, 0 for a class without clips: float32 `[C]`."""
-    counts = np.bincount(labels, minlength=n_label)
-    weights = np.where(counts > 0, len(labels) / (n_label * np.maximum(counts, 1)), 0)
-    return torch.tensor(weights, dtype=torch.float32)
+class Task(NamedTuple):
+    """Clips whose classes the heads of several folds tell apart: features `[V, N, D]`, labels int64
+    `[N]`, fold of each clip `[N]`, and the fold that each head must not see, `[F]`."""
+    features: Tensor
+    labels: np.ndarray
+    n_label: int
+    fold_of: np.ndarray
+    held_out: list
 
-
-def classification_loss(logits, labels, kind="crossentropy", weights=None):
-    """Loss per clip: logits `[..., C]`, labels `[...]` → `[...]`.
-
-    crossentropy; focal: times (1 - p)^2 (Lin et al., "Focal Loss for Dense Object Detection",
-    eq. 4 with gamma 2); balanced: cross-entropy times `weights` `[..., C]` of the true class.
-    """
-    log_p = F.log_softmax(logits.float(), -1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    if kind == "focal":
-        return -(1 - log_p.exp()).square() * log_p
-    if kind == "balanced":
-        return -weights.expand_as(logits).gather(-1, labels.unsqueeze(-1)).squeeze(-1) * log_p
-    return -log_p
+    def training(self) -> Tensor:
+        """bool `[N, F]`: the clips that each head trains on."""
+        return torch.as_tensor(self.fold_of)[:, None] != torch.as_tensor(np.asarray(self.held_out))
 
 
 class FoldHeads:
@@ -89,12 +96,13 @@ class FoldHeads:
     bias `[F, C]`).
     """
 
-    def __init__(self, names, stats, n_label, seed=0, start=None):
+    def __init__(self, names: list, stats: logistic.Statistics, n_label: int, seed: int = 0,
+                 start: tuple | None = None):
         self.mean, self.std = stats.mean, stats.std  # [F, D]
         self.length = stats.varies.sum(1)  # mean squared length of what the heads see, [F]
         if start is None:
             drawn = {name: 0.01 * torch.randn(n_label, stats.mean.shape[1],
-                                              generator=util.generator(
+                                              generator=epochs.generator(
                                                   seed, zlib.crc32(name.encode())))
                      for name in dict.fromkeys(names)}
             # what lies outside the span of the training features stays as it was drawn
@@ -104,18 +112,19 @@ class FoldHeads:
         self.weight, self.bias = (value.to(stats.mean.device).requires_grad_() for value in start)
         self.moments = [torch.zeros_like(p) for p in (self.weight, self.bias)]
 
-    def plain(self):
+    def plain(self) -> tuple[Tensor, Tensor]:
         """The same heads for features that are not standardised: (weight, bias)."""
         weight = self.weight / self.std[:, None]
         return weight, self.bias - (weight * self.mean[:, None]).sum(2)
 
-    def __call__(self, features):
+    def __call__(self, features: Tensor) -> Tensor:
         """`[B, D]` → logits `[B, F, C]`"""
         weight, bias = self.plain()
         return torch.addmm(bias.flatten(), features, weight.flatten(0, 1).t()).unflatten(
             1, bias.shape)
 
-    def step(self, loss, touched, rate, momentum, decays):
+    def step(self, loss: Tensor, touched: Tensor, rate: Tensor, momentum: float,
+             decays: tuple) -> None:
         """One SGD step as torch.optim.SGD's, on the folds `touched` (bool `[F]`) alone, each at
         its own `rate` `[F]`; decays: of weight and bias, each a number or `[F, 1, ...]`."""
         gradients = torch.autograd.grad(loss, (self.weight, self.bias))
@@ -130,18 +139,6 @@ class FoldHeads:
                     moment[touched] = moment[touched] * momentum + gradient[touched]
                     value[touched] -= rates[touched] * moment[touched]
 
-    def state_dict(self):
-        return {"weight": self.weight.detach(), "bias": self.bias.detach(), "mean": self.mean,
-                "std": self.std, "weight_moment": self.moments[0], "bias_moment": self.moments[1]}
-
-    def load_state_dict(self, state):
-        with torch.no_grad():
-            self.weight.copy_(state["weight"])
-            self.bias.copy_(state["bias"])
-        self.mean, self.std, *self.moments = (
-            state[name].to(self.weight.device)
-            for name in ("mean", "std", "weight_moment", "bias_moment"))
-
 
 # ---------------------------------------------------------------- solved
 
@@ -151,38 +148,46 @@ class Choice(NamedTuple):
     uf1: list  # of each fold, on its inner folds; None where nothing was chosen
     tried: list  # a dict per penalty: l2, train_accuracy and, of inner folds, inner_uf1
 
+    def describe(self, given: bool) -> str:
+        """Which penalty the heads have; given: it was not to be chosen."""
+        low, high = min(self.l2), max(self.l2)
+        return f"heads solved with --l2 {low:g}" + (f" to {high:g}" if high > low else "") \
+            + ("" if given or self.uf1[0] is None else ", chosen by inner folds")
 
-def training_clips(fold_of, held_out):
-    """bool `[N, F]`: the clips (folds `[N]`) that each head, holding a fold out, trains on."""
-    return torch.as_tensor(fold_of)[:, None] != torch.as_tensor(np.asarray(held_out))
+
+def inner_groups(clips: ClipSet) -> np.ndarray:
+    """The group `[N]` of each clip in the inner folds, which are whole subjects."""
+    # stratified, the labels of a held-out clip would move training subjects between groups
+    return dataset.ten_folds(clips, INNER_FOLDS, stratified=False).of
 
 
-def solve_heads(regression, features, labels, fold_of, held_out, l2=None, groups=None,
-                loss="crossentropy", tolerance=logistic.TOLERANCE):
-    """The heads that minimise the penalised loss: (FoldHeads, Choice).
+def solve_heads(task: Task, l2: float | None = None, groups: np.ndarray | None = None,
+                loss: str = "crossentropy", tolerance: float = logistic.TOLERANCE,
+                regression: logistic.Regression | None = None) -> tuple[FoldHeads, Choice]:
+    """The heads that minimise the penalised loss.
 
-    regression: a logistic.Regression of these features `[V, N, D]` and labels; fold_of `[N]`;
-    held_out `[F]`: the fold that each head must not see; l2: the penalty, or None: that of GRID
-    with the highest UF1 over inner folds (`groups` `[N]`) of the fold's training clips, the
-    stronger one where several are equal; loss: crossentropy or balanced; tolerance: bound on the
-    error of a logit. The labels of held-out clips never enter.
+    l2: the penalty, or None: that of GRID with the highest UF1 over inner folds (`groups` `[N]`)
+    of the fold's training clips, the stronger one where several are equal; loss: crossentropy or
+    balanced; tolerance: bound on the error of a logit; regression: of these features and labels,
+    where it is there already. The labels of held-out clips never enter.
     """
-    training = training_clips(fold_of, held_out)
-    stats = logistic.statistics(features, training)
-    weights = _fold_weights(labels, training, regression.n_label, loss)
+    regression = regression or logistic.Regression(task.features, task.labels, task.n_label)
+    training = task.training()
+    stats = logistic.statistics(task.features, training)
+    weights = _fold_weights(task, training, loss)
     if l2 is None and not _inner(training, groups).any(0).all():
         l2 = FEW
         print(f"too few subjects for inner folds: --l2 {l2:g}")
-    chosen, tried, uf1 = [l2] * len(held_out), [], [None] * len(held_out)
+    folds = len(task.held_out)
+    chosen, tried, uf1 = [l2] * folds, [], [None] * folds
     if l2 is None:
-        found = _inner_uf1(regression, features, labels, training, groups, loss, tried)
-        best = found.argmax(0)
-        chosen, uf1 = [GRID[i] for i in best], found.max(0).tolist()
+        measured = _inner_uf1(regression, task, groups, loss, tried)
+        chosen, uf1 = [GRID[i] for i in measured.argmax(0)], measured.max(0).tolist()
     solution = regression.solve(training, stats, torch.tensor(chosen), weights,
                                 tolerance=tolerance)
     if not tried:
-        tried.append({"l2": l2, "train_accuracy": _accuracy(solution, labels, training)})
-    heads = FoldHeads([], stats, regression.n_label, start=regression.weights(solution, stats))
+        tried.append({"l2": l2, "train_accuracy": _accuracy(solution, task.labels, training)})
+    heads = FoldHeads([], stats, task.n_label, start=regression.weights(solution, stats))
     return heads, Choice(chosen, uf1, tried)
 
 
@@ -192,15 +197,15 @@ def _inner(training, groups):
     return (training[:, :, None] & inside[:, None]).flatten(1)
 
 
-def _inner_uf1(regression, features, labels, training, groups, loss, tried):
+def _inner_uf1(regression, task, groups, loss, tried):
     """UF1 over the inner folds of every fold for each penalty of GRID, `[len(GRID), F]`; a line
     on each goes to `tried`."""
-    n_groups = int(groups.max()) + 1
+    training, labels, n_groups = task.training(), task.labels, int(groups.max()) + 1
     # a fold within the group that an inner one leaves out changes nothing: others have it as well
     inner, which = np.unique(_inner(training, groups).numpy(), axis=1, return_inverse=True)
     inner, which = torch.from_numpy(inner), which.reshape(-1, n_groups)  # [N, I], [F, J]
-    stats, found, solution = logistic.statistics(features, inner), [], None
-    weights = _fold_weights(labels, inner, regression.n_label, loss)
+    stats, uf1, solution = logistic.statistics(task.features, inner), [], None
+    weights = _fold_weights(task, inner, loss)
     for l2 in GRID:
         solution = regression.solve(inner, stats, torch.full((inner.shape[1],), l2), weights,
                                     solution, most=logistic.ROUGH_STEPS,
@@ -208,19 +213,23 @@ def _inner_uf1(regression, features, labels, training, groups, loss, tried):
                                     tolerance=logistic.ROUGH * max(1, (FEW / l2) ** 0.5))
         said = (solution.logits[:len(labels)] + solution.bias).argmax(2).cpu().numpy()
         said = said[np.arange(len(labels))[:, None], which[:, groups].T]  # [N, F]
-        found.append([measures.scores(measures.confusion_matrix(
-            labels[keep], said[keep, fold], regression.n_label))[0].mean()
-            for fold, keep in enumerate(training.t().numpy())])
-        tried.append({"l2": l2, "inner_uf1": float(np.mean(found[-1])),
+        uf1.append([_uf1(labels[keep], said[keep, fold], task.n_label)
+                    for fold, keep in enumerate(training.t().numpy())])
+        tried.append({"l2": l2, "inner_uf1": float(np.mean(uf1[-1])),
                       "train_accuracy": _accuracy(solution, labels, inner)})
-    return np.array(found)
+    return np.array(uf1)
 
 
-def _fold_weights(labels, training, n_label, loss):
+def _uf1(labels, predictions, n_label):
+    return measures.scores(measures.confusion_matrix(labels, predictions, n_label))[0].mean()
+
+
+def _fold_weights(task, training, loss):
     """Weights of the classes for each fold, `[F, C]`; None but for the balanced loss."""
     if loss != "balanced":
         return None
-    return torch.stack([class_weights(labels[keep.numpy()], n_label) for keep in training.t()])
+    return torch.stack([class_weights(task.labels[keep.numpy()], task.n_label)
+                        for keep in training.t()])
 
 
 def _accuracy(solution, labels, training):
@@ -232,7 +241,7 @@ def _accuracy(solution, labels, training):
 
 # ---------------------------------------------------------------- trained by SGD
 
-def rate_scale(lengths, positions):
+def rate_scale(lengths: Tensor | int, positions: int) -> Tensor | float:
     """What --learning_rate is multiplied by for features of mean squared length `lengths`.
 
     SGD on a linear head is stable while rate times squared length is small, and that length
@@ -244,73 +253,81 @@ def rate_scale(lengths, positions):
     return positions / lengths
 
 
-def train_heads(heads, features, positions, labels, fold_of, held_out, opt, loss="crossentropy",
-                start=0, on_epoch=None, inner=None, l2=None):
-    """Trains `heads` on features `[V, N, D]` for epochs start+1 .. opt.epochs.
+class Descent:
+    """SGD on the heads of a Task, all folds at once.
 
-    positions: of the map the features are flattened from (`rate_scale`); labels: int64 `[N]`;
-    fold_of: fold of each clip `[N]`; held_out: the fold each head must not see, `[F]`.
-    `on_epoch(epoch, means)` is called after every epoch with the mean `train_loss` and
-    `train_accuracy` over clips and folds. inner: an InnerFolds, whose heads these are; l2 `[F]`:
-    the penalty of solved heads goes on, in place of opt.weight_decay. Raises util.RunFailed if a
-    loss is not finite.
+    positions: of the map the features are flattened from (`rate_scale`); inner: an InnerFolds,
+    whose heads these are; l2 `[F]`: the penalty of solved heads goes on, in place of
+    opt.weight_decay.
     """
-    device, n_label = features.device, heads.bias.shape[1]
-    training = training_clips(fold_of, held_out)  # [N, F]
-    rates = torch.full((len(held_out),), opt.learning_rate, device=device)
-    if inner:
-        training &= torch.from_numpy(inner.allowed)
-        rates = torch.tensor(inner.rates, device=device)
-    weights = _fold_weights(labels, training, n_label, loss)
-    weights = None if weights is None else weights.to(device)
-    labels = torch.as_tensor(labels)
-    util.announce_dropped(len(labels), opt.batch_size)
-    scale = rate_scale(heads.length, positions)
-    decays = (opt.weight_decay,) * 2 if l2 is None else \
-        ((torch.tensor(l2, device=device) * heads.length).view(-1, 1, 1), 0)
-    given = ", ".join(f"{r:g}" for r in (inner.choices if inner else [opt.learning_rate]))
-    print(f"learning rate of the heads: {given} x {scale.mean():.3g}, for features of mean squared "
-          f"length {heads.length.float().mean():.4g} on {positions} positions")
-    for epoch in range(start + 1, opt.epochs + 1):
-        rng = util.generator(opt.seed, epoch)
-        means = {"train_loss": util.AverageMeter(), "train_accuracy": util.AverageMeter()}
-        view = torch.randint(len(features), (len(labels),), generator=rng)
-        parts = util.batches(len(labels), opt.batch_size, rng)
+
+    def __init__(self, heads: FoldHeads, task: Task, positions: int, opt: argparse.Namespace,
+                 loss: str = "crossentropy", inner: "InnerFolds | None" = None,
+                 l2: list | None = None):
+        device = task.features.device
+        self.heads, self.task, self.opt, self.loss = heads, task, opt, loss
+        self.training, self.labels = task.training(), torch.as_tensor(task.labels)
+        self.rates = torch.full((len(task.held_out),), opt.learning_rate, device=device)
+        if inner:
+            self.training &= torch.from_numpy(inner.allowed)
+            self.rates = torch.tensor(inner.rates, device=device)
+        weights = _fold_weights(task, self.training, loss)
+        self.weights = None if weights is None else weights.to(device)
+        epochs.announce_dropped(len(self.labels), opt.batch_size)
+        self.scale = rate_scale(heads.length, positions)
+        self.decays = (opt.weight_decay,) * 2 if l2 is None else \
+            ((torch.tensor(l2, device=device) * heads.length).view(-1, 1, 1), 0)
+        given = ", ".join(f"{r:g}" for r in (inner.choices if inner else [opt.learning_rate]))
+        print(f"learning rate of the heads: {given} x {self.scale.mean():.3g}, for features of "
+              f"mean squared length {heads.length.float().mean():.4g} on {positions} positions")
+
+    def epoch(self, epoch: int) -> dict:
+        """One epoch; the mean `train_loss` and `train_accuracy` over clips and folds. Raises
+        RunFailed if a loss is not finite."""
+        heads, opt, features = self.heads, self.opt, self.task.features
+        rng = epochs.generator(opt.seed, epoch)
+        means = epochs.Meters(("train_loss", "train_accuracy"))
+        view = torch.randint(len(features), (len(self.labels),), generator=rng)
+        parts = epochs.batches(len(self.labels), opt.batch_size, rng)
         for step, index in enumerate(parts, 1):
-            mask = training[index].to(device)  # [B, F]
-            target = labels[index].to(device)[:, None].expand_as(mask)
+            mask = self.training[index].to(features.device)  # [B, F]
+            target = self.labels[index].to(features.device)[:, None].expand_as(mask)
             logits = heads(features[view[index], index])
-            each = classification_loss(logits, target, loss, weights) * mask
+            each = classification_loss(logits, target, self.loss, self.weights) * mask
             count = mask.sum(0)
             total = (each.sum(0) / count.clamp(min=1)).sum()
             if not torch.isfinite(total):
-                raise util.RunFailed(f"the loss is not finite in epoch {epoch}, step {step}; the "
-                                     f"last checkpoint is kept; lower --learning_rate, now "
-                                     f"{opt.learning_rate:g}")
-            rate = util.scheduled(opt, rates, epoch, step, len(parts))
-            heads.step(total, count > 0, rate * scale, opt.momentum, decays)
+                raise RunFailed(f"the loss is not finite in epoch {epoch}, step {step}; lower "
+                                f"--learning_rate, now {opt.learning_rate:g}")
+            rate = epochs.scheduled(opt, self.rates, epoch, step, len(parts))
+            heads.step(total, count > 0, rate * self.scale, opt.momentum, self.decays)
             seen = int(mask.sum())
             if seen:
                 hits = ((logits.argmax(-1) == target) & mask).sum() / seen
                 means["train_loss"].update(each.detach().sum() / seen, seen)
                 means["train_accuracy"].update(hits, seen)
-        if on_epoch:
-            on_epoch(epoch, {name: meter.avg for name, meter in means.items()})
+        return means.means()
+
+    def run(self) -> None:
+        """All epochs."""
+        for epoch in range(1, self.opt.epochs + 1):
+            self.epoch(epoch)
 
 
-def predict(heads, features, fold_of, held_out):
+def predict(heads: FoldHeads, task: Task) -> np.ndarray:
     """Probabilities `[N, C]` of every clip from the head that holds it out, plain view alone.
 
     NaN for clips that no head holds out.
     """
-    found = np.full((features.shape[1], heads.bias.shape[1]), np.nan)
+    features = task.features
+    probabilities = np.full((features.shape[1], heads.bias.shape[1]), np.nan)
     with torch.no_grad():
         weight, bias = heads.plain()
-        for position, fold in enumerate(held_out):
-            members = np.flatnonzero(fold_of == fold)
+        for position, fold in enumerate(task.held_out):
+            members = np.flatnonzero(task.fold_of == fold)
             logits = torch.addmm(bias[position], features[0, members], weight[position].t())
-            found[members] = logits.softmax(-1).cpu().numpy()
-    return found
+            probabilities[members] = logits.softmax(-1).cpu().numpy()
+    return probabilities
 
 
 class InnerFolds:
@@ -321,35 +338,34 @@ class InnerFolds:
     group that leaves this group out as well. The inner heads' predictions for the groups they left
     out, pooled, give a UF1 per epoch and rate; the highest one (the earliest epoch, then the first
     rate, where several are equal) decides which state of the outer head predicts the held-out
-    clips: `state` keeps its weights. The labels of the held-out clips never enter.
+    clips: `best` keeps its weights. The labels of the held-out clips never enter.
 
-    held_out: the outer folds `[F]`; groups: inner group of each clip `[N]`; rates: `[R]`. `names`,
-    `held_out`, `rates` `[H]` and `allowed` `[N, H]` describe the H = F (1 + J) R heads.
+    names: of the outer folds that `task` holds out; groups: inner group of each clip `[N]`; rates:
+    `[R]`. `names`, `task`, `rates` `[H]` and `allowed` `[N, H]` describe the H = F (1 + J) R heads.
     """
 
-    def __init__(self, names, labels, n_label, fold_of, held_out, groups, rates):
-        self.outer, self.fold_of, self.groups = list(held_out), fold_of, groups
-        self.labels, self.n_label, self.choices = labels, n_label, list(rates)
+    def __init__(self, names: list, task: Task, groups: np.ndarray, rates: list):
+        self.outer, self.groups, self.choices = list(task.held_out), groups, list(rates)
         self.shape = len(self.outer), 1 + int(groups.max()) + 1, len(self.choices)
         fold, group, rate = (a.ravel() for a in np.indices(self.shape))
         self.names = [names[i] for i in fold]
-        self.held_out = np.array(self.outer)[fold]
+        self.task = task._replace(held_out=np.array(self.outer)[fold].tolist())
         self.rates = np.array(self.choices, np.float32)[rate].tolist()
         self.allowed = groups[:, None] != group - 1  # the first of 1 + J leaves no group out
-        if not (self.allowed & (fold_of[:, None] != self.held_out)).any(0).all():
-            raise util.BadInput("--select inner: too few subjects; it takes three, or "
-                                "--select fixed")
+        if not (torch.from_numpy(self.allowed) & self.task.training()).any(0).all():
+            raise BadInput("--select inner: too few subjects; it takes three, or --select fixed")
         n_folds = len(self.outer)
-        self.state = {"uf1": torch.full((n_folds,), -1.0, dtype=torch.float64),
-                      "epoch": torch.zeros(n_folds, dtype=torch.long),
-                      "rate": torch.zeros(n_folds, dtype=torch.long)}
+        self.best = {"uf1": torch.full((n_folds,), -1.0, dtype=torch.float64),
+                     "epoch": torch.zeros(n_folds, dtype=torch.long),
+                     "rate": torch.zeros(n_folds, dtype=torch.long)}
 
     @torch.no_grad()
-    def look(self, epoch, heads, features):
+    def look(self, epoch: int, heads: FoldHeads) -> None:
         """After an epoch: keeps the outer heads of the folds whose inner UF1 has risen."""
-        plain, (n_folds, parts, n_rates) = features[0], self.shape
+        plain, labels, (n_folds, parts, n_rates) = (
+            self.task.features[0], self.task.labels, self.shape)
         for name, value in (("weight", heads.weight), ("bias", heads.bias)):
-            self.state.setdefault(name, value.new_zeros(n_folds, *value.shape[1:]))
+            self.best.setdefault(name, value.new_zeros(n_folds, *value.shape[1:]))
         weight, bias = (value.view(*self.shape, *value.shape[1:]) for value in heads.plain())
         predicted = np.empty((len(plain), n_folds, n_rates), np.int64)
         for part in range(1, parts):
@@ -358,28 +374,132 @@ class InnerFolds:
                                  weight[:, part].reshape(-1, plain.shape[1]).t())
             predicted[rows] = logits.view(len(rows), n_folds, n_rates, -1).argmax(-1).cpu().numpy()
         for place, fold in enumerate(self.outer):
-            own = self.fold_of == fold
-            uf1 = [measures.scores(measures.confusion_matrix(
-                self.labels[~own], predicted[~own, place, r], self.n_label))[0].mean()
-                for r in range(n_rates)]
+            inside = self.task.fold_of != fold
+            uf1 = [_uf1(labels[inside], predicted[inside, place, r], self.task.n_label)
+                   for r in range(n_rates)]
             rate = int(np.argmax(uf1))
-            if uf1[rate] > self.state["uf1"][place] + 1e-12:
+            if uf1[rate] > self.best["uf1"][place] + 1e-12:
                 for name, value in (("uf1", uf1[rate]), ("epoch", epoch), ("rate", rate)):
-                    self.state[name][place] = value
+                    self.best[name][place] = value
                 for name, value in (("weight", heads.weight), ("bias", heads.bias)):
-                    self.state[name][place] = value.view(*self.shape, *value.shape[1:])[
+                    self.best[name][place] = value.view(*self.shape, *value.shape[1:])[
                         place, 0, rate]
 
-    def keep_best(self, heads):
+    def keep_best(self, heads: FoldHeads) -> None:
         """Leaves in `heads` the outer fold's heads alone, in the state that was chosen."""
-        heads.weight, heads.bias = (self.state[name].to(heads.weight.device)
+        heads.weight, heads.bias = (self.best[name].to(heads.weight.device)
                                     for name in ("weight", "bias"))
         heads.mean, heads.std = (value.view(*self.shape, -1)[:, 0, 0]
                                  for value in (heads.mean, heads.std))
 
-    def chosen(self, fold):
+    def chosen(self, fold: int) -> dict:
         """What was chosen for an outer fold: {epochs, learning_rate, inner_uf1}."""
         place = self.outer.index(fold)
-        return {"epochs": int(self.state["epoch"][place]),
-                "learning_rate": self.choices[int(self.state["rate"][place])],
-                "inner_uf1": float(self.state["uf1"][place])}
+        return {"epochs": int(self.best["epoch"][place]),
+                "learning_rate": self.choices[int(self.best["rate"][place])],
+                "inner_uf1": float(self.best["uf1"][place])}
+
+
+# ---------------------------------------------------------------- an encoder's heads
+
+class Recipe(NamedTuple):
+    """How heads on a frozen encoder are found. solver: 'lbfgs': those that minimise the loss with
+    the penalty --l2; 'sgd': trained by SGD, from those (start: 'probe'), from zeros or from random
+    ones; views: of a training image; rates: of which inner folds choose one, and the number of
+    epochs."""
+    solver: str = "lbfgs"
+    views: int = 2
+    loss: str = "crossentropy"
+    start: str = "random"
+    rates: list | None = None
+
+
+class Frozen(NamedTuple):
+    """Heads trained on a frozen encoder, and what they were trained on."""
+    heads: FoldHeads
+    task: Task
+    encoded: Encoded
+    probabilities: np.ndarray  # [N, C], NaN where none of these heads holds the clip out
+    l2: list | None  # penalty of each fold's head
+    choices: dict | None  # fold → what was chosen for it
+    history: Tensor | None  # int16 [E, N], the prediction of every clip after each epoch
+
+    def notes(self, members: np.ndarray) -> dict:
+        """What results say of these held-out clips of one fold besides."""
+        if self.history is not None:
+            return {"history": self.history[:, members].t().tolist()}
+        return {"choice": self.choices[self.task.fold_of[members[0]]]}
+
+    def weights_of(self, clip: int, label: int) -> Tensor:
+        """The weights `[D]` of a class in the head that holds a clip out."""
+        place = self.task.held_out.index(self.task.fold_of[clip])
+        return self.heads.plain()[0][place, label]
+
+
+def train_frozen(opt: argparse.Namespace, classifier: Classifier, data: Data, folds: Folds,
+                 held_out: list, recipe: Recipe, log: Log, unit: str | None) -> Frozen:
+    """Encodes every clip with a classifier's encoder and trains the heads of the folds `held_out`;
+    one that no clip has holds nothing out. log, unit: where epochs or penalties are written."""
+    clips = data.clips
+    autocast = epochs.mixed_precision(opt.amp, classifier.device).autocast
+    with checkpoint.frozen(classifier.encoder):
+        encoded = encode(classifier, data.images, autocast, recipe.views)
+    names = [[*folds.names, "all"][f] for f in held_out]
+    task = Task(encoded.features, clips.labels, clips.n_label, folds.of, held_out)
+    choice = choices = history = initial = None
+    if recipe.solver == "lbfgs" or recipe.start == "probe":
+        heads, choice = solve_heads(task, opt.l2, inner_groups(clips), recipe.loss)
+        print(choice.describe(opt.l2 is not None))
+    if recipe.solver == "lbfgs":
+        for number, tried in enumerate(choice.tried, 1):
+            log.epoch(number, tried, unit)
+        choices = {fold: {"l2": l2, **({} if uf1 is None else {"inner_uf1": uf1})}
+                   for fold, l2, uf1 in zip(held_out, choice.l2, choice.uf1)}
+    else:
+        if recipe.start == "probe":
+            initial = heads.weight.detach(), heads.bias.detach()
+        elif recipe.start == "zero":
+            initial = [torch.zeros(len(names), clips.n_label, *shape)
+                       for shape in ((task.features.shape[-1],), ())]
+        inner = InnerFolds(names, task, inner_groups(clips), recipe.rates) if recipe.rates else None
+        descent = start_descent(opt, task, encoded.positions, names, recipe.loss, inner, initial,
+                                choice and choice.l2)
+        heads, history = descend(descent, log, unit, inner)
+        if inner:
+            choices = {fold: inner.chosen(fold) for fold in held_out}
+    return Frozen(heads, task, encoded, predict(heads, task), choice and choice.l2, choices,
+                  history)
+
+
+def start_descent(opt: argparse.Namespace, task: Task, positions: int, names: list, loss: str,
+                  inner: InnerFolds | None, initial: tuple | None, l2: list | None) -> Descent:
+    """The Descent of fresh heads, or from `initial` ones, of the folds `names`."""
+    wanted = inner.task if inner else task
+    training = wanted.training()
+    if inner:
+        training &= torch.from_numpy(inner.allowed)
+    heads = FoldHeads(inner.names if inner else names,
+                      logistic.statistics(task.features, training), task.n_label, opt.seed, initial)
+    return Descent(heads, wanted, positions, opt, loss, inner, l2)
+
+
+def descend(descent: Descent, log: Log, unit: str | None,
+            inner: InnerFolds | None) -> tuple[FoldHeads, Tensor | None]:
+    """Runs a Descent to its end: the heads, and the predictions int16 `[E, N]` of held-out clips
+    after each epoch, to know what picking an epoch by them would add; None with inner folds."""
+    opt, heads, task = descent.opt, descent.heads, descent.task
+    history = torch.full((opt.epochs, len(task.labels)), -1, dtype=torch.int16)
+
+    def train(epoch, within, on_step):
+        means = descent.epoch(epoch)
+        on_step({})
+        if inner:
+            inner.look(epoch, heads)
+            return means
+        said = predict(heads, task)
+        history[epoch - 1] = torch.from_numpy(np.where(np.isnan(said[:, 0]), -1, said.argmax(1)))
+        return means | {"learning_rate": epochs.scheduled(opt, opt.learning_rate, epoch, 1, 1)}
+    epochs.Loop(opt, log, unit).run(train)
+    if inner:
+        inner.keep_best(heads)
+    return heads, None if inner else history

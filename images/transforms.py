@@ -4,7 +4,6 @@ Geometry is drawn once per clip, photometrics per view, and only those that the 
 difference images allows: on a signed difference 128 means "no change", and a brightness jitter
 would move it by far more than the signal.
 """
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -16,8 +15,8 @@ def draw(n, rng, encoding, jitter=0.4, crop_low=1.0, flip=True, views=2):
     """Everything random about a batch of `n` clips, drawn for the whole batch from `rng`.
 
     Returns a dict of tensors `[n, ...]`, to be cut along the batch: `flip` (bool), `gain` and
-    `offset` per view `[n, views]` (offset in units of the image's own rms change), `grey` (bool), and
-    below crop_low 1 `box` `[n, 4]`: centre x, y and half width, height in [-1, 1].
+    `offset` per view `[n, views]` (offset in units of the image's own rms change), `grey` (bool),
+    and below crop_low 1 `box` `[n, 4]`: centre x, y and half width, height in [-1, 1].
     """
     drawn = {"flip": (torch.rand(n, generator=rng) < 0.5) & flip}
     if crop_low < 1:

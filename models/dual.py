@@ -59,7 +59,10 @@ class DualView(nn.Module):
                       for view in x.split(self.in_channels, dim=1))
         return self.rgb_to_d(rgb, layer), self.d_to_rgb(depth, layer)
 
+    def towers(self):
+        """The encoders of both views."""
+        return self.rgb_to_d, self.d_to_rgb
+
     def embed(self, taps, layer):
         """The two features of unit length, `[B, feat_dim]`, from those at the tap `layer`."""
-        return tuple(tower(x, first=layer) for tower, x in zip((self.rgb_to_d, self.d_to_rgb),
-                                                               taps))
+        return tuple(tower(x, first=layer) for tower, x in zip(self.towers(), taps))

@@ -5,52 +5,38 @@ import errno
 import os
 import pickle
 import shutil
-import signal
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from training import distributed
-from util import BadInput, RunFailed, Stopped, beside, handled
+from util import BadInput, RunFailed, beside, replacing
 
-# Where a run's files lie and how it is watched may change when it is resumed.
-FREE_TO_CHANGE = {"data_folder", "list_folder", "model_path", "save_path", "tb_path", "cache",
-                  "pairs", "num_workers", "device", "print_freq", "save_freq", "save_minutes",
-                  "resume", "subject", "seeds", "oracle_curve"}
-# what runs did from before there was an option for it
-BEFORE = {"lr_schedule": "step", "warmup_epochs": 0, "size": 224, "contrast": "bank",
-          "solver": "sgd", "head": "random", "trust": 0}
-SAVED = "stopped and saved; go on with --resume auto"
+WEIGHTS = ("model", "classifier")  # parts of a checkpoint that must be finite
 
 
-def save(path, state):
-    """Writes `state` under a temporary name, flushes it to the disk and renames it.
+def save(path: str | Path, state: dict) -> None:
+    """Writes `state` whole, flushed to the disk.
 
     Raises RunFailed, and keeps what is there, if a weight is not finite or the file cannot be
     written.
     """
     path = Path(path)
-    for part in ("model", "classifier"):
+    for part in WEIGHTS:
         if not all(value.isfinite().all() for value in state.get(part, {}).values()):
             raise RunFailed(f"{path}: the weights are not finite after epoch {state['epoch']}; the "
                             f"last checkpoint is kept; lower --learning_rate")
-    part = beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
+        with replacing(path) as part, open(part, "wb") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
     except (RuntimeError, OSError) as error:
         raise RunFailed(f"{path}: cannot be written: {_reason(error, path)}, then go on with "
                         f"--resume auto") from error
-    finally:
-        _remove(part)
 
 
-def _reason(error, path):
+def _reason(error: Exception, path: Path) -> str:
     """Why a checkpoint cannot be written, in the system's words, and what to do."""
     cause = error
     while cause and not isinstance(cause, OSError):  # torch.save hides it behind a RuntimeError
@@ -61,13 +47,7 @@ def _reason(error, path):
     return f"{said} ({shutil.disk_usage(path.parent).free / 2 ** 20:.0f} MiB free); make room"
 
 
-def _remove(part):
-    """Removes a temporary file; what keeps it from being written may keep it from that, too."""
-    with contextlib.suppress(OSError):
-        part.unlink()
-
-
-def save_epoch(folder, state):
+def save_epoch(folder: str | Path, state: dict) -> None:
     """Saves `state` under its epoch and, sharing the bytes where the disk can, as `last.pth`.
 
     In this order: a run that is killed in between goes on from the `last.pth` before.
@@ -79,53 +59,13 @@ def save_epoch(folder, state):
         os.link(kept, part)
         os.replace(part, last)
         linked = True
-    _remove(part)
+    with contextlib.suppress(OSError):
+        part.unlink()
     if not linked:
         save(last, state)
 
 
-class Keeper:
-    """Saves between two steps: every `minutes`, and on SIGINT or SIGTERM, which then end the run.
-
-    `with Keeper(minutes) as keeper:` around the training; `keeper.step(save)` after each step
-    calls `save()` where it is time. together: the ranks step in unison, and all stop if one is
-    told to. A second SIGINT, somebody's second Ctrl-C, ends the run at once; one that comes with
-    the first does not: schedulers and torchrun pass the same stop on several ways.
-    """
-    PATIENCE = 3  # seconds within which signals are one
-
-    def __init__(self, minutes, together=False):
-        self.seconds, self.together, self.signal = 60 * minutes, together, 0
-
-    def __enter__(self):
-        self.handlers = handled(self._note)
-        self.handlers.__enter__()
-        self.saved = time.monotonic()
-        return self
-
-    def __exit__(self, kind, *error):
-        self.handlers.__exit__(kind, *error)
-        if self.signal and kind is None:  # it came after the last step, whose state is saved
-            raise Stopped(self.signal, SAVED)
-
-    def _note(self, number, frame):
-        if self.signal:
-            if number == signal.SIGINT and time.monotonic() - self.struck > self.PATIENCE:
-                raise Stopped(number, "stopped at once; go on from the last checkpoint with "
-                                      "--resume auto")
-            return
-        self.signal, self.struck = number, time.monotonic()
-
-    def step(self, save):
-        number = distributed.highest(self.signal) if self.together else self.signal
-        if number or time.monotonic() - self.saved >= self.seconds:
-            save()
-            self.saved = time.monotonic()
-        if number:
-            raise Stopped(number, SAVED)
-
-
-def load(path):
+def load(path: str | Path) -> dict:
     """The state in `path`, on the CPU; `opt` as a dict, `model` keys without wrapper prefixes.
 
     Reads with weights_only: a file that carries code, or any class but the option namespace of
@@ -177,7 +117,7 @@ def _plain(name):
     return name.removeprefix("module.").removeprefix("encoder.module.")
 
 
-def load_model(model, state, path, name):
+def load_model(model: nn.Module, state: dict, path: str | Path, name: str) -> None:
     """Loads `state['model']` into `model` called `name`; raises BadInput on any difference."""
     ours, theirs = model.state_dict(), state["model"]
     wrong = sorted(k for k in ours.keys() & theirs.keys() if ours[k].shape != theirs[k].shape)
@@ -192,46 +132,8 @@ def load_model(model, state, path, name):
     model.load_state_dict(theirs)
 
 
-def find_resume(opt, folder):
-    """The checkpoint --resume means, or None for a fresh start; raises BadInput.
-
-    A run folder that exists is never written over: it takes --resume to enter it.
-    """
-    folder = Path(folder)
-    if opt.resume in (None, "auto"):
-        last = folder / "last.pth"
-        if opt.resume is None and folder.exists() and any(folder.iterdir()):
-            raise BadInput(f"{folder}: exists; go on with --resume auto, give another --tag, or "
-                           f"remove it")
-        return last if opt.resume and last.exists() else None
-    if not Path(opt.resume).is_file():
-        raise BadInput(f"--resume {opt.resume}: no such checkpoint")
-    return Path(opt.resume)
-
-
-def check_resumable(path, old, opt, grow=False, **identity):
-    """Raises BadInput unless `opt` and the data agree with those of the run in `path`.
-
-    old: the loaded state, or the log's header; grow: epochs may grow; identity: what must be
-    equal besides the options, such as data_digest.
-    """
-    new, free = vars(opt), FREE_TO_CHANGE | ({"epochs"} if grow else set())
-    before = BEFORE | old["opt"]
-    differing = [f"--{k} {before[k]} there, {new[k]} here" for k in sorted(new)
-                 if k in before and before[k] != new[k] and k not in free]
-    if grow and before.get("epochs", 0) > new["epochs"]:
-        differing.append(f"--epochs {before['epochs']} there, {new['epochs']} here: it may "
-                         f"only grow")
-    elif not grow and before.get("epochs") != new["epochs"]:
-        differing.append("held-out subjects train for a fixed number: give another --tag")
-    differing += [f"{k.replace('_', ' ')} differs" for k, v in identity.items() if old.get(k) != v]
-    if differing:
-        raise BadInput(f"{path}: cannot be resumed with other options or data: "
-                       + "; ".join(differing))
-
-
 @contextlib.contextmanager
-def frozen(module):
+def frozen(module: nn.Module) -> Iterator[None]:
     """Checks that the weights of `module` leave the block as they entered it."""
     before = {name: value.clone() for name, value in module.state_dict().items()}
     yield

@@ -1,83 +1,34 @@
 """The loop that every script runs: order of the data, rates, precision, saving, signals."""
+import argparse
 import contextlib
 import math
+import os
 import signal
 import time
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from training import distributed
+from training.record import Log
 from util import BadInput, Stopped, handled
 
 SAVED = "stopped and saved; go on with --resume auto"
 
 
-class AverageMeter:
-    """Running mean of a quantity over samples."""
+# ---------------------------------------------------------------- what a step follows from
 
-    def __init__(self, total=0.0, count=0):
-        self.total, self.count = total, count
-
-    def update(self, value, n=1):
-        self.total += float(value) * n
-        self.count += n
-
-    @property
-    def avg(self):
-        return self.total / max(self.count, 1)
-
-
-class Meters(dict):
-    """An AverageMeter per name, going on from a `state()` where one is given."""
-
-    def __init__(self, names, state=None):
-        super().__init__({name: AverageMeter(*(state or {}).get(name, ())) for name in names})
-
-    def state(self):
-        return {name: [meter.total, meter.count] for name, meter in self.items()}
-
-    def means(self):
-        return {name: meter.avg for name, meter in self.items()}
-
-
-def learning_rate(opt, epoch, base=None):
-    """Step schedule of CMC: `base` times lr_decay_rate for every decay epoch that has passed."""
-    base = opt.learning_rate if base is None else base
-    return base * opt.lr_decay_rate ** sum(epoch > e for e in opt.lr_decay_epochs)
-
-
-def scheduled(opt, base, epoch, step, steps, warmup=0):
-    """`base` as --lr_schedule has it at step 1..`steps` of an epoch: CMC's steps [where a script
-    has no such flag], or half a cosine down to 0 (Loshchilov and Hutter 2017); rising in a line
-    over the first `warmup` epochs."""
-    done = epoch - 1 + step / steps
-    if done <= warmup:  # never where there is no warm-up: a step is done
-        return base * done / warmup
-    if getattr(opt, "lr_schedule", "step") == "step":
-        return learning_rate(opt, epoch, base)
-    done = max(done - 1 / steps - warmup, 0)  # the last step still moves
-    return base * (1 + math.cos(math.pi * done / (opt.epochs - warmup))) / 2
-
-
-def announce_dropped(n, batch_size):
-    """Says so where `batches` leaves out a last batch of one."""
-    if n > batch_size > 1 and n % batch_size == 1:
-        print("the last batch of an epoch would hold one clip; it is dropped")
-
-
-def epoch_line(opt, epoch, means):
-    """What the terminal shows of an epoch."""
-    return f"epoch {epoch}/{opt.epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in means.items())
-
-
-def generator(*numbers):
+def generator(*numbers: int) -> torch.Generator:
     """CPU generator that follows from the given non-negative integers, such as (seed, epoch)."""
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
-def batches(n, batch_size, rng):
+def batches(n: int, batch_size: int, rng: torch.Generator) -> tuple[Tensor, ...]:
     """Index tensors of one epoch over `n` samples in an order drawn from `rng`.
 
     A last batch of one is left out: batch norm could estimate nothing of it.
@@ -86,7 +37,19 @@ def batches(n, batch_size, rng):
     return parts[:-1] if 1 == len(parts[-1]) < len(parts[0]) else parts
 
 
-def pick_device(name):
+def per_epoch(n: int, batch_size: int) -> int:
+    """How many `batches` there are."""
+    size = min(batch_size, n)
+    return -(-n // size) - (n > size and n % size == 1)
+
+
+def announce_dropped(n: int, batch_size: int) -> None:
+    """Says so where `batches` leaves out a last batch of one."""
+    if n > batch_size > 1 and n % batch_size == 1:
+        print("the last batch of an epoch would hold one clip; it is dropped")
+
+
+def pick_device(name: str) -> torch.device:
     """torch.device for --device; raises BadInput for one that is not here."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu")
@@ -101,17 +64,89 @@ def pick_device(name):
     return device
 
 
-def mixed_precision(opt, device):
-    """(autocast context factory, GradScaler) for --amp on `device`; both idle without it."""
+class Precision(NamedTuple):
+    """`autocast()`: context of a forward pass; `scaler` of the loss; both idle without --amp."""
+    autocast: Callable
+    scaler: torch.amp.GradScaler
+
+
+def mixed_precision(amp: bool, device: torch.device) -> Precision:
+    """The Precision of --amp on `device`."""
     half = torch.bfloat16
     # a GPU that only emulates bfloat16 is slower with it than in float32
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         half = torch.float16
-    scaler = torch.amp.GradScaler(device.type, enabled=opt.amp and half == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp and half == torch.float16)
 
     def autocast():
-        return torch.autocast(device.type, dtype=half) if opt.amp else contextlib.nullcontext()
-    return autocast, scaler
+        return torch.autocast(device.type, dtype=half) if amp else contextlib.nullcontext()
+    return Precision(autocast, scaler)
+
+
+# ---------------------------------------------------------------- rates
+# `progress` counts epochs, and is 1.5 in the middle of the second one.
+
+def step_rate(base: float, progress: float, decay_epochs: Iterable[int],
+              decay_rate: float) -> float:
+    """CMC's schedule: `base` times decay_rate for every decay epoch that has passed."""
+    return base * decay_rate ** sum(math.ceil(progress) > e for e in decay_epochs)
+
+
+def cosine_rate(base: float, progress: float, epochs: float, warmup: float = 0,
+                step: float = 0) -> float:
+    """Half a cosine down to 0 after the first `warmup` epochs (Loshchilov and Hutter 2017).
+
+    step: length of a step in epochs, for the last one still to move.
+    """
+    done = max(progress - step - warmup, 0)
+    return base * (1 + math.cos(math.pi * done / (epochs - warmup))) / 2
+
+
+def exponential_rate(base: float, progress: float, factor: float, plateau: float) -> float:
+    """`base` times factor for every epoch that has passed, up to `plateau` of them."""
+    return base * factor ** min(math.ceil(progress) - 1, plateau)
+
+
+def scheduled(opt: argparse.Namespace, base: float | Tensor, epoch: int, step: int, steps: int,
+              warmup: float = 0) -> float | Tensor:
+    """`base` as --lr_schedule has it at step 1..`steps` of an epoch, CMC's steps where a script
+    has no such flag; rising in a line over the first `warmup` epochs."""
+    progress = epoch - 1 + step / steps
+    if progress <= warmup:  # never where there is no warm-up: a step is done
+        return base * progress / warmup
+    if getattr(opt, "lr_schedule", "step") == "step":
+        return step_rate(base, progress, opt.lr_decay_epochs, opt.lr_decay_rate)
+    return cosine_rate(base, progress, opt.epochs, warmup, 1 / steps)
+
+
+# ---------------------------------------------------------------- the loop
+
+class AverageMeter:
+    """Running mean of a quantity over samples."""
+
+    def __init__(self, total: float = 0.0, count: int = 0):
+        self.total, self.count = total, count
+
+    def update(self, value: float, n: int = 1) -> None:
+        self.total += float(value) * n
+        self.count += n
+
+    @property
+    def avg(self) -> float:
+        return self.total / max(self.count, 1)
+
+
+class Meters(dict):
+    """An AverageMeter per name, going on from a `state()` where one is given."""
+
+    def __init__(self, names: Iterable[str], state: dict | None = None):
+        super().__init__({name: AverageMeter(*(state or {}).get(name, ())) for name in names})
+
+    def state(self) -> dict:
+        return {name: [meter.total, meter.count] for name, meter in self.items()}
+
+    def means(self) -> dict:
+        return {name: meter.avg for name, meter in self.items()}
 
 
 class Keeper:
@@ -124,7 +159,7 @@ class Keeper:
     """
     PATIENCE = 3  # seconds within which signals are one
 
-    def __init__(self, minutes, together=False):
+    def __init__(self, minutes: float, together: bool = False):
         self.seconds, self.together, self.signal = 60 * minutes, together, 0
 
     def __enter__(self):
@@ -146,10 +181,54 @@ class Keeper:
             return
         self.signal, self.struck = number, time.monotonic()
 
-    def step(self, save):
+    def step(self, save: Callable) -> None:
         number = distributed.highest(self.signal) if self.together else self.signal
         if number or time.monotonic() - self.saved >= self.seconds:
             save()
             self.saved = time.monotonic()
         if number:
             raise Stopped(number, SAVED)
+
+
+class Loop:
+    """Epochs one after another: a line in the log and now and then in the terminal, checkpoints
+    between epochs and between steps, a bar that counts steps.
+
+    opt: gives epochs, print_freq, save_freq and save_minutes; unit: the training's name, where a
+    run has several; steps: in an epoch; together: the ranks step in unison.
+    """
+
+    def __init__(self, opt: argparse.Namespace, log: Log, unit: str | None = None, steps: int = 1,
+                 together: bool = False):
+        self.opt, self.log, self.unit, self.steps = opt, log, unit, steps
+        self.together = together
+
+    def run(self, train: Callable, save: Callable | None = None, done: int = 0,
+            within: dict | None = None) -> None:
+        """Runs the epochs after `done`.
+
+        train(epoch, within, on_step) → means by name: one epoch, going on inside it from `within`
+        ({step, meters}, or {}), with `on_step(within)` after every step; save(epoch, within):
+        writes a checkpoint of so many epochs and what is `within` the next; None: nothing is kept,
+        and a signal ends the run at once.
+        """
+        opt, within = self.opt, within or {}
+        with tqdm(total=self.steps * (opt.epochs - done), initial=within.get("step", 0),
+                  desc=(self.unit or "training")[:40], disable=None) as bar, \
+                Keeper(opt.save_minutes, self.together) if save else contextlib.nullcontext() as \
+                keeper:
+            for epoch in range(done + 1, opt.epochs + 1):
+                def on_step(inside, before=epoch - 1):
+                    bar.update()
+                    if keeper:
+                        keeper.step(lambda: save(before, inside))
+
+                means = train(epoch, within, on_step)
+                within = {}
+                self.log.epoch(epoch, means, self.unit)
+                last = epoch == opt.epochs
+                if last or epoch % opt.print_freq == 0 or epoch == done + 1 and not self.unit:
+                    tqdm.write(f"{self.unit}  " * bool(self.unit) + f"epoch {epoch}/{opt.epochs}  "
+                               + "  ".join(f"{k} {v:.4g}" for k, v in means.items()))
+                if save and (last or epoch % opt.save_freq == 0):
+                    save(epoch, {})

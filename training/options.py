@@ -1,19 +1,20 @@
 """Options that several scripts share."""
 import argparse
 import os
+from typing import NamedTuple
 
 from models import n_layers
-from util import NumberList, number, positive_int, word
+from util import ArgumentParser, NumberList, number, positive_int, word
 
 
-def check_size(parser, opt):
+def check_size(parser: ArgumentParser, opt: argparse.Namespace) -> None:
     """Refuses crops of which the encoder's poolings leave nothing."""
     if opt.model == "alexnet" and opt.size < 63:
         parser.error(f"argument --size: {opt.size} is out of range: AlexNet takes crops of 63 "
                      f"pixels or more")
 
 
-def check_layer(parser, opt):
+def check_layer(parser: ArgumentParser, opt: argparse.Namespace) -> None:
     """Refuses a layer that no head sits on."""
     if opt.layer > n_layers(opt.model):
         parser.error(f"argument --layer: {opt.layer} is out of range; {opt.model} has taps 1 to "
@@ -27,12 +28,12 @@ class _Ignored(argparse.Action):
         pass
 
 
-def add_data_options(parser):
+def add_data_options(parser: ArgumentParser) -> argparse._ArgumentGroup:
     """Adds the group every script begins with; returns it for flags of the script's own."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data_folder", required=True, metavar="DIR",
+    group.add_argument("--data_folder", free=True, required=True, metavar="DIR",
                        help="folder the paths in the lists are relative to")
-    group.add_argument("--list_folder", metavar="DIR",
+    group.add_argument("--list_folder", free=True, metavar="DIR",
                        help="folder with v_rgb/ and v_depth/ [data_folder if it holds v_rgb, "
                             "else data]")
     group.add_argument("--view", default="RGB_D", metavar="RGB_D|RGB_gray|RGB_NAME",
@@ -44,46 +45,63 @@ def add_data_options(parser):
     group.add_argument("--size", type=number(int, 32, 1024), default=224,
                        help="side of the crops that the encoder sees, pixels; 112 takes a quarter "
                             "of the time")
-    group.add_argument("--cache", default=os.path.join("data", "cache"), metavar="DIR|off",
+    group.add_argument("--cache", free=True, metavar="DIR|off",
+                       default=os.path.join("data", "cache"),
                        help="folder for the decoded images, 0.26 MB a clip, read again by later "
                             "runs; off: keep them in memory only")
     return group
 
 
-def add_optimisation_options(parser, batch_size, learning_rate, decay_epochs, decay_rate, epochs,
-                             learning_rate_help="initial learning rate", schedule="step",
-                             warmup=None, of="", risen="", decayed=""):
-    """Adds CMC's optimisation flags with a script's own defaults; returns the group.
+class Schedule(NamedTuple):
+    """A script's defaults of what --lr_schedule takes besides steps: schedule and warm-up epochs;
+    `of`: what the warm-up's rate belongs to; `risen`: when it is shorter."""
+    name: str
+    warmup: float
+    of: str = ""
+    risen: str = ""
 
-    schedule, warmup: defaults of --lr_schedule and --warmup_epochs, which need a warmup; `of`:
-    what the warm-up's rate belongs to; risen: when it is shorter; decayed: what the weight decay
-    leaves out.
-    """
+
+class Descent(NamedTuple):
+    """A script's defaults of CMC's optimisation flags, and what their help says besides."""
+    batch_size: int
+    learning_rate: float
+    decay_epochs: list
+    decay_rate: float
+    epochs: int
+    rate_help: str = "initial learning rate"
+    decayed: str = ""  # what the weight decay leaves out
+
+
+def add_optimisation_options(parser: ArgumentParser, default: Descent,
+                             schedule: Schedule | None = None) -> argparse._ArgumentGroup:
+    """Adds CMC's optimisation flags with a script's own defaults, steps alone without a schedule;
+    returns the group."""
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--batch_size", type=positive_int, default=batch_size,
+    group.add_argument("--batch_size", type=positive_int, default=default.batch_size,
                        help="clips per step, over all devices; never more than there are")
-    group.add_argument("--epochs", type=positive_int, default=epochs,
+    group.add_argument("--epochs", type=positive_int, default=default.epochs,
                        help="passes over the data; the last one counts")
-    group.add_argument("--learning_rate", type=number(float, 0), default=learning_rate,
-                       help=learning_rate_help)
-    group.add_argument("--lr_decay_epochs", nargs="+", action=NumberList, default=decay_epochs,
-                       metavar="EPOCH", help="epochs after which the rate decays")
-    group.add_argument("--lr_decay_rate", type=number(float, 0, 1), default=decay_rate,
+    group.add_argument("--learning_rate", type=number(float, 0), default=default.learning_rate,
+                       help=default.rate_help)
+    group.add_argument("--lr_decay_epochs", nargs="+", action=NumberList, metavar="EPOCH",
+                       default=default.decay_epochs, help="epochs after which the rate decays")
+    group.add_argument("--lr_decay_rate", type=number(float, 0, 1), default=default.decay_rate,
                        help="factor at each decay")
-    if warmup is not None:
-        group.add_argument("--lr_schedule", choices=("step", "cosine"), default=schedule,
+    if schedule:
+        group.add_argument("--lr_schedule", choices=("step", "cosine"), default=schedule.name,
                            help="step: the two flags above, either of which selects it; cosine: "
                                 "half a cosine down to 0, step by step")
-        group.add_argument("--warmup_epochs", type=number(float, 0), default=warmup,
-                           metavar="EPOCHS",
-                           help=f"the rate{of} rises from 0 over so many epochs{risen}")
+        group.add_argument("--warmup_epochs", type=number(float, 0), metavar="EPOCHS",
+                           default=schedule.warmup,
+                           help=f"the rate{schedule.of} rises from 0 over so many epochs"
+                                f"{schedule.risen}")
     group.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="SGD momentum")
     group.add_argument("--weight_decay", type=number(float, 0), default=1e-4,
-                       help=f"SGD weight decay{decayed}")
+                       help=f"SGD weight decay{default.decayed}")
     return group
 
 
-def choose_schedule(parser, opt, given):
+def choose_schedule(parser: ArgumentParser, opt: argparse.Namespace, given: list[str]) -> None:
     """Takes steps where a flag of theirs is `given`, and refuses them beside another schedule, and
     a warm-up that is longer than the run; given: the flags of the optimisation group."""
     steps = [name for name in given if name in ("--lr_decay_epochs", "--lr_decay_rate")]
@@ -97,19 +115,19 @@ def choose_schedule(parser, opt, given):
                      f"{opt.epochs} of --epochs")
 
 
-def add_running_options(parser):
+def add_running_options(parser: ArgumentParser) -> argparse._ArgumentGroup:
     """Adds the running group; returns it."""
     group = parser.add_argument_group("running")
-    group.add_argument("--device", default="auto", metavar="NAME",
+    group.add_argument("--device", free=True, default="auto", metavar="NAME",
                        help="auto: cuda where there is one, else cpu; or cpu, cuda, cuda:1")
     group.add_argument("--amp", action="store_true",
                        help="mixed precision: bfloat16, or float16 with a loss scaler where the "
                             "GPU has no bfloat16")
-    group.add_argument("--num_workers", type=number(int, 0), default=4,
+    group.add_argument("--num_workers", free=True, type=number(int, 0), default=4,
                        help="threads that decode images")
     group.add_argument("--seed", type=number(int, 0, 2 ** 62), default=0,
                        help="everything random follows from (seed, epoch, step)")
-    group.add_argument("--resume", metavar="FILE|auto",
+    group.add_argument("--resume", free=True, metavar="FILE|auto",
                        help="go on from this checkpoint; auto: from the run's last.pth, or fresh "
                             "where there is none [refuse a run folder that exists]")
     # python -m torch.distributed.launch gives it; the environment says the same
@@ -118,18 +136,21 @@ def add_running_options(parser):
     return group
 
 
-def add_output_options(parser, root, root_help, save_freq):
-    """Adds where a script writes (`root`: its flag, such as --model_path); returns the group."""
+def add_output_options(parser: ArgumentParser, root: str, root_help: str,
+                       save_freq: int | None = None) -> argparse._ArgumentGroup:
+    """Adds where a script writes (`root`: its flag, such as --model_path), and how often it saves
+    where it saves between; returns the group."""
     group = parser.add_argument_group("output")
-    if root:
-        group.add_argument(root, required=True, metavar="DIR", help=root_help)
-    group.add_argument("--tb_path", metavar="DIR",
+    group.add_argument(root, required=True, free=True, metavar="DIR", help=root_help)
+    group.add_argument("--tb_path", free=True, metavar="DIR",
                        help="folder for TensorBoard curves [tensorboard beside the run folders]")
     group.add_argument("--tag", type=word, default="", metavar="WORD",
                        help="appended to the run's name [none]")
-    group.add_argument("--print_freq", type=positive_int, default=10, help="epochs per line")
-    group.add_argument("--save_freq", type=positive_int, default=save_freq,
-                       help="epochs per checkpoint")
-    group.add_argument("--save_minutes", type=number(float, 0), default=10,
-                       help="minutes per checkpoint within an epoch")
+    group.add_argument("--print_freq", free=True, type=positive_int, default=10,
+                       help="epochs per line")
+    if save_freq:
+        group.add_argument("--save_freq", free=True, type=positive_int, default=save_freq,
+                           help="epochs per checkpoint")
+        group.add_argument("--save_minutes", free=True, type=number(float, 0), default=10,
+                           help="minutes per checkpoint within an epoch")
     return group

@@ -1,4 +1,6 @@
 """One run's record: its folder, log and curves, what it was made with, and whether it goes on."""
+import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -7,9 +9,118 @@ import shlex
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
+import torch
+
+from training import checkpoint
 from util import BadInput, sweep, write_text
+
+# what runs did from before there was an option for it
+BEFORE = {"lr_schedule": "step", "warmup_epochs": 0, "size": 224, "contrast": "bank",
+          "solver": "sgd", "head": "random", "trust": 0}
+
+
+def join_name(*parts: str | None) -> str:
+    """A run's name in CMC's manner: what of its options tells it from others, one after another."""
+    return "_".join(filter(None, parts))
+
+
+def name_of(names: list[str]) -> str:
+    """One word for several names, which tells any two such lists apart."""
+    if len(names) == 1:
+        return names[0].replace("/", "_")
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:8]
+    return f"{names[0].replace('/', '_')}_and_{len(names) - 1}_more_{digest}"
+
+
+def rate_name(opt: argparse.Namespace) -> str:
+    """What a run's name says of training by SGD."""
+    return f"lr_{opt.learning_rate:g}_decay_{opt.weight_decay:g}_bsz_{opt.batch_size}"
+
+
+def size_name(opt: argparse.Namespace) -> str:
+    """What a run's name says of crops of another size than the published one."""
+    return "" if opt.size == 224 else f"size_{opt.size}"
+
+
+class Run:
+    """The folder of one run: its log, its checkpoints, and whether it goes on.
+
+    root: folder of the runs; its curves lie below --tb_path, or in tensorboard/ beside it. A run
+    may consist of several trainings, units, each with a checkpoint of its own.
+    """
+
+    def __init__(self, root: str | Path, name: str, opt: argparse.Namespace):
+        self.opt, self.folder = opt, Path(root) / name
+        self.curves = Path(opt.tb_path or Path(root) / "tensorboard") / name
+
+    def last(self, unit: str | None = None) -> Path:
+        """The checkpoint of a unit in training; last.pth is that of everybody, and of the unit
+        that was finished last. So ranks and jobs in one folder keep out of each other's way."""
+        return self.folder / ("last.pth" if unit in (None, "all") else f"last_{unit}.pth")
+
+    def finished(self, unit: str | None) -> None:
+        """A unit's results are kept: its checkpoint makes room."""
+        if self.last(unit).exists():
+            os.replace(self.last(unit), self.last())
+
+    def find_resume(self) -> Path | None:
+        """The checkpoint --resume means, or None for a fresh start; raises BadInput.
+
+        A run folder that exists is never written over: it takes --resume to enter it.
+        """
+        resume = self.opt.resume
+        if resume in (None, "auto"):
+            if resume is None and self.folder.exists() and any(self.folder.iterdir()):
+                raise BadInput(f"{self.folder}: exists; go on with --resume auto, give another "
+                               f"--tag, or remove it")
+            return self.last() if resume and self.last().exists() else None
+        if not Path(resume).is_file():
+            raise BadInput(f"--resume {resume}: no such checkpoint")
+        return Path(resume)
+
+    def check_resumable(self, path: str | Path, old: dict, grow: bool = False,
+                        **identity: object) -> None:
+        """Raises BadInput unless the options and the data agree with those of the run in `path`.
+
+        old: the loaded state, or the log's header; grow: epochs may grow; identity: what must be
+        equal besides the options, such as data_digest.
+        """
+        new, free = vars(self.opt), self.opt.free | ({"epochs"} if grow else set())
+        before = BEFORE | old["opt"]
+        differing = [f"--{k} {before[k]} there, {new[k]} here" for k in sorted(new)
+                     if k in before and before[k] != new[k] and k not in free]
+        if grow and before.get("epochs", 0) > new["epochs"]:
+            differing.append(f"--epochs {before['epochs']} there, {new['epochs']} here: it may "
+                             f"only grow")
+        elif not grow and before.get("epochs") != new["epochs"]:
+            differing.append("held-out subjects train for a fixed number: give another --tag")
+        differing += [f"{k.replace('_', ' ')} differs" for k, v in identity.items()
+                      if old.get(k) != v]
+        if differing:
+            raise BadInput(f"{path}: cannot be resumed with other options or data: "
+                           + "; ".join(differing))
+
+    def states(self, units: Iterable[str | None]) -> Iterator[tuple[Path, dict]]:
+        """(path, checkpoint) that --resume means: of the file given, or of those of `units`."""
+        if not self.opt.resume:
+            return
+        paths = sorted(filter(Path.exists, {self.last(unit) for unit in (*units, None)}))
+        for path in paths if self.opt.resume == "auto" else [Path(self.opt.resume)]:
+            yield path, checkpoint.load(path)
+
+    def log(self, header: dict | None, keep: Callable | None = None, writes: bool = True) -> "Log":
+        """The run's Log, which see."""
+        return Log(self.folder, self.curves, header, keep, writes)
+
+    def print_places(self, **files: str) -> None:
+        """Says where the run's files are: what → name in its folder."""
+        for what, name in files.items():
+            print(f"{what:12s} {self.folder / name}")
+        print(f"TensorBoard  tensorboard --logdir {self.curves.parent}")
 
 
 class Log:
@@ -21,7 +132,8 @@ class Log:
     """
     _serial = itertools.count()
 
-    def __init__(self, folder, curves, header, keep=None, writes=True):
+    def __init__(self, folder: Path, curves: Path, header: dict | None,
+                 keep: Callable | None = None, writes: bool = True):
         self.path, self.writes = Path(folder) / "log.jsonl", writes
         if not writes:
             return
@@ -50,7 +162,7 @@ class Log:
             file.rename(folder / f"{file.name}.{os.getpid()}.{next(self._serial)}")
         return writer
 
-    def epoch(self, epoch, values, subject=None):
+    def epoch(self, epoch: int, values: dict, subject: str | None = None) -> None:
         """One line in log.jsonl, and each of `values` (name → number) as a curve at step `epoch`.
 
         subject: the held-out subject it belongs to, where each has a training of its own.
@@ -63,14 +175,14 @@ class Log:
         for name, value in values.items():
             self.writer.log_value(f"{name}/{subject}" if subject else name, value, epoch)
 
-    def curves(self, values):
+    def curves(self, values: dict) -> None:
         """Whole curves that the log does not hold: name → values at the epochs 1, 2, …"""
         for name, curve in values.items():
             for epoch, value in enumerate(curve, 1):
                 self.writer.log_value(name, value, epoch)
 
 
-def read_log(folder):
+def read_log(folder: str | Path) -> list[dict]:
     """The lines of a run's log.jsonl as dicts, up to the first that is not whole."""
     path, lines = Path(folder) / "log.jsonl", []
     if path.exists():
@@ -82,7 +194,7 @@ def read_log(folder):
     return lines
 
 
-def commit(folder=Path(__file__).parents[1]):
+def commit(folder: Path = Path(__file__).parents[1]) -> str | None:
     """The git commit of the code in `folder`, with "-dirty" where a tracked file was changed; None
     where there is no git, or `folder` is not the top of a repository."""
     def git(*arguments):
@@ -97,18 +209,16 @@ def commit(folder=Path(__file__).parents[1]):
         return None
 
 
-def versions():
+def versions() -> dict:
     """What a result depends on besides its options."""
-    import numpy as np
-    import torch
     return {"commit": commit(), "python": platform.python_version(), "torch": torch.__version__,
             "numpy": np.__version__, "platform": platform.platform(),
             "threads": torch.get_num_threads(), "ranks": int(os.environ.get("WORLD_SIZE", "1")),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
 
-def header(script, opt, argv, **more):
+def header(script: str, opt: argparse.Namespace, argv: list[str], **more: object) -> dict:
     """First line of log.jsonl: the command, all options, versions, and `more` (digests)."""
     command = shlex.join(["python", os.path.basename(script), *argv])
-    return {"command": command, "opt": vars(opt), "versions": versions(),
+    return {"command": command, "opt": vars(opt), "free": sorted(opt.free), "versions": versions(),
             "started": time.strftime("%Y-%m-%d %H:%M:%S"), **more}

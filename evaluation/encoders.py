@@ -1,0 +1,123 @@
+"""Which encoder each held-out person gets, from which checkpoint, and whom it saw before."""
+import argparse
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+import dataset
+from dataset import ClipSet
+from images import decoding, encoding
+from models import create_classifier, create_model
+from models.classifier import Classifier
+from training import checkpoint
+from util import BadInput
+
+RANDOM = "random"  # in place of a checkpoint: an untrained encoder
+
+
+class Seen(NamedTuple):
+    """Persons, (database, subject), that an encoder is known to have seen, and whether they are
+    all."""
+    people: set
+    complete: bool
+
+
+def load_classifier(opt: argparse.Namespace, path: str, clips: ClipSet,
+                    head: nn.Module) -> tuple[Classifier, Seen]:
+    """(classifier of a checkpoint's encoder and `head`, whom the encoder saw), on the CPU.
+
+    opt gives model, view, size, layer and seed. Raises BadInput for a checkpoint of another model,
+    view, encoding or other classes.
+    """
+    difference = clips.encoding["difference"]
+    if path == RANDOM:
+        torch.manual_seed(opt.seed)
+        model = create_model(opt.model, in_channels=clips.channels, size=opt.size)
+        fixed = encoding.fixed_normalization(difference, clips.views, clips.channels)
+        return Classifier(model, head, opt.layer, fixed), Seen(set(), True)
+    state = checkpoint.load(path)
+    old = state.get("encoding") or {}
+    for what, ours, theirs in (("--view", opt.view, state["opt"].get("view", opt.view)),
+                               ("--size", opt.size, state["opt"].get("size", decoding.CROP)),
+                               ("difference", difference, old.get("difference", difference)),
+                               ("classes", clips.encoding.get("classes"), old.get("classes"))):
+        if ours != theirs and None not in (ours, theirs):
+            raise BadInput(f"{path}: trained with {what} {theirs}, but the data have {ours}")
+    model = create_model(opt.model, state["opt"].get("feat_dim", 128), clips.channels, opt.size)
+    checkpoint.load_model(model, state, path, opt.model)
+    normalization = state.get("normalization") or encoding.fixed_normalization(
+        "wrap", clips.views, clips.channels)
+    try:
+        seen = people_seen(state.get("seen"))
+        mean, std = np.float64(normalization["mean"]), np.float64(normalization["std"])
+        lengths = {len(mean), len(std)} if np.isfinite([mean, std]).all() and (std > 0).all() \
+            else set()
+    except (KeyError, TypeError, ValueError):
+        lengths = set()
+    if lengths != {sum(clips.channels)}:
+        raise BadInput(f"{path}: its 'seen' or 'normalization' cannot be read; take a checkpoint "
+                       f"that pre-train_DVSCL.py wrote")
+    return Classifier(model, head, opt.layer, {"mean": mean.tolist(), "std": std.tolist()}), seen
+
+
+def people_seen(seen: dict | None) -> Seen:
+    """What a checkpoint says of whom its encoder saw."""
+    if not seen:
+        return Seen(set(), False)
+    # no list: some clip names no subject; checkpoints that list all the same hold an empty name
+    listed = [*seen.get("named", ()), (0, "")] if seen["people"] is None else seen["people"]
+    people = {(int(d), str(s)) for d, s in listed}
+    named = {person for person in people if person[1].strip()}
+    return Seen(named, named == people)
+
+
+class Encoders:
+    """The checkpoints behind a run of held-out persons.
+
+    --model_path may name one for each person or fold, `random`, or nothing where the script has
+    no pre-trained source. `sha256`: of every file, None for no file. Raises BadInput for a file
+    that is missing.
+    """
+
+    def __init__(self, opt: argparse.Namespace, clips: ClipSet, people: Iterable[tuple]):
+        self.opt, self.clips, self.source = opt, clips, getattr(opt, "model_path", RANDOM)
+        self.paths = {person: self._path(person) for person in people}
+        self.sha256, self.seen = {RANDOM: None}, {}
+        for path in dict.fromkeys(self.paths.values() if self.paths else [self.source]):
+            if path != RANDOM:
+                if not Path(path).is_file():
+                    raise BadInput(f"--model_path {path}: no such checkpoint")
+                self.sha256[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+    def _path(self, person):
+        """--model_path for one held-out person: {subject} and {fold} filled in."""
+        path = self.source
+        if "{fold}" in path:
+            everyone = self.clips.origin or self.clips  # the folds that pre-training made
+            folds = dataset.ten_folds(everyone)
+            path = path.replace("{fold}", folds.names[folds.of[everyone.members([person])[0]]])
+        return path.replace("{subject}", dataset.person_name(person, self.clips))
+
+    def create_head(self) -> nn.Module:
+        """A fresh linear head for the options and clips of the run."""
+        opt, clips = self.opt, self.clips
+        return create_classifier(opt.model, opt.layer, clips.n_label, clips.channels, opt.encoder,
+                                 opt.size)
+
+    def load(self, path: str, head: nn.Module | None = None) -> Classifier:
+        """A fresh copy of the encoder in `path`, under a fresh head unless one is given."""
+        classifier, self.seen[path] = load_classifier(
+            self.opt, path, self.clips, self.create_head() if head is None else head)
+        return classifier
+
+    def transductive(self, path: str, person: tuple) -> bool | None:
+        """Whether the encoder of a loaded `path` saw a person; None where that is unknown."""
+        people, complete = self.seen[path]
+        if any(dataset.same_person(person, other) for other in people):
+            return True
+        return False if complete else None
