@@ -17,17 +17,16 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
 import dataset
-from evaluation import heldout
-from images import decoding
+from evaluation import encoders
+from images import decoding, encoding
 from models import create_classifier
 from preparation import cutting, detection, registration
-from training import checkpoint, options
-from util import BadInput, ensure
+from training import checkpoint, epochs, supervised
+from util import BadInput, ensure, number
 
 NEEDED = ("classifier", "classes", "layer", "view", "channels", "encoding", "normalization")
 FRAMES = ("onset", "apex", "depth_onset", "depth_apex")
@@ -45,14 +44,14 @@ class FaceBox(argparse.Action):
 
 
 def parse_option(argv):
-    parser = options.ArgumentParser(description=__doc__)
+    parser = util.ArgumentParser(description=__doc__)
     data = parser.add_argument_group("data: two frames with their depth, or a list")
     data.add_argument("--onset", metavar="FILE", help="RGB frame at the onset")
     data.add_argument("--apex", metavar="FILE", help="RGB frame at the apex")
     data.add_argument("--depth_onset", metavar="FILE",
                       help="depth frame at the onset, for a model that sees depth")
     data.add_argument("--depth_apex", metavar="FILE", help="depth frame at the apex")
-    data.add_argument("--box", nargs="+", type=options.number(float), action=FaceBox,
+    data.add_argument("--box", nargs="+", type=number(float), action=FaceBox,
                       metavar=("X", "Y W H"),
                       help="the face on the onset frame, pixels; needed where training took boxes "
                            "that were given [as in training: detected, or the central square]")
@@ -61,7 +60,7 @@ def parse_option(argv):
     data.add_argument("--list", metavar="FILE",
                       help="a list of v_rgb/ with lines '<path> <label> <database>'; that of the "
                            "second view has the same name in v_depth/ beside it")
-    data.add_argument("--encoding", choices=tuple(decoding.NO_CHANGE),
+    data.add_argument("--encoding", choices=encoding.DIFFERENCES,
                       help="what a pixel of the listed images means, where no encoding.json lies "
                            "beside v_rgb/ [wrap]")
     model = parser.add_argument_group("model")
@@ -70,7 +69,7 @@ def parse_option(argv):
     running = parser.add_argument_group("running")
     running.add_argument("--device", default="auto", metavar="NAME",
                          help="auto: cuda where there is one, else cpu; or cpu, cuda, cuda:1")
-    running.add_argument("--num_workers", type=options.number(int, 0), default=4,
+    running.add_argument("--num_workers", type=number(int, 0), default=4,
                          help="threads that decode images")
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print JSON, not a table")
@@ -107,7 +106,7 @@ def read_checkpoint(path):
         ensure(len(state["channels"]) == 2 and state["opt"]["model"])
         ensure(isinstance(state["classes"], list))
         ensure(all(isinstance(name, str) for name in state["classes"]))
-        ensure(state["encoding"]["difference"] in decoding.NO_CHANGE)
+        ensure(state["encoding"]["difference"] in encoding.DIFFERENCES)
         ensure(isinstance(state["layer"], int) and isinstance(state["view"], str))
     except (KeyError, TypeError, ValueError):
         raise BadInput(f"{path}: its 'opt', 'classes', 'layer', 'view', 'channels' or 'encoding' "
@@ -116,20 +115,20 @@ def read_checkpoint(path):
 
 
 def set_model(path, state, clips, device):
-    """(encoder, head, normalization) for `clips`, on the device; raises BadInput."""
-    opt = SimpleNamespace(model=state["opt"]["model"], view=state["view"],
-                          size=state["opt"].get("size", decoding.CROP))
+    """The classifier of a checkpoint for `clips`, on the device; raises BadInput."""
+    opt = argparse.Namespace(model=state["opt"]["model"], view=state["view"],
+                             layer=state["layer"], size=state["opt"].get("size", decoding.CROP))
     try:
-        head = create_classifier(opt.model, state["layer"], len(state["classes"]),
-                                 state["channels"], state["opt"].get("encoder", "both"), opt.size)
+        head = create_classifier(opt.model, opt.layer, len(state["classes"]), state["channels"],
+                                 state["opt"].get("encoder", "both"), opt.size)
         head.load_state_dict(state["classifier"])
         if not all(value.isfinite().all() for value in head.state_dict().values()):
             raise BadInput(f"{path}: its head holds weights that are not finite; fine-tune again")
     except (ValueError, RuntimeError, TypeError, AttributeError):
-        raise BadInput(f"{path}: its head does not fit {opt.model}, layer {state['layer']} and "
+        raise BadInput(f"{path}: its head does not fit {opt.model}, layer {opt.layer} and "
                        f"{len(state['classes'])} classes; fine-tune again") from None
-    model, about = heldout.load_encoder(opt, path, clips)
-    return model.to(device), head.to(device), about["normalization"]
+    classifier, _ = encoders.load_classifier(opt, path, clips, head)
+    return classifier.to(device)
 
 
 # ---------------------------------------------------------------- prepared images
@@ -142,7 +141,7 @@ def read_list(opt, state):
     if clips.channels != state["channels"]:
         raise BadInput(f"{path}: the second view has {clips.channels[1]} channels, that of "
                        f"{opt.model_path} {state['channels'][1]}")
-    for name, ours, theirs in differing(clips.encoding, state["encoding"], clips.second):
+    for name, ours, theirs in differing(clips.encoding, state["encoding"], clips.views[1]):
         raise BadInput(f"{path}: its images have {name} {ours}, but {opt.model_path} was trained "
                        f"with {theirs}; prepare them alike")
     return clips
@@ -186,7 +185,7 @@ def recorded(path, encoding, with_depth):
 def check_frames(opt, state):
     """Raises BadInput unless the frames that are given are those the model needs; returns whether
     depth is cut."""
-    second, alone = dataset.second_view(state["view"]), state["opt"].get("encoder") == "rgb"
+    second, alone = dataset.view_names(state["view"])[1], state["opt"].get("encoder") == "rgb"
     given = opt.depth_onset is not None
     if second not in ("depth", "gray"):
         raise BadInput(f"{opt.model_path}: its second view is {second}, which frames do not give; "
@@ -251,9 +250,9 @@ def cut_frames(opt, state, folder):
     if not record["registered"]:
         print_note(f"{opt.apex}: could not be registered onto {opt.onset}; taken as it is")
     # without depth the luminance stands in: it is the view itself, or the head does not see it
-    clip = dataset.Clip(0, "", f"{opt.onset} {opt.apex}", -1, names[0], names[1] or names[0])
-    return dataset.ClipSet([clip], Path(folder), "depth" if with_depth else "gray", not with_depth,
-                           (3, 1), state["encoding"])
+    clip = dataset.Clip(0, "", f"{opt.onset} {opt.apex}", -1, (names[0], names[1] or names[0]))
+    return dataset.ClipSet([clip], Path(folder), ("rgb", "depth" if with_depth else "gray"), (3, 1),
+                           state["encoding"], luminance=not with_depth)
 
 
 def print_note(text):
@@ -284,15 +283,14 @@ def report(opt, state, clips, probabilities):
 @util.command_line
 def main(argv=None):
     opt = parse_option(argv)
-    state, device = read_checkpoint(opt.model_path), util.pick_device(opt.device)
+    state, device = read_checkpoint(opt.model_path), epochs.pick_device(opt.device)
     with tempfile.TemporaryDirectory() as folder:
         clips = read_list(opt, state) if opt.list else cut_frames(opt, state, folder)
-        model, head, normalization = set_model(opt.model_path, state, clips, device)
-        images, _ = decoding.load_images(clips, "off", opt.num_workers,
-                                         state["opt"].get("size", decoding.CROP))
-    plain = SimpleNamespace(batch_size=64, layer=state["layer"], amp=False)
-    probabilities = heldout.validate(plain, images, np.arange(len(clips)), normalization, model,
-                                        head, util.mixed_precision(plain, device)[0], device)
+        classifier = set_model(opt.model_path, state, clips, device)
+        images, _ = dataset.load_images(clips, "off", opt.num_workers,
+                                        state["opt"].get("size", decoding.CROP))
+    probabilities = supervised.predict(classifier, images, np.arange(len(clips)),
+                                       epochs.mixed_precision(False, device).autocast)
     print(report(opt, state, clips, probabilities))
 
 

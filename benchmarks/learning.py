@@ -25,6 +25,9 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from images import encoding
+from images import lists
+from training import epochs
 import dataset
 from images import decoding
 from evaluation import heldout
@@ -43,7 +46,7 @@ LAYERS = {"resnet18v1": 3, "alexnet": 4}
 
 
 def parse_option(argv):
-    parser = options.ArgumentParser(description=__doc__)
+    parser = util.ArgumentParser(description=__doc__)
     parser.add_argument("--work", required=True, metavar="DIR", help="folder for data and runs; "
                         "what is finished there is used again")
     parser.add_argument("--quick", action="store_true",
@@ -173,7 +176,7 @@ def permuted_lists(data, folder, seed):
     """The lists of `data` with labels dealt to other clips at random."""
     clips = dataset.read_clips(data)
     labels = np.random.default_rng(seed).permutation(clips.labels)
-    dataset.write_lists(folder, [replace(clip, label=int(label))
+    lists.write_lists(folder, [replace(clip, label=int(label))
                                  for clip, label in zip(clips.clips, labels)])
     shutil.copy(data / "encoding.json", folder)
     return folder
@@ -186,10 +189,10 @@ def labelled_pool(data, folder):
         truth = {row["key"]: row["emotion"] for row in csv.DictReader(file)}
     clips = dataset.read_pairs(data / "pairs.tsv", data).clips
     people = sorted({clip.subject for clip in clips})
-    dataset.write_lists(folder, [replace(
+    lists.write_lists(folder, [replace(
         clip, subject=f"group{people.index(clip.subject) % 5}",
-        key=Path(clip.rgb).name.removesuffix("_diff.png"),
-        label=face.CLASS_OF[truth[Path(clip.rgb).name.removesuffix("_diff.png")]])
+        key=Path(clip.paths[0]).name.removesuffix("_diff.png"),
+        label=face.CLASS_OF[truth[Path(clip.paths[0]).name.removesuffix("_diff.png")]])
         for clip in clips])
     shutil.copy(data / "encoding.json", folder)
     return folder
@@ -209,10 +212,10 @@ def ceiling(bench, pool, data, lists):
     state, clips = predict.read_checkpoint(path), dataset.read_clips(data)
     device = torch.device("cpu")
     model, head, normalization = predict.set_model(path, state, clips, device)
-    images, _ = decoding.load_images(clips, bench.work / "cache", 4, SIZES["resnet18v1"])
+    images, _ = dataset.load_images(clips, bench.work / "cache", 4, SIZES["resnet18v1"])
     plain = options.argparse.Namespace(batch_size=64, layer=state["layer"], amp=False)
     said = heldout.validate(plain, images, np.arange(len(clips)), normalization, model, head,
-                               util.mixed_precision(plain, device)[0], device).argmax(1)
+                               epochs.mixed_precision(plain, device)[0], device).argmax(1)
     return clips.labels, said, [clip.subject for clip in clips.clips]
 
 
@@ -259,7 +262,7 @@ def main_rows(bench, sets, pools):
     for name, scores in measures.baselines(np.concatenate([c.labels for c in everything]),
                                           4).items():
         print(f"| {name.replace('_', ' ')} | {scores['uf1']:.3f} | | |")
-    images = [decoding.load_images(c, bench.work / "cache", 4, 112)[0] for c in everything]
+    images = [dataset.load_images(c, bench.work / "cache", 4, 112)[0] for c in everything]
     bench.add("logistic regression on pixels", [
         (c.labels, pixel_regression(c, x), [clip.subject for clip in c.clips])
         for c, x in zip(everything, images)])

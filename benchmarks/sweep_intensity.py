@@ -9,6 +9,8 @@ pre-trained without the fold's subjects, labelled or not, and linear heads on it
 Prints a table (threshold, pairs kept, UF1 over all inner folds) and writes it as threshold.csv
 and threshold.png. Expect thresholds x folds pre-trainings; finished ones are used again.
 """
+from images import encoding
+from images import lists
 import util  # first: it settles how threads wait before torch is imported
 
 # isort: split
@@ -32,7 +34,7 @@ COLUMNS = ("threshold", "pairs", "uf1", "uar")
 
 
 def parse_option(argv=None):
-    parser = options.ArgumentParser(description=__doc__)
+    parser = util.ArgumentParser(description=__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--data_folder", required=True, metavar="DIR",
                       help="folder the paths in the lists and pairs are relative to")
@@ -93,7 +95,7 @@ def set_folds(opt):
 def write_part(opt, lists, folder, clips, out):
     """Lists of `clips`, and the pairs of nobody in `out`, with what says how to read them."""
     folder.mkdir(parents=True, exist_ok=True)
-    dataset.write_lists(folder, clips.clips)
+    lists.write_lists(folder, clips.clips)
     if (lists / "encoding.json").exists():
         shutil.copyfile(lists / "encoding.json", folder / "encoding.json")
     with open(opt.pairs, encoding="utf-8-sig", newline="") as file:
@@ -132,7 +134,7 @@ def run_fold(opt, threshold, folder, names):
         "--min_intensity", threshold, "--epochs", opt.epochs, "--batch_size", opt.batch_size,
         "--model_path", root / "runs")]
     pretrain.main(argv)
-    run = root / "runs" / util.run_name(pretrain.parse_option(argv))
+    run = root / "runs" / script("pre-train_DVSCL").run_name(pretrain.parse_option(argv))
     # a folder for each layer and length, so that a sweep with others finds its own results
     results = root / "results" / run.name / f"layer_{opt.layer}_{opt.epochs}"
     importlib.import_module("LinearProbing_DVSCL_10fold").main([

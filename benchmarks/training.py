@@ -28,6 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import bank_step  # noqa: E402
+from images import encoding
+from images import lists
+from training import record
 import dataset  # noqa: E402
 from evaluation import logistic  # noqa: E402
 from evaluation import probing  # noqa: E402
@@ -75,8 +78,8 @@ class TextbookSet(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         clip = self.clips.clips[i]
-        rgb = self.rgb(Image.open(self.clips.folder / clip.rgb).convert("RGB"))
-        depth = self.depth(Image.open(self.clips.folder / clip.second).convert("L"))
+        rgb = self.rgb(Image.open(self.clips.folder / clip.paths[0]).convert("RGB"))
+        depth = self.depth(Image.open(self.clips.folder / clip.paths[1]).convert("L"))
         return torch.cat([rgb, depth]), i, clip.label
 
 
@@ -151,7 +154,7 @@ def our_pretrain(opt, amp):
         quietly(import_module("pre-train_DVSCL").main, *opt.flags, "--model_path", folder,
                 "--epochs", 2, "--contrast", "bank", *["--amp"] * amp)
         (run,) = Path(folder).glob("*/log.jsonl")
-        return util.read_log(run.parent)[-1]["pairs_per_second"]
+        return record.read_log(run.parent)[-1]["pairs_per_second"]
 
 
 def our_finetune(opt, amp):
@@ -301,7 +304,7 @@ def main():
         quietly(import_module("render").main, "--data_folder", work / "data",
                 "--subjects", 95, "--clips_per_subject", -(-opt.clips // 95))
         clips = dataset.read_clips(work / "data").clips
-        dataset.write_lists(work / "lists", clips[:opt.clips], "depth")
+        lists.write_lists(work / "lists", clips[:opt.clips], "depth")
         (work / "lists" / "encoding.json").write_bytes(
             (work / "data" / "encoding.json").read_bytes())
     opt.clips = dataset.read_clips(work / "data", work / "lists")

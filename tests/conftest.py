@@ -13,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset import Clip, write_lists
+from dataset import Clip
 from evaluation import pictures
 from images import transforms
+from images.lists import write_lists
 
 ROOT = Path(util.__file__).parent
 LISTS = ROOT.parent / "shared" / "casme3_lists.tar.xz"
@@ -97,15 +98,15 @@ def draw_set(folder, subjects=4, per_subject=3, n_label=2, size=64, second="dept
     for i in range(subjects):
         for j in range(per_subject):
             key, label = f"s{i + 1}-{'abcdefgh'[j]}-{10 * i + j}", (i + j) % n_label
-            clip = Clip(0, f"s{i + 1}", key, label, f"rgb/{label}/{key}_diff.png",
-                        f"{second}/{label}/{key}_diff_{second}.png")
+            clip = Clip(0, f"s{i + 1}", key, label, (
+                f"rgb/{label}/{key}_diff.png", f"{second}/{label}/{key}_diff_{second}.png"))
             views = signed_pair(rng, size, channels)
             if (i, j) == (1, 0):
                 views = [np.full_like(view, 128) for view in views]
-            for path, pixels in zip((clip.rgb, clip.second), views):
+            for path, pixels in zip(clip.paths, views):
                 save_image(folder / path, pixels)
             clips.append(clip)
-    write_lists(folder, clips, second)
+    write_lists(folder, clips, ("rgb", second))
     util.write_json(folder / "encoding.json", {"difference": "signed"})
     return clips
 

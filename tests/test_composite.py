@@ -10,8 +10,9 @@ from sklearn.metrics import f1_score, recall_score
 
 import dataset
 import util
-from dataset import Clip, write_lists
-from evaluation import measures
+from dataset import Clip
+from evaluation import measures, result_files
+from images.lists import write_lists
 
 # See et al., MEGC 2019: clips per class (negative, positive, surprise) and subjects
 MEGC = {"smic": ((70, 51, 43), 16), "casme2": ((88, 32, 25), 24), "samm": ((92, 26, 15), 28)}
@@ -62,10 +63,10 @@ def test_442_clips_of_68_subjects(megc_rows, tmp_path):
     people = {(r["database"], r["subject"]) for r in megc_rows}
     assert (len(megc_rows), len(people), len({p[1] for p in people})) == (442, 68, 28)
     for person in people:
-        measures.write_subject(tmp_path, "_".join(person), transductive=False, checkpoint="x",
+        result_files.write_subject(tmp_path, "_".join(person), transductive=False, checkpoint="x",
                               sha256="1", rows=[r for r in megc_rows if
                                                 (r["database"], r["subject"]) == person])
-    found = measures.write_results(tmp_path, {"protocol": "loso"}, 3, list("nps"))
+    found = result_files.write_results(tmp_path, {"protocol": "loso"}, 3, list("nps"))
     assert (found["n"], found["n_subjects"]) == (442, 68)
     assert [found["uf1"], found["uar"]] == pytest.approx(figures(megc_rows))
     assert {k: (v["n"], v["n_subjects"]) for k, v in found["per_database"].items()} \
@@ -84,7 +85,7 @@ def test_442_clips_of_68_subjects(megc_rows, tmp_path):
         == pytest.approx(figures(megc_rows))
     for r in megc_rows:
         assert (r["key"], r["label"], r["prediction"]) in log[r["database"], r["subject"]]
-    printed = measures.describe(found)
+    printed = result_files.describe(found)
     for name, part in found["per_database"].items():
         assert f"{name:8s} UF1 {part['uf1']:.3f}, UAR {part['uar']:.3f}  ({part['n']} clips" \
             in printed
@@ -100,11 +101,11 @@ def test_a_database_without_a_class_is_averaged_over_all(megc_rows):
 
 
 def test_one_database_leaves_no_challenge_log(megc_rows, tmp_path):
-    measures.write_subject(tmp_path, "s01", [r for r in megc_rows if r["database"] == "smic"][::16],
-                          transductive=False, checkpoint="x", sha256="1")
-    found = measures.write_results(tmp_path, {}, 3, list("nps"))
+    rows = [r for r in megc_rows if r["database"] == "smic"][::16]
+    result_files.write_subject(tmp_path, "s01", rows, transductive=False, checkpoint="x", sha256="1")
+    found = result_files.write_results(tmp_path, {}, 3, list("nps"))
     assert not (tmp_path / "megc2019.log").exists() and list(found["per_database"]) == ["smic"]
-    assert "smic" not in measures.describe(found)
+    assert "smic" not in result_files.describe(found)
 
 
 # ---------------------------------------------------------------- from end to end
@@ -123,7 +124,7 @@ def composite(tmp_path_factory):
             for path, pixels in zip(paths, signed_pair(rng, 64)):
                 save_image(folder / path, pixels)
             # the labels differ between the subjects, so that a mix-up of files would show
-            clips.append(Clip(database, subject, "", (label + len(clips)) % 3, *paths))
+            clips.append(Clip(database, subject, "", (label + len(clips)) % 3, tuple(paths)))
     write_lists(folder, clips)
     util.write_json(folder / "encoding.json", {"difference": "signed"})
     return folder, clips
@@ -157,7 +158,7 @@ def test_equal_names_are_five_persons_and_fifteen_clips(composite, probed):
         == {f"{dataset.DATABASES[d]}_{s}" for d, _, s in PEOPLE}
     # each row carries the label of its own file
     for clip in composite[1]:
-        file = clip.rgb.removeprefix("rgb/").removesuffix("_diff.png")
+        file = clip.paths[0].removeprefix("rgb/").removesuffix("_diff.png")
         (row,) = [r for r in rows if file.endswith(r["key"])
                   and (r["database"], r["subject"]) == (dataset.DATABASES[clip.database],
                                                         clip.subject)]
@@ -185,7 +186,7 @@ def test_a_person_is_held_out_alone_and_its_namesakes_train(composite, flags, pr
     for name, database in (("own", 2), ("namesake", 1)):
         lists[name] = tmp_path / name
         write_lists(lists[name], [
-            Clip(c.database, c.subject, "", (c.label + 1) % 3, c.rgb, c.second)
+            Clip(c.database, c.subject, "", (c.label + 1) % 3, c.paths)
             if (c.database, c.subject) == (database, "sub01") else c for c in clips])
         util.write_json(lists[name] / "encoding.json", {"difference": "signed"})
         probe(*flags, "--list_folder", lists[name], "--protocol", "loso", "--subject",

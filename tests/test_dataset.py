@@ -11,14 +11,14 @@ from PIL import Image
 
 import dataset
 from dataset import Clip, ClipSet
-from images import decoding
+from images import cache, decoding, encoding, lists
 from util import BadInput
 
 
 def touch(folder, clips):
     """An empty file for every image that `clips` name."""
     for clip in clips:
-        for name in (clip.rgb, clip.second):
+        for name in clip.paths:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).touch()
 
@@ -32,21 +32,21 @@ def rewrite(paths, change):
 
 def label_set(rows, n_label=4):
     """A ClipSet without images from (database, subject, label) rows."""
-    clips = [Clip(d, s, f"k{i}", label, f"{i}.png", f"{i}.png")
+    clips = [Clip(d, s, f"k{i}", label, (f"{i}.png", f"{i}.png"))
              for i, (d, s, label) in enumerate(rows)]
     clips.sort(key=lambda c: (c.database, c.subject, c.key))
-    return ClipSet(clips, None, "depth", False, (3, 1), {"difference": "signed"}, n_label)
+    return ClipSet(clips, None, ("rgb", "depth"), (3, 1), {"difference": "signed"}, n_label)
 
 
 def one_clip(folder, rgb, second, view="RGB_D", encoding="signed", suffix="png", **options):
     """Decodes one clip whose images are the given arrays."""
     name = "gray" if view == "RGB_gray" else dataset.second_view(view)
-    clips = [Clip(0, s, s, i, f"{s}_diff.{suffix}", f"{s}_diff_{name}.{suffix}")
+    clips = [Clip(0, s, s, i, (f"{s}_diff.{suffix}", f"{s}_diff_{name}.{suffix}"))
              for i, s in enumerate("ab")]
     for clip in clips:
-        save_image(folder / clip.rgb, rgb, **options)
-        save_image(folder / clip.second, second, **options)
-    dataset.write_lists(folder, clips, name)
+        save_image(folder / clip.paths[0], rgb, **options)
+        save_image(folder / clip.paths[1], second, **options)
+    lists.write_lists(folder, clips, name)
     found = dataset.read_clips(folder, view=view, encoding=encoding)
     return decoding.decode(found.clips[0], found)
 
@@ -66,8 +66,8 @@ def test_views_are_paired_by_identity_whatever_the_order_of_the_depth_lists(fres
     assert after.clips == before.clips
     assert after.digest() == before.digest()
     for clip in after.clips:
-        assert clip.rgb.endswith(f"/{clip.key}_diff.png")
-        assert clip.second.endswith(f"/{clip.key}_diff_depth.png")
+        assert clip.paths[0].endswith(f"/{clip.key}_diff.png")
+        assert clip.paths[1].endswith(f"/{clip.key}_diff_depth.png")
 
 
 @pytest.mark.parametrize("paths, keys", [
@@ -78,19 +78,19 @@ def test_views_are_paired_by_identity_whatever_the_order_of_the_depth_lists(fres
     (["a_diff_gray.png", "b_diff_other.png", "c.png"], ["a", "b_diff_other", "c"]),
 ])
 def test_identity_is_the_shortest_unique_tail(paths, keys):
-    found = dataset.clip_keys(paths, ("rgb", "gray", "depth"))
+    found = lists.clip_keys(paths, ("rgb", "gray", "depth"))
     assert [found[path] for path in paths] == keys
 
 
 def test_paths_that_nothing_tells_apart_are_refused():
     with pytest.raises(ValueError, match="name the same clip"):
-        dataset.clip_keys(["x/a_diff.png", "x/a_diff.jpg"])
+        lists.clip_keys(["x/a_diff.png", "x/a_diff.jpg"])
 
 
 def megc_clips():
     """Two casme2 subjects with the same file names, and a smic subject called as one of them."""
-    return [Clip(d, s, "", i % 2, f"{root}/{s}/EP{e}_diff.png",
-                 f"{root}_d/{s}/EP{e}_diff_depth.png")
+    return [Clip(d, s, "", i % 2, (f"{root}/{s}/EP{e}_diff.png",
+                                   f"{root}_d/{s}/EP{e}_diff_depth.png"))
             for i, (d, root, s, e) in enumerate(
                 [(2, "CASME2", "sub01", 1), (2, "CASME2", "sub01", 2), (2, "CASME2", "sub02", 1),
                  (1, "SMIC", "sub01", 1), (1, "SMIC", "s9", 7), (3, "SAMM", "006", 3)])]
@@ -98,21 +98,22 @@ def megc_clips():
 
 def test_the_same_file_name_under_several_subjects_is_told_apart_by_its_folder(tmp_path):
     # the root folders differ between the views, so what tells the clips apart must not
-    clips = [replace(clip, second=clip.second.replace("_d/", "/")) for clip in megc_clips()]
+    clips = [replace(clip, paths=(clip.paths[0], clip.paths[1].replace("_d/", "/"))) for clip in megc_clips()]
     touch(tmp_path, clips)
-    dataset.write_lists(tmp_path, clips)
+    lists.write_lists(tmp_path, clips)
     found = dataset.read_clips(tmp_path)
-    assert {c.key: (c.rgb, c.second) for c in found.clips} == {
-        "CASME2/sub01/EP1": (clips[0].rgb, clips[0].second), "EP2": (clips[1].rgb, clips[1].second),
-        "sub02/EP1": (clips[2].rgb, clips[2].second),
-        "SMIC/sub01/EP1": (clips[3].rgb, clips[3].second),
-        "EP7": (clips[4].rgb, clips[4].second), "EP3": (clips[5].rgb, clips[5].second)}
+    paths = [clip.paths for clip in clips]
+    assert {c.key: c.paths for c in found.clips} == {
+        "CASME2/sub01/EP1": paths[0], "EP2": paths[1],
+        "sub02/EP1": paths[2],
+        "SMIC/sub01/EP1": paths[3],
+        "EP7": paths[4], "EP3": paths[5]}
 
 
 def test_a_subject_name_in_two_databases_is_two_persons_and_two_folds(tmp_path):
-    clips = [replace(clip, second=clip.second.replace("_d/", "/")) for clip in megc_clips()]
+    clips = [replace(clip, paths=(clip.paths[0], clip.paths[1].replace("_d/", "/"))) for clip in megc_clips()]
     touch(tmp_path, clips)
-    dataset.write_lists(tmp_path, clips)
+    lists.write_lists(tmp_path, clips)
     found = dataset.read_clips(tmp_path)
     assert found.people == [(1, "s9"), (1, "sub01"), (2, "sub01"), (2, "sub02"), (3, "006")]
     names, fold_of = dataset.subject_folds(found)
@@ -125,9 +126,9 @@ def test_a_subject_name_in_two_databases_is_two_persons_and_two_folds(tmp_path):
 def test_pairs_of_different_folders_meet_by_file_name_alone(tmp_path):
     clips = megc_clips()[1:3] + megc_clips()[4:]
     touch(tmp_path, clips)
-    dataset.write_lists(tmp_path, clips)
-    assert {(c.rgb, c.second) for c in dataset.read_clips(tmp_path).clips} \
-        == {(c.rgb, c.second) for c in clips}
+    lists.write_lists(tmp_path, clips)
+    assert {(c.paths[0], c.paths[1]) for c in dataset.read_clips(tmp_path).clips} \
+        == {(c.paths[0], c.paths[1]) for c in clips}
 
 
 @pytest.mark.parametrize("prefix", ["/home/some body/CASME 3/", "C:/Data/", "D:\\my sets\\"])
@@ -145,13 +146,13 @@ def test_the_views_may_carry_different_prefixes(fresh):
 
 
 def test_paths_may_hold_spaces(tmp_path):
-    clips = [Clip(0, s, "", i, f"my images/{s} 1  2/a {s}_diff.png",
-                  f"my depth/a {s}_diff_depth.png")
+    clips = [Clip(0, s, "", i, (f"my images/{s} 1  2/a {s}_diff.png",
+                               f"my depth/a {s}_diff_depth.png"))
              for i, s in enumerate("xy")]
     touch(tmp_path, clips)
-    dataset.write_lists(tmp_path, clips)
-    assert [(c.key, c.rgb) for c in dataset.read_clips(tmp_path).clips] \
-        == [("a x", clips[0].rgb), ("a y", clips[1].rgb)]
+    lists.write_lists(tmp_path, clips)
+    assert [(c.key, c.paths[0]) for c in dataset.read_clips(tmp_path).clips] \
+        == [("a x", clips[0].paths[0]), ("a y", clips[1].paths[0])]
 
 
 @pytest.mark.parametrize("ending", ["\r\n", "\n", "\n\n"])
@@ -200,7 +201,7 @@ def test_luminance_of_wrap_is_that_of_the_differences(tmp_path):
     found = dataset.read_clips(tmp_path, view="RGB_gray", encoding="wrap")
     change = np.full((256, 256, 3), (-3, 2, -2))  # luminance 0.05
     change[0] = (-5, -5, -5)
-    save_image(tmp_path / found.clips[0].rgb, (change % 256).astype(np.uint8))
+    save_image(tmp_path / found.clips[0].paths[0], (change % 256).astype(np.uint8))
     grey = decoding.decode(found.clips[0], found)[3]
     assert (grey[0] == 251).all() and (grey[1:] == 0).all()
 
@@ -209,7 +210,7 @@ def test_gray_lists_are_taken_where_there_are_some(tmp_path):
     draw_set(tmp_path, second="gray")
     found = dataset.read_clips(tmp_path, view="RGB_gray")
     assert not found.luminance
-    assert all("_diff_gray" in clip.second for clip in found.clips)
+    assert all("_diff_gray" in clip.paths[1] for clip in found.clips)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -281,24 +282,24 @@ def test_wrap_is_taken_as_it_is_but_never_resized(tmp_path, images):
 
 def test_blank_clips_are_those_without_any_change_in_rgb(drawn):
     clips = dataset.read_clips(drawn)
-    pixels, _ = decoding.load_images(clips)
-    found = decoding.blank(pixels, clips.encoding)
+    pixels, _ = dataset.load_images(clips)
+    found = encoding.blank(pixels, clips.encoding)
     assert [c.key for c, is_blank in zip(clips.clips, found) if is_blank] == ["s2-a-10"]
-    for encoding, level in (("signed", 128), ("wrap", 0), ("absolute", 0)):
+    for difference, level in (("signed", 128), ("wrap", 0), ("absolute", 0)):
         flat = np.full((2, 4, 8, 8), level, np.uint8)
         flat[1, 2, 3, 4] += 1
-        assert decoding.blank(flat, {"difference": encoding}).tolist() == [True, False]
+        assert encoding.blank(flat, {"difference": encoding}).tolist() == [True, False]
 
 
 # ---------------------------------------------------------------- the cache
 
 def test_cache_holds_what_decoding_gives_and_is_read_again(drawn, tmp_path, monkeypatch):
     clips = dataset.read_clips(drawn)
-    plain, digest = decoding.load_images(clips, "off")
-    first, first_digest = decoding.load_images(clips, tmp_path)
+    plain, digest = dataset.load_images(clips, "off")
+    first, first_digest = dataset.load_images(clips, tmp_path)
     assert (first == plain).all() and first_digest == digest
     monkeypatch.setattr(decoding, "decode", None)
-    again, again_digest = decoding.load_images(clips, tmp_path)
+    again, again_digest = dataset.load_images(clips, tmp_path)
     assert isinstance(again, np.memmap)
     assert (again == plain).all() and again_digest == digest
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".npy"]
@@ -309,27 +310,27 @@ def test_cache_holds_what_decoding_gives_and_is_read_again(drawn, tmp_path, monk
 @pytest.mark.parametrize("kind", ["array", "memory map", "stream"])
 def test_batches_are_fetched_in_order(drawn, tmp_path, device, kind, monkeypatch):
     clips = dataset.read_clips(drawn)
-    plain, _ = decoding.load_images(clips)
+    plain, _ = dataset.load_images(clips)
     if kind == "stream":
-        monkeypatch.setattr(decoding, "_free_memory", lambda: 1000)
-    images, _ = decoding.load_images(clips, tmp_path if kind == "memory map" else "off")
-    assert isinstance(images, decoding.Stream) == (kind == "stream")
+        monkeypatch.setattr(cache, "_free_memory", lambda: 1000)
+    images, _ = dataset.load_images(clips, tmp_path if kind == "memory map" else "off")
+    assert isinstance(images, cache.Stream) == (kind == "stream")
     batches = [np.array(b) for b in ([3, 1], [0], [5, 5, 2], [11, 7])] * 3
     device, found = torch.device(device), []
-    for batch in decoding.fetch(images, batches, device):
+    for batch in cache.fetch(images, batches, device):
         assert batch.device.type == device.type and batch.dtype == torch.uint8
         found.append(batch.cpu().numpy())
     assert len(found) == len(batches)
     assert all((a == plain[b]).all() for a, b in zip(found, batches))
-    assert list(decoding.fetch(images, [], device)) == []
+    assert list(cache.fetch(images, [], device)) == []
 
 
 def test_a_changed_image_is_noticed(fresh, tmp_path):
     clips = dataset.read_clips(fresh)
-    before, digest = decoding.load_images(clips, tmp_path / "cache")
-    path = fresh / clips.clips[4].second
+    before, digest = dataset.load_images(clips, tmp_path / "cache")
+    path = fresh / clips.clips[4].paths[1]
     save_image(path, 255 - np.asarray(Image.open(path)))
-    after, new_digest = decoding.load_images(clips, tmp_path / "cache")
+    after, new_digest = dataset.load_images(clips, tmp_path / "cache")
     assert new_digest != digest
     assert [i for i in range(len(clips)) if (before[i] != after[i]).any()] == [4]
 
@@ -385,14 +386,14 @@ def test_no_fold_is_empty(subjects):
 def test_pairs_are_read(drawn):
     found = dataset.read_pairs(drawn / "pairs.tsv", drawn)
     assert len(found) == 6
-    assert {(c.person, c.label, c.rgb, c.second) for c in found.clips} == {
+    assert {(c.person, c.label, c.paths[0], c.paths[1]) for c in found.clips} == {
         ((0, f"s{i % 4 + 1}"), -1, f"free/u{i}_diff.png", f"free/u{i}_diff_depth.png")
         for i in range(6)}
 
 
 def test_min_intensity_is_a_threshold_on_the_intensity_column(drawn):
     found = dataset.read_pairs(drawn / "pairs.tsv", drawn, min_intensity=3)
-    assert {c.rgb for c in found.clips} == {f"free/u{i}_diff.png" for i in (3, 4, 5)}
+    assert {c.paths[0] for c in found.clips} == {f"free/u{i}_diff.png" for i in (3, 4, 5)}
     with pytest.raises(BadInput, match=r"pairs.tsv: no pair of intensity 5.5 or more"):
         dataset.read_pairs(drawn / "pairs.tsv", drawn, min_intensity=5.5)
 
@@ -409,7 +410,7 @@ def test_pairs_do_not_mind_line_endings_or_luminance(fresh):
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
     found = dataset.read_pairs(path, fresh, view="RGB_gray")
     assert found.luminance and len(found) == 6
-    assert all(c.second == c.rgb for c in found.clips)
+    assert all(c.paths[1] == c.paths[0] for c in found.clips)
 
 
 # ---------------------------------------------------------------- the published lists
@@ -426,8 +427,8 @@ def test_published_lists_hold_943_clips_of_95_subjects_in_four_classes(real_list
 def test_published_lists_are_paired_right_though_their_rows_are_not(real_lists):
     clips = dataset.read_clips(real_lists)
     for clip in clips.clips:
-        assert clip.rgb.endswith(f"/{clip.key}_diff.png")
-        assert clip.second.endswith(f"/{clip.key}_diff_depth.png")
+        assert clip.paths[0].endswith(f"/{clip.key}_diff.png")
+        assert clip.paths[1].endswith(f"/{clip.key}_diff_depth.png")
         assert clip.key.split("-")[0].replace(".", "") == clip.subject
     same = total = 0
     for path in real_lists.glob("v_rgb/*_train.txt"):

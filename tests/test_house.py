@@ -34,7 +34,7 @@ def test_input_is_checked_without_assert_statements(tmp_path):
                                               "casme3,s1,a,9,0,1.0\n")
     path = str(tmp_path / "predictions.csv")
     code = (f"import util\nfrom evaluation import measures\n"
-            f"try: measures.read_predictions({path!r}, 4)\n"
+            f"try: result_files.read_predictions({path!r}, 4)\n"
             f"except util.BadInput as error: print('refused', error)")
     for flags in ((), ("-O",)):
         assert "refused" in run(code, *flags) and "0..3" in run(code, *flags)
@@ -60,8 +60,8 @@ def test_only_cmcs_own_prefixes_are_taken_off():
 def test_persons_and_labels_are_collected_once():
     """Asking every clip of a set for them takes time in proportion to its size."""
     def seconds(n):
-        clips = dataset.ClipSet([dataset.Clip(0, f"s{i % 50}", str(i), 0, "", "")
-                                 for i in range(n)], None, "depth", False, (3, 1), {})
+        clips = dataset.ClipSet([dataset.Clip(0, f"s{i % 50}", str(i), 0, ())
+                                 for i in range(n)], None, ("rgb", "depth"), (3, 1), {})
         start = time.perf_counter()
         for _ in clips.clips:
             assert len(clips.people) == 50 and len(clips.labels) == n
@@ -75,7 +75,7 @@ def test_images_are_searched_for_blanks_by_the_writer_alone(monkeypatch):
     monkeypatch.setattr(decoding, "blank", refuse)
     monkeypatch.setattr(distributed, "first", lambda: False)
     run = object.__new__(heldout.HeldOut)
-    run.clips = dataset.ClipSet([], None, "depth", False, (3, 1), {"difference": "signed"})
+    run.clips = dataset.ClipSet([], None, ("rgb", "depth"), (3, 1), {"difference": "signed"})
     assert run.finish(np.zeros((0, 4, 8, 8), np.uint8)) is None
 
 

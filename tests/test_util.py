@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT, probe
 
 import util
+from training import epochs, record
 
 
 def git(folder, *arguments):
@@ -32,35 +33,35 @@ def repository(tmp_path):
 
 def test_commit_names_the_head_and_whether_the_code_was_changed(repository):
     head = git(repository, "rev-parse", "HEAD")
-    assert len(head) == 40 and util.commit(repository) == head
+    assert len(head) == 40 and record.commit(repository) == head
     (repository / "results.txt").write_text("not tracked\n")
-    assert util.commit(repository) == head
+    assert record.commit(repository) == head
     (repository / "a.py").write_text("2\n")
-    assert util.commit(repository) == f"{head}-dirty"
+    assert record.commit(repository) == f"{head}-dirty"
     git(repository, "add", "a.py")
-    assert util.commit(repository) == f"{head}-dirty"
+    assert record.commit(repository) == f"{head}-dirty"
     git(repository, "commit", "-q", "-m", "second")
-    assert util.commit(repository) == git(repository, "rev-parse", "HEAD") != head
+    assert record.commit(repository) == git(repository, "rev-parse", "HEAD") != head
 
 
 def test_no_commit_where_git_does_not_keep_the_code(repository, tmp_path, monkeypatch):
-    assert util.commit(tmp_path) is None
+    assert record.commit(tmp_path) is None
     # a copy inside somebody else's repository
     (repository / "copy").mkdir()
-    assert util.commit(repository / "copy") is None
+    assert record.commit(repository / "copy") is None
     empty = tmp_path / "empty"
     empty.mkdir()
     git(empty, "init", "-q")
-    assert util.commit(empty) is None
+    assert record.commit(empty) is None
     monkeypatch.setenv("PATH", str(empty))
-    assert util.commit(repository) is None
+    assert record.commit(repository) is None
 
 
 def test_results_and_log_hold_the_commit(drawn, quick, small_crops, tmp_path):
     probe("--data_folder", drawn, *quick, "--model_path", "random", "--save_path", tmp_path)
     (path,) = tmp_path.glob("*/results.json")
     recorded = json.loads(path.read_text())["versions"]["commit"]
-    assert recorded == util.read_log(path.parent)[0]["versions"]["commit"] == util.commit(ROOT)
+    assert recorded == record.read_log(path.parent)[0]["versions"]["commit"] == record.commit(ROOT)
     if (ROOT / ".git").exists():
         assert recorded.removesuffix("-dirty") == git(ROOT, "rev-parse", "HEAD")
 
@@ -74,13 +75,13 @@ def options(**changes):
 
 def rates(opt, warmup, steps=5, base=2.0):
     """Of every step of a training, `[epochs, steps]`."""
-    return np.array([[util.scheduled(opt, base, epoch, step, steps, warmup)
+    return np.array([[epochs.scheduled(opt, base, epoch, step, steps, warmup)
                       for step in range(1, steps + 1)] for epoch in range(1, opt.epochs + 1)])
 
 
 def test_rates_in_steps_are_those_of_the_epoch():
     found = rates(options(), 0)
-    assert found.tolist() == [[util.learning_rate(options(), epoch, 2.0)] * 5
+    assert found.tolist() == [[epochs.learning_rate(options(), epoch, 2.0)] * 5
                               for epoch in range(1, 9)]
     assert found[:, 0] == pytest.approx([2] * 4 + [0.2] * 2 + [0.02] * 2)
 
@@ -118,9 +119,9 @@ def test_only_what_a_killed_process_left_half_written_is_removed(tmp_path):
 
 def test_a_log_that_needs_no_cut_is_not_written_over(tmp_path):
     """A job that starts while others append to the log must not drop their lines."""
-    util.Log(tmp_path, tmp_path / "curves", {"opt": {}}).epoch(1, {"train_loss": 0.1}, "s1")
+    record.Log(tmp_path, tmp_path / "curves", {"opt": {}}).epoch(1, {"train_loss": 0.1}, "s1")
     before = (tmp_path / "log.jsonl").stat().st_ino
-    util.Log(tmp_path, tmp_path / "curves", {"opt": {}}, lambda line: line["subject"] != "s2")
+    record.Log(tmp_path, tmp_path / "curves", {"opt": {}}, lambda line: line["subject"] != "s2")
     assert (tmp_path / "log.jsonl").stat().st_ino == before
-    util.Log(tmp_path, tmp_path / "curves", {"opt": {}}, lambda line: line["subject"] != "s1")
-    assert util.read_log(tmp_path) == [{"opt": {}}]
+    record.Log(tmp_path, tmp_path / "curves", {"opt": {}}, lambda line: line["subject"] != "s1")
+    assert record.read_log(tmp_path) == [{"opt": {}}]

@@ -13,11 +13,12 @@ from test_logistic import fit
 
 import dataset
 import util
-from dataset import Clip, write_lists
-from evaluation import heldout, logistic, measures, probing
-from images import decoding, transforms
+from dataset import Clip
+from evaluation import heldout, logistic, probing, result_files
+from images import encoding, transforms
+from images.lists import write_lists
 from models import create_classifier, create_model
-from training import options
+from training import options, record
 
 pytestmark = pytest.mark.usefixtures("small_crops")
 
@@ -34,10 +35,10 @@ def draw_spots(folder, reach):
             label = j if j < 4 else int(rng.integers(4))
             middle = (-0.3, -0.1, 0.1, 0.3)[label] * reach
             change = face + 40 * np.exp(-(x ** 2 + (y - middle) ** 2) / (0.004 * reach ** 2))
-            clip = Clip(0, f"s{i + 1}", f"s{i + 1}-{j}", label, f"rgb/{i}-{j}.png",
-                        f"depth/{i}-{j}.png")
-            for path, view in ((clip.rgb, 128 + np.stack([change] * 3, 2)),
-                               (clip.second, 128 + change / 2)):
+            clip = Clip(0, f"s{i + 1}", f"s{i + 1}-{j}", label,
+                        (f"rgb/{i}-{j}.png", f"depth/{i}-{j}.png"))
+            for path, view in ((clip.paths[0], 128 + np.stack([change] * 3, 2)),
+                               (clip.paths[1], 128 + change / 2)):
                 view = view + rng.normal(0, 6, view.shape)
                 save_image(folder / path, view.round().clip(0, 255).astype(np.uint8))
             clips.append(clip)
@@ -124,7 +125,7 @@ def test_garbage_labels_of_a_held_out_subject_change_no_bit_of_its_probabilities
             run = only(tmp_path / turn / name)
             about = json.loads((run / "subjects" / f"{name}.json").read_text())
             kept.append((about.get("choice"), [r["probabilities"] for r in about["rows"]],
-                         [r["label"] for r in about["rows"]], util.read_log(run)[1:]))
+                         [r["label"] for r in about["rows"]], record.read_log(run)[1:]))
     (choice, p, labels, log), (_, others, _, _), (again, q, garbage, same), (_, changed, *_) = kept
     assert labels == [1 - label for label in garbage]
     assert (choice, p, log) == (again, q, same)
@@ -135,7 +136,7 @@ def test_garbage_labels_of_a_held_out_subject_change_no_bit_of_its_probabilities
 
 def kept(run, name="s1"):
     """Probabilities `[n, C]` that a run kept of a subject."""
-    rows = measures.read_subject(run / "subjects" / f"{name}.json")[1]
+    rows = result_files.read_subject(run / "subjects" / f"{name}.json")[1]
     return np.array([row["probabilities"] for row in rows])
 
 
@@ -181,7 +182,7 @@ def test_the_head_holds_the_statistics_of_its_training_clips(drawn, quick, pretr
     state, clips = load(only(tmp_path) / "last.pth"), dataset.read_clips(drawn)
     model = create_model("resnet18v1").eval()
     model.load_state_dict(load(pretrained)["model"])
-    images = torch.from_numpy(decoding.load_images(clips)[0][3:])  # all but s1
+    images = torch.from_numpy(dataset.load_images(clips)[0][3:])  # all but s1
     x = transforms.eval_transform(images, state["normalization"])
     with torch.no_grad():
         rows = torch.cat([torch.cat(model(view, 6), 1) for view in (x, x.flip(-1))]).double()
@@ -197,7 +198,8 @@ def test_norms_that_move_start_from_the_training_clips_alone(fresh, quick, tmp_p
     for turn in ("right", "wrong"):
         if turn == "wrong":
             for member in clips.members([(0, "s1")]):
-                save_image(fresh / clips.clips[member].rgb, np.full((256, 256, 3), 140, np.uint8))
+                save_image(fresh / clips.clips[member].paths[0],
+                           np.full((256, 256, 3), 140, np.uint8))
         finetune("--data_folder", fresh, *quick[:2], "--cache", "off", *quick[4:], "--model_path",
                  "random", "--train_bn", "--save_path", tmp_path / turn, *STILL[:-1])
         found.append(load(only(tmp_path / turn) / "last.pth"))
@@ -211,8 +213,8 @@ def test_norms_that_move_start_from_the_training_clips_alone(fresh, quick, tmp_p
 
 def test_the_first_step_normalises_as_the_start_of_the_head_did(drawn):
     clips, model = dataset.read_clips(drawn), create_model("resnet18v1")
-    images = decoding.load_images(clips)[0]
-    normalization = transforms.fixed_normalization("wrap", clips.channels, clips.second)
+    images = dataset.load_images(clips)[0]
+    normalization = encoding.fixed_normalization("wrap", clips.channels, clips.views[1])
     x = transforms.eval_transform(torch.from_numpy(images), normalization)
     found = {}
     for turn in ("before", "after"):
@@ -271,7 +273,7 @@ def test_heads_on_a_frozen_encoder_follow_the_schedule(drawn, quick, pretrained,
         finetune("--data_folder", drawn, *quick, "--epochs", 4, "--freeze_encoder", "--head",
                  "zero", "--learning_rate", 0.1, "--lr_schedule", schedule, "--model_path",
                  pretrained, "--save_path", tmp_path / schedule)
-        log = util.read_log(only(tmp_path / schedule))[1:]
+        log = record.read_log(only(tmp_path / schedule))[1:]
         rates[schedule] = [line["learning_rate"] for line in log]
     assert rates["step"] == [0.1] * 4
     assert rates["cosine"] == pytest.approx(0.1 * (1 + np.cos(np.pi * np.arange(4) / 4)) / 2)
@@ -336,7 +338,7 @@ def test_fine_tuning_by_ten_folds_holds_out_whole_groups(many, quick, tmp_path, 
     out = group if not everybody else {
         clips.clips[i].subject for i in np.flatnonzero(fold_of == names.index(state["unit"]))}
     assert {s for _, s in state["seen"]["people"]} == {c.subject for c in clips.clips} - out
-    assert {line["subject"] for line in util.read_log(run)[1:]} == {names[f] for f in wanted}
+    assert {line["subject"] for line in record.read_log(run)[1:]} == {names[f] for f in wanted}
 
 
 def test_the_rest_of_a_group_is_trained_without_those_who_are_finished(many, quick, tmp_path):
@@ -392,8 +394,8 @@ def test_no_head_fits_more_and_tells_less_than_scikit_learns(tmp_path, layer):
         torch.manual_seed(0)
         model, head = create_model("resnet18v1"), create_classifier("resnet18v1", layer, 4)
         features, positions, _ = probing.encode(
-            model, head, decoding.load_images(clips)[0],
-            transforms.fixed_normalization("signed", (3, 1)), layer, torch.device("cpu"),
+            model, head, dataset.load_images(clips)[0],
+            encoding.fixed_normalization("signed", (3, 1)), layer, torch.device("cpu"),
             torch.no_grad, views=2)
         names, fold_of = dataset.subject_folds(clips)
         data, everyone = (features, clips.labels, fold_of), list(range(len(names)))

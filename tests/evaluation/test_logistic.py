@@ -9,7 +9,7 @@ from sklearn.preprocessing import StandardScaler
 
 import dataset
 from evaluation import heldout, logistic, probing
-from images import decoding, transforms
+from images import encoding
 from models import create_classifier, create_model
 
 FOLDS, CLASSES = 6, 4
@@ -95,7 +95,7 @@ def rendered(tmp_path_factory):
     script("render").main(["--data_folder", folder, "--subjects", FOLDS,
                                   "--clips_per_subject", 6, "--size", 64, "--num_workers", 1])
     clips = dataset.read_clips(folder)
-    return clips, decoding.load_images(clips)[0]
+    return clips, dataset.load_images(clips)[0]
 
 
 @pytest.mark.parametrize("layer, dim", [(6, 512), (3, 2048)])
@@ -103,7 +103,7 @@ def test_heads_on_features_of_an_encoder_agree_with_scikit_learn(small_crops, re
     clips, images = rendered
     torch.manual_seed(0)
     model, head = create_model("resnet18v1"), create_classifier("resnet18v1", layer, CLASSES)
-    features, *_ = probing.encode(model, head, images, transforms.fixed_normalization(
+    features, *_ = probing.encode(model, head, images, encoding.fixed_normalization(
         "signed", (3, 1)), layer, torch.device("cpu"), torch.no_grad, views=2)
     assert features.shape == (2, 36, dim)
     data = features, clips.labels, dataset.subject_folds(clips)[1]

@@ -8,7 +8,7 @@ import pytest
 from sklearn import metrics as sklearn
 
 import util
-from evaluation import measures
+from evaluation import measures, result_files
 
 
 def random_case(seed, n_label=4, n=120):
@@ -178,9 +178,9 @@ ROWS = [row("smic", "a", "k1", 0, [0.25, 0.75]), row("casme3", "b", "k3", 1, [0.
 def write(folder, rows=ROWS, blank_keys=(), **about):
     for name in ("smic_a", "casme3_b", "casme3_a"):
         mine = [r for r in rows if f"{r['database']}_{r['subject']}" == name]
-        measures.write_subject(folder, name, mine, **{
+        result_files.write_subject(folder, name, mine, **{
             "transductive": False, "checkpoint": "x.pth", "sha256": "1", **about.get(name, {})})
-    return measures.write_results(folder, {"protocol": "loso"}, 2, ["no", "yes"], blank_keys)
+    return result_files.write_results(folder, {"protocol": "loso"}, 2, ["no", "yes"], blank_keys)
 
 
 def test_predictions_are_sorted_and_read_back(tmp_path):
@@ -243,7 +243,7 @@ def test_transductive_is_true_if_any_subject_was_seen_and_unknown_if_any_is(
 def test_rows_name_the_likeliest_class():
     clips = SimpleNamespace(clips=[SimpleNamespace(database=2, subject="s", key=f"k{i}", label=1)
                                    for i in range(3)])
-    rows = measures.rows_of(clips, np.array([2, 0]), np.array([[0.2, 0.7, 0.1], [0.1, 0.2, 0.7]]))
+    rows = result_files.rows_of(clips, np.array([2, 0]), np.array([[0.2, 0.7, 0.1], [0.1, 0.2, 0.7]]))
     assert [(r["database"], r["key"], r["prediction"]) for r in rows] \
         == [("casme2", "k2", 1), ("casme2", "k0", 2)]
 
@@ -252,7 +252,7 @@ def test_a_subject_that_another_job_finishes_meanwhile_is_in_the_results(tmp_pat
     draw = measures.pictures.draw_confusion
 
     def slow(*args):
-        measures.write_subject(tmp_path, "smic_b", [row("smic", "b", "k7", 1, [0.0, 1.0])],
+        result_files.write_subject(tmp_path, "smic_b", [row("smic", "b", "k7", 1, [0.0, 1.0])],
                               transductive=False, checkpoint="x.pth", sha256="1")
         draw(*args)
     monkeypatch.setattr(measures.pictures, "draw_confusion", slow)
@@ -266,4 +266,4 @@ def test_half_a_subject_file_is_refused_by_name(tmp_path):
     path = tmp_path / "subjects" / "smic_a.json"
     path.write_text(path.read_text()[:40])
     with pytest.raises(util.BadInput, match="smic_a.json: not a subject's predictions"):
-        measures.write_results(tmp_path, {}, 2, ["no", "yes"])
+        result_files.write_results(tmp_path, {}, 2, ["no", "yes"])

@@ -12,8 +12,8 @@ from PIL import Image
 
 import dataset
 import util
-from evaluation import gradcam, measures, pictures
-from images import decoding, transforms
+from evaluation import gradcam, measures, pictures, result_files
+from images import transforms
 from models import create_classifier, create_model
 
 pytestmark = pytest.mark.pictures
@@ -122,12 +122,12 @@ def test_groups_that_keep_their_own_mistakes_hold_those_of_all(tmp_path):
                 for i in measures.most_wrong(labels[members], p[members])}
         for person in set(people[members]):
             mine = [i for i in members if people[i] == person]
-            measures.write_subject(tmp_path, f"s{person}", [
+            result_files.write_subject(tmp_path, f"s{person}", [
                 {"database": "casme3", "subject": f"s{person}", "key": f"k{i:03}",
                  "label": int(labels[i]), "prediction": int(p[i].argmax()),
                  "probabilities": p[i].tolist()} for i in mine],
                 maps={f"k{i:03}": maps[i] for i in mine if i in maps})
-    found, (wrong, n) = measures.read_mistakes(tmp_path)
+    found, (wrong, n) = result_files.read_mistakes(tmp_path)
     assert n == 150 and wrong == int((p.argmax(1) != labels).sum())
     expected = [i for i in clips if p[i].argmax() != labels[i]]
     expected = sorted(expected, key=lambda i: -p[i].max())[:measures.MISTAKES]
@@ -139,9 +139,9 @@ def test_maps_that_cannot_be_read_are_refused_by_name(tmp_path):
     row = {"database": "casme3", "subject": "s", "key": "k", "label": 0, "prediction": 1,
            "probabilities": [0.2, 0.8]}
     for maps in ({"k": [1, 2, 3]}, {"k": ["x", None]}, [1], {"k": [[[1], [2, 3]], None]}):
-        measures.write_subject(tmp_path, "s", [row], maps=maps)
+        result_files.write_subject(tmp_path, "s", [row], maps=maps)
         with pytest.raises(util.BadInput, match=r"s\.json: its 'maps' cannot be read"):
-            measures.read_mistakes(tmp_path)
+            result_files.read_mistakes(tmp_path)
 
 
 # ---------------------------------------------------------------- runs
@@ -170,7 +170,7 @@ def test_every_run_leaves_its_pictures(runs, pretrained):
 
 
 def test_mistakes_of_subjects_in_parts_are_those_of_one_run(runs):
-    (whole, counts), (parts, same) = (measures.read_mistakes(run) for run in runs)
+    (whole, counts), (parts, same) = (result_files.read_mistakes(run) for run in runs)
     assert counts == same and whole
     assert [row["key"] for row, _ in whole] == [row["key"] for row, _ in parts]
     for (_, ours), (_, theirs) in zip(whole, parts):
@@ -189,8 +189,8 @@ def test_maps_are_those_of_the_head_that_held_the_clip_out(runs, drawn, pretrain
     model = create_model("resnet18v1").eval()
     model.load_state_dict(old["model"])
     clips = dataset.read_clips(drawn)
-    images, _ = decoding.load_images(clips)
-    found, _ = measures.read_mistakes(runs[0])
+    images, _ = dataset.load_images(clips)
+    found, _ = result_files.read_mistakes(runs[0])
     for row, maps in found:
         i = next(i for i, c in enumerate(clips.clips) if c.key == row["key"])
         fold = clips.people.index((0, row["subject"]))
@@ -209,7 +209,7 @@ def test_a_view_the_head_leaves_out_has_no_map(drawn, quick, pretrained, tmp_pat
     finetune("--data_folder", drawn, *quick, "--model_path", pretrained, "--save_path", tmp_path,
              "--subject", "s1", "s2", "--encoder", encoder)
     (run,) = tmp_path.glob("finetune_*")
-    found, _ = measures.read_mistakes(run)
+    found, _ = result_files.read_mistakes(run)
     assert found and (run / "mistakes.png").exists()
     for _, maps in found:
         assert maps[none] is None and maps[1 - none] is not None

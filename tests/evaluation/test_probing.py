@@ -9,8 +9,9 @@ from conftest import draw_set
 import dataset
 import util
 from evaluation import heldout, logistic, probing
-from images import transforms
+from images import encoding, transforms
 from models import create_classifier, create_model
+from training import epochs, supervised
 
 N, DIM, CLASSES, FOLDS, POSITIONS = 30, 12, 3, 5, 4
 LOSSES = ("crossentropy", "focal", "balanced")
@@ -93,9 +94,9 @@ def slow_fold(data, fold, opt, kind):
         for group in optimizer.param_groups:
             passed = sum(epoch > e for e in opt.lr_decay_epochs)
             group["lr"] = opt.learning_rate * opt.lr_decay_rate ** passed * POSITIONS / length
-        rng = util.generator(opt.seed, epoch)
+        rng = epochs.generator(opt.seed, epoch)
         view = torch.randint(2, (N,), generator=rng)
-        for batch in util.batches(N, opt.batch_size, rng):
+        for batch in epochs.batches(N, opt.batch_size, rng):
             mine = [i for i in batch.tolist() if train[i]]
             if not mine:
                 idle += 1
@@ -136,15 +137,15 @@ def test_the_penalty_of_solved_heads_goes_on_and_spares_the_bias(data):
                         for value in (start.weight, start.bias))
         optimizer = torch.optim.SGD([weight, bias], lr=1, momentum=opt.momentum)
         for epoch in range(1, opt.epochs + 1):
-            rng = util.generator(opt.seed, epoch)
+            rng = epochs.generator(opt.seed, epoch)
             view = torch.randint(2, (N,), generator=rng)
-            for batch in util.batches(N, opt.batch_size, rng):
+            for batch in epochs.batches(N, opt.batch_size, rng):
                 mine = [i for i in batch.tolist() if train[i]]
                 x = torch.stack([seen[view[i], i] for i in mine])
                 loss = slow_loss(x @ weight.t() + bias, labels[mine], "crossentropy",
                                  torch.ones(CLASSES))
                 loss = loss + l2[place] / 2 * length * weight.square().sum()
-                rate = util.learning_rate(opt, epoch) * POSITIONS / length
+                rate = epochs.learning_rate(opt, epoch) * POSITIONS / length
                 optimizer.param_groups[0]["lr"] = rate
                 optimizer.zero_grad()
                 loss.backward()
@@ -193,9 +194,9 @@ def test_garbage_features_of_the_held_out_fold_leave_its_head_the_same(data):
 @pytest.mark.parametrize("protocol", ["ten_folds", "subject_folds"])
 def test_no_head_ever_sees_a_subject_it_holds_out(protocol):
     rng = np.random.default_rng(2)
-    clips = [dataset.Clip(0, f"s{i:02d}", f"{i}-{j}", int(rng.integers(3)), "", "")
+    clips = [dataset.Clip(0, f"s{i:02d}", f"{i}-{j}", int(rng.integers(3)), ("", ""))
              for i in range(13) for j in range(rng.integers(1, 6))]
-    clips = dataset.ClipSet(clips, None, "depth", False, (3, 1), {"difference": "signed"}, 3)
+    clips = dataset.ClipSet(clips, None, ("rgb", "depth"), (3, 1), {"difference": "signed"}, 3)
     names, fold_of = getattr(dataset, protocol)(clips)
     people = clips.people
     # feature i is 1 for the clips of person i alone: only who is seen moves its weights
@@ -247,7 +248,7 @@ def test_a_fold_starts_the_same_alone_and_among_others(data):
 def test_heads_start_from_weights_that_are_given(data):
     features, _, fold_of = data
     stats = logistic.statistics(features, probing.training_clips(fold_of, [0, 3]))
-    rng = util.generator(0)
+    rng = epochs.generator(0)
     start = torch.randn(2, CLASSES, DIM, generator=rng), torch.randn(2, CLASSES, generator=rng)
     heads = probing.FoldHeads(["a", "b"], stats, CLASSES, start=start)
     for place, fold in enumerate([0, 3]):
@@ -272,7 +273,7 @@ def test_heads_go_on_from_their_state_bit_for_bit(data):
 
 
 def test_class_weights_by_hand():
-    weights = probing.class_weights(np.array([0, 0, 0, 1]), 3)
+    weights = supervised.class_weights(np.array([0, 0, 0, 1]), 3)
     assert weights.tolist() == pytest.approx([4 / 9, 4 / 3, 0])
 
 
@@ -281,7 +282,7 @@ def test_losses_agree_with_their_formulas(kind):
     torch.manual_seed(0)
     logits, labels = 3 * torch.randn(9, CLASSES), torch.arange(9) % CLASSES
     weights = torch.tensor([0.2, 1.0, 3.0])
-    found = probing.classification_loss(logits, labels, kind, weights)
+    found = supervised.classification_loss(logits, labels, kind, weights)
     assert found.shape == (9,)
     assert found.mean().item() == pytest.approx(slow_loss(logits, labels, kind, weights).item(),
                                                 rel=1e-5)
@@ -289,7 +290,7 @@ def test_losses_agree_with_their_formulas(kind):
 
 def test_focal_loss_stays_finite_for_hopeless_and_certain_clips():
     logits = torch.tensor([[100.0, -100.0], [-100.0, 100.0]], requires_grad=True)
-    loss = probing.classification_loss(logits, torch.tensor([0, 0]), "focal")
+    loss = supervised.classification_loss(logits, torch.tensor([0, 0]), "focal")
     loss.sum().backward()
     assert loss.tolist() == pytest.approx([0, 200])
     assert torch.isfinite(logits.grad).all()
@@ -334,7 +335,7 @@ def test_encoded_features_are_the_pooled_taps_of_the_plain_and_mirrored_view(
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
     head = create_classifier("resnet18v1", layer, 2, encoder=views)
     images = np.random.default_rng(0).integers(0, 256, (3, 4, 256, 256), dtype=np.uint8)
-    normalization = transforms.fixed_normalization("signed", (3, 1))
+    normalization = encoding.fixed_normalization("signed", (3, 1))
     features, found, _ = probing.encode(encoder, head, images, normalization, layer,
                                      torch.device("cpu"), torch.no_grad, views=2, batch_size=2)
     assert found == positions

@@ -13,8 +13,10 @@ from sklearn.metrics import f1_score
 
 import dataset
 import util
-from dataset import Clip, ClipSet, read_clips, write_lists
-from evaluation import heldout, logistic, measures, pictures, probing, shortcuts
+from dataset import Clip, ClipSet, read_clips
+from evaluation import heldout, logistic, measures, pictures, probing, result_files, shortcuts
+from images.lists import write_lists
+from training import record
 
 N, DIM, CLASSES, FOLDS = 48, 12, 3, 6
 RATES = [0.01, 0.3]
@@ -133,7 +135,7 @@ def test_solved_heads_choose_a_penalty_and_follow_no_epochs(drawn, cache, pretra
     chosen = [c["l2"] for c in results["choices"].values()]
     assert f"chosen by inner folds: penalty (--l2) {min(chosen):g} to {max(chosen):g}" in \
         capsys.readouterr().out
-    lines = util.read_log(folder)[1:]
+    lines = record.read_log(folder)[1:]
     assert [line["l2"] for line in lines] == list(probing.GRID)
     assert all(0 <= line["inner_uf1"] <= 1 and 0 <= line["train_accuracy"] <= 1 for line in lines)
     probe(*flags, "--save_path", tmp_path / "fixed", "--l2", 0.003)
@@ -142,7 +144,7 @@ def test_solved_heads_choose_a_penalty_and_follow_no_epochs(drawn, cache, pretra
     results = json.loads((folder / "results.json").read_text())
     assert all(c == {"l2": 0.003} for c in results["choices"].values())
     assert len(results["choices"]) == 4 and "oracle_best_epoch" not in results
-    assert [line["l2"] for line in util.read_log(folder)[1:]] == [0.003]
+    assert [line["l2"] for line in record.read_log(folder)[1:]] == [0.003]
     assert "chosen by inner folds" not in capsys.readouterr().out
 
 
@@ -165,7 +167,7 @@ def test_flags_of_sgd_select_it_and_say_so(capsys, monkeypatch, flags, name):
     assert (f"{implied}: heads are trained by SGD" in said) == (implied is not None)
 
     def named(stage, opt, argv, script, clips, digest, parts, folds=None):
-        raise util.RunFailed(util.head_run_name(stage, opt, parts))
+        raise util.RunFailed(heldout.head_run_name(stage, opt, parts))
     monkeypatch.setattr(heldout, "HeldOut", named)
     with pytest.raises(util.RunFailed, match=f"^probe_random_alexnet_view_RGB_D_layer_5_{name}"):
         module.evaluate(opt, [], "cpu", (None, None, None, [], None))
@@ -297,7 +299,7 @@ def test_the_last_epoch_of_the_history_is_the_prediction(drawn, quick, pretraine
     run("--data_folder", drawn, *quick, *flags, "--epochs", 2, "--model_path", pretrained,
         "--save_path", tmp_path, "--oracle_curve")
     folder = only(tmp_path)
-    for about, said in measures.read_subjects(folder).values():
+    for about, said in result_files.read_subjects(folder).values():
         history = np.array(about["history"])
         assert history.shape == (len(said), 2)
         assert history[:, -1].tolist() == [row["prediction"] for row in said]
@@ -319,8 +321,8 @@ def test_no_oracle_curve_unless_asked_for(drawn, quick, pretrained, tmp_path):
 # ---------------------------------------------------------------- shortcuts
 
 def clip_set(subjects):
-    clips = [Clip(0, s, f"k{i:02d}", 0, f"{i}.png", f"{i}.png") for i, s in enumerate(subjects)]
-    return ClipSet(clips, None, "depth", False, (3, 1), {"difference": "signed"}, 1)
+    clips = [Clip(0, s, f"k{i:02d}", 0, (f"{i}.png",) * 2) for i, s in enumerate(subjects)]
+    return ClipSet(clips, None, ("rgb", "depth"), (3, 1), {"difference": "signed"}, 1)
 
 
 def test_retrieval_by_hand():

@@ -18,6 +18,7 @@ import util
 from evaluation import heldout
 from images import decoding, transforms
 from NCE.NCECriterion import NCESoftmaxLoss
+from training import record
 
 pytestmark = pytest.mark.usefixtures("small_crops")
 
@@ -625,7 +626,7 @@ def test_the_cache_claims_its_space_before_it_is_written(drawn, tmp_path, monkey
         claimed.append(part.stat().st_blocks * 512 >= 12 * 4 * 256 * 256)
         return decode(*args)
     monkeypatch.setattr(decoding, "decode", watching)
-    decoding.load_images(dataset.read_clips(drawn), tmp_path, num_workers=1)
+    dataset.load_images(dataset.read_clips(drawn), tmp_path, num_workers=1)
     assert claimed[0]
 
 
@@ -646,7 +647,7 @@ def test_an_interrupted_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
 
 def test_a_half_written_line_of_the_log_is_passed_over(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"opt": {}}\n{"epoch": 1}\n{"epo')
-    assert util.read_log(tmp_path) == [{"opt": {}}, {"epoch": 1}]
+    assert record.read_log(tmp_path) == [{"opt": {}}, {"epoch": 1}]
 
 
 def test_heads_of_other_subjects_are_not_gone_on_from(drawn, quick, pretrained, tmp_path,

@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.metrics import f1_score, recall_score
 
 import compare_results
-from evaluation import measures, pictures
+from evaluation import measures, pictures, result_files
 
 
 def uf1(labels, predictions, n_label):
@@ -137,11 +137,11 @@ def make(tmp_path, monkeypatch):
                          "key": f"k{i}", "label": int(label), "prediction": guess,
                          "probabilities": np.eye(3)[guess].tolist()})
         for person in {(r["database"], r["subject"]) for r in rows}:
-            measures.write_subject(
+            result_files.write_subject(
                 tmp_path / name, "_".join(person), transductive=transductive, checkpoint=None,
                 sha256=None,
                 rows=[r for r in rows if (r["database"], r["subject"]) == person])
-        measures.write_results(tmp_path / name, {
+        result_files.write_results(tmp_path / name, {
             "opt": {**OPTIONS, **options}, "protocol": "loso", "data_digest": "d" * 64,
             **(about or {})}, 3, list("abc"))
         return tmp_path / name / "results.json"

@@ -12,24 +12,23 @@ import torch
 from conftest import draw_set, pretrain, script
 
 import dataset
-import util
-from images import decoding, transforms
+from images import encoding, transforms
 from models import create_model
-from training import checkpoint
+from training import checkpoint, record
 
 
 def train(data, out, cache, model, *flags):
     """Pre-trains; (state of last.pth, the epochs' log lines)."""
     pretrain("--data_folder", data, "--model_path", out, "--cache", cache, "--model", model, *flags)
     (path,) = out.glob("memory_*/last.pth")
-    return checkpoint.load(path), util.read_log(path.parent)[1:]
+    return checkpoint.load(path), record.read_log(path.parent)[1:]
 
 
 def scores(state, model, data):
     """Cosines of every clip's RGB with every clip's depth features `[N, N]`, and the subjects."""
     clips = dataset.read_clips(data)
-    images, _ = decoding.load_images(clips)
-    keep = np.flatnonzero(~decoding.blank(images, clips.encoding))
+    images, _ = dataset.load_images(clips)
+    keep = np.flatnonzero(~encoding.blank(images, clips.encoding))
     encoder = create_model(model)
     encoder.load_state_dict(state["model"])
     with torch.no_grad():
@@ -72,10 +71,10 @@ def blobs(tmp_path_factory):
 def permute(data):
     """Lets every clip's depth path show another clip."""
     clips = dataset.read_clips(data).clips
-    pictures = [(data / clip.second).read_bytes() for clip in clips]
+    pictures = [(data / clip.paths[1]).read_bytes() for clip in clips]
     order = np.random.default_rng(0).permutation(len(clips))
     for clip, other in zip(clips, order):
-        (data / clip.second).write_bytes(pictures[other])
+        (data / clip.paths[1]).write_bytes(pictures[other])
 
 
 FLAGS = ["--batch_size", 8, "--epochs", 20, "--no_flip", "--jitter", 0]

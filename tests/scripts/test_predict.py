@@ -13,7 +13,7 @@ from conftest import draw_set, finetune, pretrain, script
 
 import dataset
 import util
-from images import decoding, transforms
+from images import transforms
 from models import create_classifier, create_model
 
 pytestmark = pytest.mark.usefixtures("small_crops")
@@ -89,7 +89,7 @@ def by_hand(path, data, layer=6):
     model.load_state_dict(state["model"])
     head = state["classifier"]
     clips = dataset.read_clips(data)
-    images, _ = decoding.load_images(clips)
+    images, _ = dataset.load_images(clips)
     found, (mean, std) = {}, (torch.tensor(state["normalization"][n]) for n in ("mean", "std"))
     for clip, image in zip(clips.clips, images):
         x = torch.from_numpy(image[:, 96:160, 96:160]).float() / 255
@@ -186,7 +186,7 @@ def test_a_model_whose_encoder_was_trained_too(drawn, quick, pretrained, tmp_pat
     model.load_state_dict(state["model"])
     head.load_state_dict(state["classifier"])
     clips = dataset.read_clips(drawn)
-    images, _ = decoding.load_images(clips)
+    images, _ = dataset.load_images(clips)
     x = transforms.eval_transform(torch.from_numpy(images), state["normalization"])
     with torch.no_grad():
         expected = head(*model(x, 4)).softmax(1).numpy()

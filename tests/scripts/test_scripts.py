@@ -15,11 +15,10 @@ from conftest import ROOT, draw_set, finetune, pretrain, probe, published, scrip
 from runs import curves, differing, load, only, rows, same_predictions, states_differ
 
 import dataset
-import util
 from evaluation import heldout
-from images import decoding, transforms
+from images import transforms
 from models import create_classifier, create_model
-from training import checkpoint
+from training import checkpoint, epochs, record
 
 pytestmark = pytest.mark.usefixtures("small_crops")
 RUN = "memory_softmax_4096_resnet18v1_lr_0.003_decay_0.0001_bsz_8_view_RGB_D_seed_0"
@@ -58,7 +57,7 @@ def test_one_epoch_resumed_for_a_second_equals_two_bit_for_bit(drawn, quick, tmp
     assert states_differ(whole / "last.pth", part / "last.pth") == []
     moved = differing(first["model"], load(part / "last.pth")["model"])
     assert any("rgb_to_d" in name for name in moved) and any("d_to_rgb" in name for name in moved)
-    logs = [util.read_log(run) for run in (whole, part)]
+    logs = [record.read_log(run) for run in (whole, part)]
     for log in logs:
         assert [line.get("epoch") for line in log] == [None, 1, 2]
         assert [line["learning_rate"] for line in log[1:]] == pytest.approx([0.003, 0.0003])
@@ -84,7 +83,7 @@ def test_shuffled_depth_lists_change_no_bit_of_the_result(fresh, quick, pretrain
 def test_images_that_fit_nowhere_are_decoded_batch_by_batch_to_the_same_end(
         drawn, quick, pretrained, tmp_path, monkeypatch, capsys, given):
     cache = "off" if given == "memory" else tmp_path / "cache"
-    monkeypatch.setattr(decoding, "_free_memory", lambda: 1e6)
+    monkeypatch.setattr(cache, "_free_memory", lambda: 1e6)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1e6))
     pretrain("--data_folder", drawn, *quick, "--cache", cache, "--model_path", tmp_path / "runs")
     assert "decoded for every batch anew" in capsys.readouterr().out
@@ -122,7 +121,7 @@ def test_a_subject_left_out_leaves_no_trace(fresh, quick, strict, tmp_path):
     clips = dataset.read_clips(fresh)
     for clip in clips.clips:
         if clip.subject == "s3":
-            shutil.copyfile(fresh / clips.clips[0].rgb, fresh / clip.rgb)
+            shutil.copyfile(fresh / clips.clips[0].paths[0], fresh / clip.paths[0])
     pretrain("--data_folder", fresh, *quick, "--model_path", tmp_path / "runs", "--subject", "s3")
     name = f"{RUN}_without_s3"
     found = states_differ(tmp_path / "runs" / name / "last.pth", strict / name / "last.pth")
@@ -185,7 +184,7 @@ def test_amp_changes_the_features_a_little_and_keeps_banks_in_float32(drawn, qui
     probe(*flags, "--model_path", pretrained, "--save_path", tmp_path / "probe")
     finetune(*flags, "--model_path", pretrained, "--save_path", tmp_path / "t", "--subject", "s1")
     for folder in (tmp_path / "probe", tmp_path / "t"):
-        assert all(math.isfinite(line["train_loss"]) for line in util.read_log(only(folder))[1:])
+        assert all(math.isfinite(line["train_loss"]) for line in record.read_log(only(folder))[1:])
 
 
 def test_alexnet_from_pretraining_to_fine_tuning(drawn, cache, tmp_path, monkeypatch):
@@ -465,7 +464,7 @@ def test_fine_tuning_moves_what_it_should(drawn, quick, pretrained, tmp_path, fl
     # s1 is held out, but the encoder was pre-trained on everybody
     assert state["seen"]["people"] == [[0, "s1"], [0, "s2"], [0, "s3"], [0, "s4"]]
     assert {r["subject"] for r in rows(run)} == {"s1"} and len(rows(run)) == 3
-    assert util.read_log(run)[1]["subject"] == "s1"
+    assert record.read_log(run)[1]["subject"] == "s1"
     assert "_layer_6_lr_0.1_decay_0.0001_bsz_8_elr_0.0001_l2_inner_loso_" in run.name
     assert {"mean", "std", "classifier.weight", "classifier.bias"} == state["classifier"].keys()
 
@@ -498,7 +497,7 @@ def test_a_frozen_encoder_is_probed_per_subject(drawn, quick, pretrained, probed
 def test_finished_subjects_are_merged_and_not_trained_again(drawn, quick, pretrained, tmp_path):
     tuned(drawn, quick, pretrained, tmp_path, "--subject", "s1")
     run, _ = tuned(drawn, quick, pretrained, tmp_path, "--subject", "s1", "s3")
-    assert [line.get("subject") for line in util.read_log(run)] == [None, "s1", "s3"]
+    assert [line.get("subject") for line in record.read_log(run)] == [None, "s1", "s3"]
     assert {r["subject"] for r in rows(run)} == {"s1", "s3"}
 
 
@@ -532,7 +531,7 @@ def test_fine_tuning_that_was_stopped_goes_on_to_the_same_result(drawn, quick, p
     whole = only(tmp_path / "whole")
     assert (part / "predictions.csv").read_bytes() == (whole / "predictions.csv").read_bytes()
     assert states_differ(whole / "last.pth", part / "last.pth") == []
-    assert [(x.get("subject"), x.get("epoch")) for x in util.read_log(part)] \
+    assert [(x.get("subject"), x.get("epoch")) for x in record.read_log(part)] \
         == [(None, None), ("s1", 1), ("s1", 2), ("s2", 1), ("s2", 2)]
 
 
@@ -548,10 +547,10 @@ def test_subject_all_makes_one_model_for_prediction(drawn, quick, pretrained, tm
     head = create_classifier("resnet18v1", 6, 2)
     head.load_state_dict(state["classifier"])
     clips = dataset.read_clips(drawn)
-    images, _ = decoding.load_images(clips)
+    images, _ = dataset.load_images(clips)
     opt, device = SimpleNamespace(batch_size=8, layer=6, amp=False), torch.device("cpu")
     found = heldout.validate(opt, images, np.arange(12), state["normalization"], model, head,
-                                util.mixed_precision(opt, device)[0], device)
+                                epochs.mixed_precision(opt, device)[0], device)
     assert found.shape == (12, 2) and np.isfinite(found).all()
     tuned(drawn, quick, pretrained, tmp_path, *flags, "--resume", "auto")
     again = load(run / "last.pth")
@@ -562,10 +561,10 @@ def test_subject_all_makes_one_model_for_prediction(drawn, quick, pretrained, tm
 def test_oversampling_draws_all_classes_equally_often():
     module, labels = script("fine-tune_DVSCL"), np.array([0] * 90 + [1] * 9 + [2])
     order = [labels[module.draw_order(SimpleNamespace(oversample=True), labels,
-                                      util.generator(0, epoch)).numpy()] for epoch in range(30)]
+                                      epochs.generator(0, epoch)).numpy()] for epoch in range(30)]
     share = np.bincount(np.concatenate(order)) / 3000
     assert share == pytest.approx([1 / 3] * 3, abs=0.04)
-    plain = module.draw_order(SimpleNamespace(oversample=False), labels, util.generator(0, 1))
+    plain = module.draw_order(SimpleNamespace(oversample=False), labels, epochs.generator(0, 1))
     assert plain.tolist() == list(range(100))
 
 
@@ -573,7 +572,7 @@ def test_oversampling_draws_all_classes_equally_often():
 
 def test_curves_of_pretraining_read_back_as_logged(pretrained):
     run = pretrained.parent
-    lines = util.read_log(run)
+    lines = record.read_log(run)
     assert lines[0]["command"].startswith("python pre-train_DVSCL.py --data_folder")
     assert lines[0]["opt"]["epochs"] == 1 and "torch" in lines[0]["versions"]
     found = curves(run.parent / "tensorboard" / run.name)
@@ -584,7 +583,7 @@ def test_curves_of_pretraining_read_back_as_logged(pretrained):
 
 
 def test_curves_of_heads_read_back_as_logged(probed):
-    lines = util.read_log(probed)
+    lines = record.read_log(probed)
     assert [line["epoch"] for line in lines[1:]] == [1, 2, 3, 4]
     found = curves(probed.parent / "tensorboard" / probed.name)
     assert {"train_loss", "train_accuracy", "learning_rate"} <= found.keys()
@@ -601,7 +600,7 @@ def test_tb_path_holds_the_curves(drawn, quick, pretrained, tmp_path):
 
 
 def test_two_writers_in_one_folder_within_a_second_both_survive(tmp_path):
-    logs = [util.Log(tmp_path / f"run{i}", tmp_path / "tb", {}) for i in range(3)]
+    logs = [record.Log(tmp_path / f"run{i}", tmp_path / "tb", {}) for i in range(3)]
     for i, log in enumerate(logs):
         log.epoch(i + 1, {"loss": 10.0 + i})
     del logs, log
@@ -684,7 +683,7 @@ def test_decay_epochs_with_blanks_or_commas(text, expected):
     opt = script("pre-train_DVSCL").parse_option(
         ["--data_folder", "d", "--model_path", "m", "--lr_decay_epochs", *text])
     assert opt.lr_decay_epochs == expected
-    rates = [util.learning_rate(opt, e) for e in (expected[0], expected[0] + 1)]
+    rates = [epochs.learning_rate(opt, e) for e in (expected[0], expected[0] + 1)]
     assert rates == pytest.approx([0.03, 0.003])
 
 
@@ -727,7 +726,7 @@ def test_contrast_within_the_batch_learns_and_is_probed_at_its_own_size(drawn, c
     assert run.name == "batch_resnet18v1_lr_0.03_decay_0.0001_bsz_8_view_RGB_D_size_40_seed_0"
     state = checkpoint.load(run / "last.pth")
     assert state["contrast"] == {}
-    lines = util.read_log(run)[1:]
+    lines = record.read_log(run)[1:]
     assert lines[-1]["rgb_loss"] < lines[0]["rgb_loss"] and lines[-1]["learning_rate"] < 0.001
     probe(*flags, "--model_path", run / "last.pth", "--save_path", tmp_path / "probe")
     assert len(rows(only(tmp_path / "probe"))) == 12

@@ -12,8 +12,8 @@ import torch
 from conftest import script
 
 import util
-from evaluation import measures
-from training import checkpoint, distributed
+from evaluation import result_files
+from training import checkpoint, distributed, epochs
 
 ROOT = Path(__file__).resolve().parents[2]
 DRIVER = ROOT / "tests" / "eval_norm.py"
@@ -87,8 +87,8 @@ def test_folds_dealt_to_two_ranks_give_the_predictions_of_one(drawn, tmp_path, s
         assert done.returncode == 0, done.stderr
         (folder,) = (tmp_path / str(ranks)).glob("[pf]*_*")
         rows.append([row for path in sorted((folder / "subjects").glob("*.json"))
-                     for row in measures.read_subject(path)[1]])
-        mistakes.append({row["key"]: maps for row, maps in measures.read_mistakes(folder)[0]})
+                     for row in result_files.read_subject(path)[1]])
+        mistakes.append({row["key"]: maps for row, maps in result_files.read_mistakes(folder)[0]})
         assert (folder / "mistakes.png").exists() and (folder / "curves.png").exists()
     one, two = mistakes
     assert one.keys() == two.keys()
@@ -165,7 +165,7 @@ def test_a_batch_that_leaves_a_device_too_few_clips_is_refused_before_training(
 def test_replicas_in_threads_of_their_own_compute_in_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.nn, "DataParallel", lambda model: model)
-    autocast, _ = util.mixed_precision(SimpleNamespace(amp=True), torch.device("cpu"))
+    autocast, _ = epochs.mixed_precision(SimpleNamespace(amp=True), torch.device("cpu"))
     model, found = distributed.wrap(torch.nn.Linear(3, 2), CUDA, autocast), []
     replica = threading.Thread(target=lambda: found.append(model(torch.ones(4, 3)).dtype))
     replica.start()
@@ -178,7 +178,7 @@ def test_replicas_in_threads_of_their_own_compute_in_bfloat16(monkeypatch):
 def test_a_gpu_that_only_emulates_bfloat16_gets_float16(native, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported",
                         lambda including_emulation=True: native or including_emulation)
-    autocast, _ = util.mixed_precision(SimpleNamespace(amp=True), CUDA)
+    autocast, _ = epochs.mixed_precision(SimpleNamespace(amp=True), CUDA)
     assert autocast().fast_dtype == dtype
 
 

@@ -14,8 +14,8 @@ from conftest import ROOT, finetune, pretrain, probe, published
 from runs import load, only, same_predictions, states_differ
 
 import util
-from evaluation import heldout, measures, probing, shortcuts
-from training import checkpoint, distributed
+from evaluation import heldout, probing, result_files, shortcuts
+from training import checkpoint, distributed, epochs, record
 
 pytestmark = pytest.mark.usefixtures("small_crops")
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
@@ -23,20 +23,20 @@ SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 
 def stop_at(monkeypatch, step, number=signal.SIGTERM):
     """This process gets the signal before the keeper's `step`-th look."""
-    look, count = checkpoint.Keeper.step, []
+    look, count = epochs.Keeper.step, []
 
     def struck(self, save):
         count.append(1)
         if len(count) == step:
             os.kill(os.getpid(), number)
         look(self, save)
-    monkeypatch.setattr(checkpoint.Keeper, "step", struck)
+    monkeypatch.setattr(epochs.Keeper, "step", struck)
 
 
 def lines(run):
     """The log's lines but for the header and the timing."""
     return [{k: v for k, v in line.items() if k != "pairs_per_second"}
-            for line in util.read_log(run)[1:]]
+            for line in record.read_log(run)[1:]]
 
 
 def same_run(a, b):
@@ -112,7 +112,7 @@ def test_subjects_that_another_machine_kept_to_itself_are_missed(drawn, quick, p
 
 
 @pytest.mark.parametrize("place, name", [(shortcuts, "subject_probe"),
-                                         (measures, "write_subject")])
+                                         (result_files, "write_subject")])
 def test_heads_that_were_stopped_when_all_were_trained_are_not_trained_again(
         drawn, quick, pretrained, tmp_path, monkeypatch, place, name):
     flags = ["--data_folder", drawn, *quick, "--model_path", pretrained, "--protocol", "loso",
@@ -144,7 +144,7 @@ def test_solving_that_was_stopped_goes_on_to_the_same_result(drawn, cache, pretr
     flags = ["--data_folder", drawn, "--cache", cache, "--model", "resnet18v1", "--model_path",
              pretrained, "--protocol", "loso"]
     probe(*flags, "--save_path", tmp_path / "whole")
-    write, count = measures.write_subject, []
+    write, count = result_files.write_subject, []
 
     def struck(*given, **more):
         count.append(1)
@@ -152,7 +152,7 @@ def test_solving_that_was_stopped_goes_on_to_the_same_result(drawn, cache, pretr
             os.kill(os.getpid(), signal.SIGTERM)
         return write(*given, **more)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(measures, "write_subject", struck)
+        patch.setattr(result_files, "write_subject", struck)
         probe(*flags, "--save_path", tmp_path / "part")
     whole, part = only(tmp_path / "whole"), only(tmp_path / "part")
     assert end.value.code == 143 and len(list(part.glob("subjects/*"))) == 2
@@ -223,11 +223,11 @@ def test_jobs_in_one_folder_keep_their_own_checkpoints(drawn, quick, pretrained,
 
 
 def test_a_later_second_interrupt_ends_the_run_at_once(monkeypatch):
-    with pytest.raises(util.Stopped) as end, checkpoint.Keeper(10) as keeper:
+    with pytest.raises(util.Stopped) as end, epochs.Keeper(10) as keeper:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):  # one stop, passed on
             os.kill(os.getpid(), number)
         assert keeper.signal == signal.SIGTERM
-        monkeypatch.setattr(checkpoint.Keeper, "PATIENCE", -1)
+        monkeypatch.setattr(epochs.Keeper, "PATIENCE", -1)
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("not reached")

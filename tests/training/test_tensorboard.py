@@ -13,7 +13,7 @@ from urllib.request import urlopen
 import pytest
 from conftest import pretrain, probe
 
-import util
+from training import record
 
 pytestmark = pytest.mark.usefixtures("small_crops")
 
@@ -75,7 +75,7 @@ def test_the_server_shows_the_scalars_of_two_runs(server, drawn, quick, tmp_path
     names = {first.name, second.name}
     wait_for(lambda: set(get(base, "runs") or ()) >= names)
     for run in (first, second):
-        lines = util.read_log(run)[1:]
+        lines = record.read_log(run)[1:]
         tags = lines[0].keys() - {"epoch"}
         assert get(base, "plugin/scalars/tags")[run.name].keys() == tags
         for tag in tags:
@@ -84,4 +84,4 @@ def test_the_server_shows_the_scalars_of_two_runs(server, drawn, quick, tmp_path
             assert [value for *_, value in points] \
                 == pytest.approx([line[tag] for line in lines], rel=1e-6)
     assert {"rgb_loss", "rgb_prob", "depth_loss", "depth_prob", "learning_rate"} \
-        <= util.read_log(first)[1].keys()
+        <= record.read_log(first)[1].keys()
