@@ -71,13 +71,13 @@ def choose_solver(parser, opt, given):
 def set_loader(opt):
     """(dataset.Data, dataset.Folds)"""
     data = heldout.read_labelled(opt)
-    folds = heldout.split(opt, data.clips)
+    folds = heldout.split(opt.protocol, data.clips)
     print(f"{len(data.clips)} clips, {len(data.clips.people)} subjects, {len(folds.names)} folds")
     return data, folds
 
 
 def run_name(opt):
-    heads = heldout.penalty_name(opt) if opt.solver == "lbfgs" else f"sgd_{record.rate_name(opt)}"
+    heads = heldout.penalty_name(opt.l2) if opt.solver == "lbfgs" else f"sgd_{record.rate_name(opt.learning_rate, opt.weight_decay, opt.batch_size)}"
     return heldout.head_run_name("probe", opt, heads, opt.protocol, opt.encoder,
                                  "inner" * (opt.select == "inner"))
 

@@ -89,10 +89,10 @@ def add_method_options(parser):
 
 def run_name(opt):
     return heldout.head_run_name(
-        "finetune", opt, record.rate_name(opt),
+        "finetune", opt, record.rate_name(opt.learning_rate, opt.weight_decay, opt.batch_size),
         f"elr_{opt.encoder_lr:g}" * (not opt.freeze_encoder),
         f"trust_{opt.trust:g}" * (opt.trust != 0.001),
-        heldout.penalty_name(opt) if opt.head == "probe" else opt.head, opt.protocol,
+        heldout.penalty_name(opt.l2) if opt.head == "probe" else opt.head, opt.protocol,
         opt.encoder, opt.loss, "frozen" * opt.freeze_encoder, "oversample" * opt.oversample,
         "bn" * opt.train_bn, "all" * (opt.subject == ["all"]))
 
@@ -104,7 +104,7 @@ def set_loader(opt):
     data = heldout.read_labelled(opt)
     folds = dataset.Folds([], np.full(len(data.clips), -1))  # of --subject all
     if opt.subject != ["all"]:
-        folds = heldout.split(opt, data.clips)
+        folds = heldout.split(opt.protocol, data.clips)
     print(f"{len(data.clips)} clips, {len(data.clips.people)} subjects")
     return data, folds
 

@@ -57,7 +57,7 @@ def parse_option(argv):
     options.choose_schedule(parser, opt, given)
     if "--warmup_epochs" not in given:
         opt.warmup_epochs = min(opt.warmup_epochs, opt.epochs / 20)
-    options.check_size(parser, opt)
+    options.check_size(parser, opt.model, opt.size)
     if opt.subject and opt.fold:
         parser.error("--subject and --fold exclude each other")
     if (opt.pairs is None) != (opt.pool == "labelled"):
@@ -134,7 +134,8 @@ def run_name(opt, without=None):
         kind = f"memory_{'softmax' if opt.softmax else 'nce'}_{opt.nce_k}"
     out = [*[without] * bool(without), *opt.without]
     return record.join_name(
-        kind, opt.model, record.rate_name(opt), "view", opt.view, record.size_name(opt),
+        kind, opt.model, record.rate_name(opt.learning_rate, opt.weight_decay, opt.batch_size),
+        "view", opt.view, record.size_name(opt.size),
         "amp" * opt.amp, f"seed_{opt.seed}", f"without_{record.name_of(out)}" if out else "",
         opt.tag)
 

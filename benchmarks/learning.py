@@ -10,7 +10,6 @@ what can be had without any encoder, untrained encoders, the same network traine
 controls that must come out at chance, and a ceiling: the pool with its labels. Reports whatever
 comes out, and draws UF1 against the size of the pool.
 """
-import csv
 import importlib
 import shutil
 import sys
@@ -25,19 +24,12 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from images import encoding
-from images import lists
-from training import epochs
+import util  # first: it settles how threads wait before torch is imported
 import dataset
-from images import decoding
-from evaluation import heldout
-from evaluation import logistic
-from evaluation import measures
-from training import options
-from evaluation import pictures
-from evaluation import probing
-from rendering import face
-import util
+from evaluation import measures, pictures, probing
+from images import lists
+from rendering import expression
+from training import epochs, supervised
 
 PEOPLE = 250  # in the unlabelled pool
 SIZES = {"resnet18v1": 56, "alexnet": 112}  # crops, pixels, that two cores can do
@@ -52,12 +44,12 @@ def parse_option(argv):
     parser.add_argument("--quick", action="store_true",
                         help="one seed, a third of the pairs seen, two thirds of the "
                         "fine-tuning, the rows that matter most")
-    parser.add_argument("--seeds", type=options.number(int, 1), default=3, help="how many")
-    parser.add_argument("--seen", type=options.positive_int, default=20_000,
+    parser.add_argument("--seeds", type=util.number(int, 1), default=3, help="how many")
+    parser.add_argument("--seen", type=util.positive_int, default=20_000,
                         help="pairs seen in a pre-training, repetitions counted")
-    parser.add_argument("--pools", nargs="+", type=options.positive_int, default=[500, 2000, 5000],
+    parser.add_argument("--pools", nargs="+", type=util.positive_int, default=[500, 2000, 5000],
                         metavar="N", help="sizes of the pool of other people")
-    parser.add_argument("--epochs_finetune", type=options.positive_int, default=3,
+    parser.add_argument("--epochs_finetune", type=util.positive_int, default=3,
                         help="fine-tuning epochs; from scratch four times as many")
     opt = parser.parse_args(argv)
     if opt.quick:
@@ -72,12 +64,10 @@ def pixel_regression(clips, images, side=16):
     block = images.shape[-1] // side
     x = images.reshape(len(images), -1, side, block, side, block).mean((3, 5))
     x = torch.from_numpy(x.reshape(1, len(images), -1)).float()
-    _, fold_of = dataset.ten_folds(clips)
-    held_out = sorted(set(fold_of.tolist()))
-    heads, _ = probing.solve_heads(logistic.Regression(x, clips.labels, clips.n_label), x,
-                                   clips.labels, fold_of, held_out,
-                                   groups=heldout.inner_groups(clips))
-    return probing.predict(heads, x, fold_of, held_out).argmax(1)
+    fold_of = dataset.ten_folds(clips).of
+    task = probing.Task(x, clips.labels, clips.n_label, fold_of, sorted(set(fold_of.tolist())))
+    heads, _ = probing.solve_heads(task, groups=probing.inner_groups(clips))
+    return probing.predict(heads, task).argmax(1)
 
 
 class Bench:
@@ -89,13 +79,13 @@ class Bench:
     def render(self, name, seed, *flags):
         folder = self.work / name
         importlib.import_module("render").main([
-            "--data_folder", folder, "--subjects", 60, "--clips_per_subject", 10, "--size", 128,
-            "--seed", seed, *flags])
+            "casme3", "--data_folder", folder, "--subjects", 60, "--clips_per_subject", 10,
+            "--size", 128, "--seed", seed, *flags])
         return folder
 
     def shared(self, model, seed):
         return ["--model", model, "--size", SIZES[model], "--seed", seed, "--resume", "auto",
-                "--cache", self.work / "cache", "--print_freq", 1000, "--save_freq", 1000,
+                "--cache", self.work / "cache", "--print_freq", 1000,
                 "--tb_path", self.work / "tensorboard"]
 
     def pretrain(self, name, model, seed, data, pairs, *flags, share=1):
@@ -106,10 +96,10 @@ class Bench:
         if pairs:
             count = len(pairs.read_text().splitlines()) - 1
             flags = ["--pairs", pairs, "--pool", "unlabelled", *flags]
-        epochs = max(2, round(share * self.opt.seen / count))
+        passes = max(2, round(share * self.opt.seen / count))
         importlib.import_module("pre-train_DVSCL").main([
-            "--data_folder", data, "--model_path", root, "--epochs", epochs, "--batch_size", 128,
-            "--warmup_epochs", epochs / 20, *self.shared(model, seed), *flags])
+            "--data_folder", data, "--model_path", root, "--epochs", passes, "--batch_size", 128,
+            "--warmup_epochs", passes / 20, "--save_freq", 1000, *self.shared(model, seed), *flags])
         return root / next(root.glob("batch_*")).name / "last.pth"
 
     def head(self, script, name, model, seed, data, path, *flags):
@@ -124,7 +114,7 @@ class Bench:
         return self.head("LinearProbing_DVSCL_10fold", *args)
 
     def finetune(self, *args):
-        return self.head("fine-tune_DVSCL", *args)
+        return self.head("fine-tune_DVSCL", *args, "--save_freq", 1000)
 
     def row(self, name, folders):
         """A row of the table from the run folders of the seeds."""
@@ -146,11 +136,9 @@ class Bench:
 
 def read(folder):
     """(labels, predictions, subjects) of a run folder."""
-    with open(folder / "predictions.csv", encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return (np.array([int(r["label"]) for r in rows]), np.array([int(r["prediction"])
-                                                                 for r in rows]),
-            [r["subject"] for r in rows])
+    rows = [row for _, row in util.read_table(folder / "predictions.csv")[0]]
+    return (*(np.array([int(row[name]) for row in rows]) for name in ("label", "prediction")),
+            [row["subject"] for row in rows])
 
 
 def line(row):
@@ -168,8 +156,8 @@ def subset(data, name, rows):
 
 
 def intensities(data):
-    with open(data / "pairs.tsv", encoding="utf-8", newline="") as file:
-        return np.array([float(row["intensity"]) for row in csv.DictReader(file, delimiter="\t")])
+    rows, _ = util.read_table(data / "pairs.tsv", delimiter="\t")
+    return np.array([float(row["intensity"]) for _, row in rows])
 
 
 def permuted_lists(data, folder, seed):
@@ -185,14 +173,14 @@ def permuted_lists(data, folder, seed):
 def labelled_pool(data, folder):
     """Lists of the unlabelled pairs with their true classes, the people as five groups: --subject
     all trains on every one, and a list per person would name each clip hundreds of times."""
-    with open(data / "truth.csv", encoding="utf-8", newline="") as file:
-        truth = {row["key"]: row["emotion"] for row in csv.DictReader(file)}
+    rows, _ = util.read_table(data / "truth.csv")
+    truth = {row["key"]: row["emotion"] for _, row in rows}
     clips = dataset.read_pairs(data / "pairs.tsv", data).clips
     people = sorted({clip.subject for clip in clips})
     lists.write_lists(folder, [replace(
         clip, subject=f"group{people.index(clip.subject) % 5}",
         key=Path(clip.paths[0]).name.removesuffix("_diff.png"),
-        label=face.CLASS_OF[truth[Path(clip.paths[0]).name.removesuffix("_diff.png")]])
+        label=expression.CLASS_OF[truth[Path(clip.paths[0]).name.removesuffix("_diff.png")]])
         for clip in clips])
     shutil.copy(data / "encoding.json", folder)
     return folder
@@ -211,18 +199,17 @@ def ceiling(bench, pool, data, lists):
     predict = importlib.import_module("predict")
     state, clips = predict.read_checkpoint(path), dataset.read_clips(data)
     device = torch.device("cpu")
-    model, head, normalization = predict.set_model(path, state, clips, device)
+    classifier = predict.set_model(path, state, clips, device)
     images, _ = dataset.load_images(clips, bench.work / "cache", 4, SIZES["resnet18v1"])
-    plain = options.argparse.Namespace(batch_size=64, layer=state["layer"], amp=False)
-    said = heldout.validate(plain, images, np.arange(len(clips)), normalization, model, head,
-                               epochs.mixed_precision(plain, device)[0], device).argmax(1)
+    said = supervised.predict(classifier, images, np.arange(len(clips)),
+                              epochs.mixed_precision(False, device).autocast).argmax(1)
     return clips.labels, said, [clip.subject for clip in clips.clips]
 
 
-def scratch(epochs):
+def scratch(passes):
     """Flags that train an encoder with its head from scratch."""
-    return ["--epochs", epochs, "--batch_size", 64, "--head", "zero", "--train_bn", "--trust", 0.02,
-            "--encoder_lr", 0.03, "--lr_schedule", "cosine", "--warmup_epochs", epochs / 10]
+    return ["--epochs", passes, "--batch_size", 64, "--head", "zero", "--train_bn", "--trust", 0.02,
+            "--encoder_lr", 0.03, "--lr_schedule", "cosine", "--warmup_epochs", passes / 10]
 
 
 def draw(path, rows, pools):

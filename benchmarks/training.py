@@ -27,18 +27,14 @@ from torchvision import transforms as vision
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import bank_step  # noqa: E402
-from images import encoding
-from images import lists
-from training import record
-import dataset  # noqa: E402
-from evaluation import logistic  # noqa: E402
-from evaluation import probing  # noqa: E402
-from images import transforms  # noqa: E402
-import util  # noqa: E402
-from models import create_classifier, create_model  # noqa: E402
-from models.alexnet import ConvBlock  # noqa: E402
-from NCE.NCECriterion import NCESoftmaxLoss  # noqa: E402
+import bank_step
+import dataset
+from evaluation import probing
+from images import lists, transforms
+from training import record, supervised
+from models import create_classifier, create_model
+from models.alexnet import ConvBlock
+from NCE.NCECriterion import NCESoftmaxLoss
 
 PARTS = ("pretrain", "probe", "finetune", "start", "growth")
 BATCH, K = 256, 4096
@@ -160,18 +156,18 @@ def our_pretrain(opt, amp):
 def our_finetune(opt, amp):
     """Clips per second of the script's second epoch for one held-out subject."""
     module, seconds = import_module("fine-tune_DVSCL"), []
-    train = module.train
+    train = supervised.train_epoch
 
-    def timed(epoch, opt_, clips, images, members, *args):
+    def timed(opt_, job, *args):
         start = time.perf_counter()
-        means = train(epoch, opt_, clips, images, members, *args)
-        seconds.append((time.perf_counter() - start) / len(members))
+        means = train(opt_, job, *args)
+        seconds.append((time.perf_counter() - start) / len(job.members))
         return means
-    module.train = timed
+    supervised.train_epoch = timed
     with tempfile.TemporaryDirectory() as folder:
         quietly(module.main, *opt.flags, "--model_path", "random", "--save_path", folder,
                 "--epochs", 2, "--subject", opt.clips.people[0][1], *["--amp"] * amp)
-    module.train = train
+    supervised.train_epoch = train
     return 1 / seconds[-1]
 
 
@@ -271,15 +267,17 @@ def growth(opt):
     for people, dim in ((10, 9216), (95, 9216), (500, 9216), (95, 1024), (95, 36_864)):
         features, labels = torch.randn(1, clips, dim, device=opt.device), torch.arange(clips) % 4
         fold_of = torch.arange(clips).numpy() % people
-        stats = logistic.statistics(features, probing.training_clips(fold_of, range(people)))
-        heads = probing.FoldHeads([str(i) for i in range(people)], stats, 4)
+        task = probing.Task(features, labels.numpy(), 4, fold_of, list(range(people)))
         run = import_module("LinearProbing_DVSCL_10fold").parse_option(
             ["--data_folder", ".", "--save_path", ".", "--model_path", "random", "--epochs", "3",
              "--learning_rate", "0.001"])
-        times = [time.perf_counter()]
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            probing.train_heads(heads, features, 36, labels.numpy(), fold_of, list(range(people)),
-                                run, on_epoch=lambda *_, t=times: t.append(time.perf_counter()))
+            descent = probing.start_descent(run, task, 36, [str(i) for i in range(people)],
+                                            "crossentropy", None, None, None)
+        times = [time.perf_counter()]
+        for epoch in range(1, run.epochs + 1):
+            descent.epoch(epoch)
+            times.append(time.perf_counter())
         least = min(b - a for a, b in zip(times, times[1:]))
         print(f"  {people:8d} {dim:9d} {1000 * least:9.1f}")
 
@@ -301,10 +299,10 @@ def main():
         parser.error(f"parts are {', '.join(PARTS)}")
     opt.device, work = torch.device(opt.device), Path(opt.work)
     if not (work / "lists").exists():
-        quietly(import_module("render").main, "--data_folder", work / "data",
+        quietly(import_module("render").main, "casme3", "--data_folder", work / "data",
                 "--subjects", 95, "--clips_per_subject", -(-opt.clips // 95))
         clips = dataset.read_clips(work / "data").clips
-        lists.write_lists(work / "lists", clips[:opt.clips], "depth")
+        lists.write_lists(work / "lists", clips[:opt.clips])
         (work / "lists" / "encoding.json").write_bytes(
             (work / "data" / "encoding.json").read_bytes())
     opt.clips = dataset.read_clips(work / "data", work / "lists")

@@ -79,18 +79,18 @@ def check_options(parser: ArgumentParser, opt: argparse.Namespace) -> None:
         parser.error("argument --seeds: give two or more, each once; --seed for a single one")
     if opt.protocol == "10fold" and "{subject}" in opt.model_path:
         parser.error("argument --model_path: {subject} goes with --protocol loso, {fold} with both")
-    options.check_size(parser, opt)
+    options.check_size(parser, opt.model, opt.size)
     if opt.layer is None:
         opt.layer = default_layer(opt.model)
         print(f"heads on layer {opt.layer} of {opt.model}")
-    options.check_layer(parser, opt)
+    options.check_layer(parser, opt.model, opt.layer)
 
 
 # ---------------------------------------------------------------- data
 
-def split(opt: argparse.Namespace, clips: ClipSet) -> Folds:
+def split(protocol: str, clips: ClipSet) -> Folds:
     """The folds of --protocol; raises BadInput for one subject."""
-    folds = (dataset.subject_folds if opt.protocol == "loso" else dataset.ten_folds)(clips)
+    folds = (dataset.subject_folds if protocol == "loso" else dataset.ten_folds)(clips)
     if len(folds.names) < 2:
         raise BadInput(f"{clips.folder}: one subject; held-out evaluation takes two")
     return folds
@@ -120,7 +120,7 @@ def head_run_name(stage: str, opt: argparse.Namespace, *parts: str | None) -> st
     stage: 'probe' or 'finetune'. A checkpoint other than `last.pth` joins in by its name.
     """
     if opt.model_path == "random":
-        source = record.join_name("random", opt.model, "view", opt.view, record.size_name(opt))
+        source = record.join_name("random", opt.model, "view", opt.view, record.size_name(opt.size))
     else:
         path = Path(opt.model_path.replace("{", "").replace("}", ""))
         source = record.join_name(path.parent.name, "" if path.stem == "last" else path.stem)
@@ -129,9 +129,9 @@ def head_run_name(stage: str, opt: argparse.Namespace, *parts: str | None) -> st
                             f"seed_{opt.seed}", without, opt.tag)
 
 
-def penalty_name(opt: argparse.Namespace) -> str:
+def penalty_name(l2: float | None) -> str:
     """What a run's name says of the penalty of solved heads."""
-    return "l2_inner" if opt.l2 is None else f"l2_{opt.l2:g}"
+    return "l2_inner" if l2 is None else f"l2_{l2:g}"
 
 
 # ---------------------------------------------------------------- held-out persons and results

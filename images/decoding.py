@@ -1,4 +1,6 @@
 """Decoding: the difference images of a clip's views to one uint8 array."""
+from pathlib import Path
+
 import numpy as np
 from PIL import Image
 
@@ -65,7 +67,7 @@ def decode(paths, channels, difference, side=SIZE, luminance=False):
     for path, image in zip(paths[1:], views[1:]):
         other = tuple(round(length * side / min(image.size)) for length in image.size)
         if max(abs(a - b) for a, b in zip(size, other)) > 1:
-            raise BadInput(f"{path}: {image.width}x{image.height}, but {paths[0]} is "
+            raise BadInput(f"{path}: {image.width}x{image.height}, but {Path(paths[0]).name} is "
                            f"{first.width}x{first.height}: the views of a clip must have one shape")
     return np.concatenate([_centre(image, path, difference, size, side)
                            for path, image in zip(paths, views)])

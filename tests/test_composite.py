@@ -63,9 +63,9 @@ def test_442_clips_of_68_subjects(megc_rows, tmp_path):
     people = {(r["database"], r["subject"]) for r in megc_rows}
     assert (len(megc_rows), len(people), len({p[1] for p in people})) == (442, 68, 28)
     for person in people:
-        result_files.write_subject(tmp_path, "_".join(person), transductive=False, checkpoint="x",
-                              sha256="1", rows=[r for r in megc_rows if
-                                                (r["database"], r["subject"]) == person])
+        result_files.write_subject(
+            tmp_path, "_".join(person), transductive=False, checkpoint="x", sha256="1",
+            rows=[r for r in megc_rows if (r["database"], r["subject"]) == person])
     found = result_files.write_results(tmp_path, {"protocol": "loso"}, 3, list("nps"))
     assert (found["n"], found["n_subjects"]) == (442, 68)
     assert [found["uf1"], found["uar"]] == pytest.approx(figures(megc_rows))
@@ -102,7 +102,8 @@ def test_a_database_without_a_class_is_averaged_over_all(megc_rows):
 
 def test_one_database_leaves_no_challenge_log(megc_rows, tmp_path):
     rows = [r for r in megc_rows if r["database"] == "smic"][::16]
-    result_files.write_subject(tmp_path, "s01", rows, transductive=False, checkpoint="x", sha256="1")
+    result_files.write_subject(tmp_path, "s01", rows, transductive=False, checkpoint="x",
+                               sha256="1")
     found = result_files.write_results(tmp_path, {}, 3, list("nps"))
     assert not (tmp_path / "megc2019.log").exists() and list(found["per_database"]) == ["smic"]
     assert "smic" not in result_files.describe(found)

@@ -40,15 +40,15 @@ def label_set(rows, n_label=4):
 
 def one_clip(folder, rgb, second, view="RGB_D", encoding="signed", suffix="png", **options):
     """Decodes one clip whose images are the given arrays."""
-    name = "gray" if view == "RGB_gray" else dataset.second_view(view)
+    name = "gray" if view == "RGB_gray" else dataset.view_names(view)[1]
     clips = [Clip(0, s, s, i, (f"{s}_diff.{suffix}", f"{s}_diff_{name}.{suffix}"))
              for i, s in enumerate("ab")]
     for clip in clips:
         save_image(folder / clip.paths[0], rgb, **options)
         save_image(folder / clip.paths[1], second, **options)
-    lists.write_lists(folder, clips, name)
-    found = dataset.read_clips(folder, view=view, encoding=encoding)
-    return decoding.decode(found.clips[0], found)
+    lists.write_lists(folder, clips, ("rgb", name))
+    found = dataset.read_clips(folder, view=view, difference=encoding)
+    return dataset.load_images(found)[0][0]
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def test_without_encoding_json_pixels_are_wrap_and_the_reader_is_told(fresh, cap
     (fresh / "encoding.json").unlink()
     assert dataset.read_clips(fresh).encoding["difference"] == "wrap"
     assert "wrap" in capsys.readouterr().out
-    assert dataset.read_clips(fresh, encoding="signed").encoding["difference"] == "signed"
+    assert dataset.read_clips(fresh, difference="signed").encoding["difference"] == "signed"
 
 
 # ---------------------------------------------------------------- the second view
@@ -191,18 +191,18 @@ def test_luminance_stands_in_for_missing_gray_lists(tmp_path):
     draw_set(tmp_path, 2, 2, size=256)
     found = dataset.read_clips(tmp_path, view="RGB_gray")
     assert found.luminance and found.channels == (3, 1)
-    image = decoding.decode(found.clips[0], found).astype(float)
+    image = dataset.load_images(found)[0][0].astype(float)
     assert np.abs(image[3] - np.tensordot([0.299, 0.587, 0.114], image[:3], 1)).max() <= 0.5001
 
 
 def test_luminance_of_wrap_is_that_of_the_differences(tmp_path):
     draw_set(tmp_path, 2, 2, size=256)
     (tmp_path / "encoding.json").unlink()
-    found = dataset.read_clips(tmp_path, view="RGB_gray", encoding="wrap")
+    found = dataset.read_clips(tmp_path, view="RGB_gray", difference="wrap")
     change = np.full((256, 256, 3), (-3, 2, -2))  # luminance 0.05
     change[0] = (-5, -5, -5)
     save_image(tmp_path / found.clips[0].paths[0], (change % 256).astype(np.uint8))
-    grey = decoding.decode(found.clips[0], found)[3]
+    grey = dataset.load_images(found)[0][0][3]
     assert (grey[0] == 251).all() and (grey[1:] == 0).all()
 
 
@@ -219,7 +219,7 @@ def test_another_second_view_has_one_or_three_channels(tmp_path, channels):
     found = dataset.read_clips(tmp_path, view="RGB_flow")
     assert found.channels == (3, channels)
     assert [clip.key for clip in found.clips[:3]] == ["s1-a-0", "s1-b-1", "s1-c-2"]
-    image = decoding.decode(found.clips[0], found)
+    image = dataset.load_images(found)[0][0]
     assert image.shape == (3 + channels, 256, 256)
     if channels == 3:
         assert (image[3] != image[4]).any()
@@ -283,12 +283,12 @@ def test_wrap_is_taken_as_it_is_but_never_resized(tmp_path, images):
 def test_blank_clips_are_those_without_any_change_in_rgb(drawn):
     clips = dataset.read_clips(drawn)
     pixels, _ = dataset.load_images(clips)
-    found = encoding.blank(pixels, clips.encoding)
+    found = encoding.blank(pixels, clips.encoding["difference"])
     assert [c.key for c, is_blank in zip(clips.clips, found) if is_blank] == ["s2-a-10"]
     for difference, level in (("signed", 128), ("wrap", 0), ("absolute", 0)):
         flat = np.full((2, 4, 8, 8), level, np.uint8)
         flat[1, 2, 3, 4] += 1
-        assert encoding.blank(flat, {"difference": encoding}).tolist() == [True, False]
+        assert encoding.blank(flat, difference).tolist() == [True, False]
 
 
 # ---------------------------------------------------------------- the cache

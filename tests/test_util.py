@@ -81,7 +81,7 @@ def rates(opt, warmup, steps=5, base=2.0):
 
 def test_rates_in_steps_are_those_of_the_epoch():
     found = rates(options(), 0)
-    assert found.tolist() == [[epochs.learning_rate(options(), epoch, 2.0)] * 5
+    assert found.tolist() == [[epochs.step_rate(2.0, epoch, [4, 6], 0.1)] * 5
                               for epoch in range(1, 9)]
     assert found[:, 0] == pytest.approx([2] * 4 + [0.2] * 2 + [0.02] * 2)
 

@@ -7,18 +7,18 @@ from models import n_layers
 from util import ArgumentParser, NumberList, number, positive_int, word
 
 
-def check_size(parser: ArgumentParser, opt: argparse.Namespace) -> None:
+def check_size(parser: ArgumentParser, model: str, size: int) -> None:
     """Refuses crops of which the encoder's poolings leave nothing."""
-    if opt.model == "alexnet" and opt.size < 63:
-        parser.error(f"argument --size: {opt.size} is out of range: AlexNet takes crops of 63 "
+    if model == "alexnet" and size < 63:
+        parser.error(f"argument --size: {size} is out of range: AlexNet takes crops of 63 "
                      f"pixels or more")
 
 
-def check_layer(parser: ArgumentParser, opt: argparse.Namespace) -> None:
+def check_layer(parser: ArgumentParser, model: str, layer: int) -> None:
     """Refuses a layer that no head sits on."""
-    if opt.layer > n_layers(opt.model):
-        parser.error(f"argument --layer: {opt.layer} is out of range; {opt.model} has taps 1 to "
-                     f"{n_layers(opt.model)} for a head")
+    if layer > n_layers(model):
+        parser.error(f"argument --layer: {layer} is out of range; {model} has taps 1 to "
+                     f"{n_layers(model)} for a head")
 
 
 class _Ignored(argparse.Action):

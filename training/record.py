@@ -36,14 +36,14 @@ def name_of(names: list[str]) -> str:
     return f"{names[0].replace('/', '_')}_and_{len(names) - 1}_more_{digest}"
 
 
-def rate_name(opt: argparse.Namespace) -> str:
+def rate_name(learning_rate: float, weight_decay: float, batch_size: int) -> str:
     """What a run's name says of training by SGD."""
-    return f"lr_{opt.learning_rate:g}_decay_{opt.weight_decay:g}_bsz_{opt.batch_size}"
+    return f"lr_{learning_rate:g}_decay_{weight_decay:g}_bsz_{batch_size}"
 
 
-def size_name(opt: argparse.Namespace) -> str:
+def size_name(size: int) -> str:
     """What a run's name says of crops of another size than the published one."""
-    return "" if opt.size == 224 else f"size_{opt.size}"
+    return "" if size == 224 else f"size_{size}"
 
 
 class Run:

@@ -8,9 +8,10 @@ from sklearn.metrics import f1_score
 from sklearn.preprocessing import StandardScaler
 
 import dataset
-from evaluation import heldout, logistic, probing
+from evaluation import logistic, probing
 from images import encoding
 from models import create_classifier, create_model
+from models.classifier import Classifier
 
 FOLDS, CLASSES = 6, 4
 L2 = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
@@ -49,10 +50,14 @@ def fit(features, labels, train, l2, balanced=False):
     return model.classes_, model.predict_proba(scaler.transform(features[0].double().numpy()))
 
 
-def solve(data, l2, held_out=tuple(range(FOLDS)), **more):
+def task_of(data, held_out=tuple(range(FOLDS)), n_label=CLASSES):
+    """The probing.Task of (features, labels, fold of each clip)."""
     features, labels, fold_of = data
-    regression = logistic.Regression(features, labels, CLASSES)
-    return probing.solve_heads(regression, features, labels, fold_of, list(held_out), l2, **more)
+    return probing.Task(features, labels, n_label, fold_of, list(held_out))
+
+
+def solve(data, l2, held_out=tuple(range(FOLDS)), **more):
+    return probing.solve_heads(task_of(data, held_out), l2, **more)
 
 
 def probabilities(heads, features):
@@ -92,8 +97,8 @@ def test_heads_of_all_folds_agree_with_scikit_learn(capsys, n, dim, views, loss,
 def rendered(tmp_path_factory):
     """(clips, images) of a small rendered set."""
     folder = tmp_path_factory.mktemp("rendered")
-    script("render").main(["--data_folder", folder, "--subjects", FOLDS,
-                                  "--clips_per_subject", 6, "--size", 64, "--num_workers", 1])
+    script("render").main(["--data_folder", folder, "--subjects", FOLDS, "--clips_per_subject", 6,
+                           "--size", 64, "--num_workers", 1])
     clips = dataset.read_clips(folder)
     return clips, dataset.load_images(clips)[0]
 
@@ -102,11 +107,12 @@ def rendered(tmp_path_factory):
 def test_heads_on_features_of_an_encoder_agree_with_scikit_learn(small_crops, rendered, layer, dim):
     clips, images = rendered
     torch.manual_seed(0)
-    model, head = create_model("resnet18v1"), create_classifier("resnet18v1", layer, CLASSES)
-    features, *_ = probing.encode(model, head, images, encoding.fixed_normalization(
-        "signed", (3, 1)), layer, torch.device("cpu"), torch.no_grad, views=2)
+    classifier = Classifier(
+        create_model("resnet18v1"), create_classifier("resnet18v1", layer, CLASSES), layer,
+        encoding.fixed_normalization("signed", clips.views, clips.channels))
+    features = probing.encode(classifier, images, torch.no_grad, views=2).features
     assert features.shape == (2, 36, dim)
-    data = features, clips.labels, dataset.subject_folds(clips)[1]
+    data = features, clips.labels, dataset.subject_folds(clips).of
     assert len(set(data[1])) == CLASSES
     for l2 in L2:
         assert_agrees(data, l2)
@@ -124,9 +130,9 @@ def test_a_fold_is_solved_alike_alone_among_others_and_in_parts(monkeypatch):
 
 
 def test_a_start_leads_to_the_same_heads():
-    features, labels, fold_of = draw(60, 150)
+    features, labels, _ = data = draw(60, 150)
     regression = logistic.Regression(features, labels, CLASSES)
-    training = probing.training_clips(fold_of, list(range(FOLDS)))
+    training = task_of(data).training()
     stats = logistic.statistics(features, training)
     cold = regression.solve(training, stats, torch.full((FOLDS,), 1e-3))
     other = regression.solve(training, stats, torch.full((FOLDS,), 1e-1))
@@ -136,9 +142,9 @@ def test_a_start_leads_to_the_same_heads():
 
 
 def test_weights_give_the_logits_of_the_solution():
-    features, labels, fold_of = draw(90, 20)
+    features, labels, _ = data = draw(90, 20)
     regression = logistic.Regression(features, labels, CLASSES)
-    training = probing.training_clips(fold_of, list(range(FOLDS)))
+    training = task_of(data).training()
     stats = logistic.statistics(features, training)
     for l2 in L2:
         solution = regression.solve(training, stats, torch.full((FOLDS,), l2))
@@ -151,8 +157,8 @@ def test_weights_give_the_logits_of_the_solution():
 # ---------------------------------------------------------------- statistics
 
 def test_statistics_are_those_of_the_training_clips_over_all_views():
-    features, labels, fold_of = draw(40, 30, views=3)
-    training = probing.training_clips(fold_of, list(range(FOLDS)))
+    features, _, fold_of = data = draw(40, 30, views=3)
+    training = task_of(data).training()
     for block in (1024, 7):
         found = logistic.statistics(features, training, block)
         assert found.mean.shape == found.std.shape == found.varies.shape == (FOLDS, 30)
@@ -290,18 +296,17 @@ def test_labels_that_only_name_the_subject_stay_at_chance_for_others(way):
     found, by_chance, rng = [], [], np.random.default_rng(0)
     for number in range(DRAWS):
         features, subject, labels = identity_only(number)
-        everyone = list(range(PEOPLE))
-        training = probing.training_clips(subject, everyone)
+        task = task_of((features, labels, subject), range(PEOPLE), KINDS)
+        training = task.training()
         if way == "sgd":
-            heads = probing.FoldHeads([str(i) for i in everyone],
+            heads = probing.FoldHeads([str(i) for i in range(PEOPLE)],
                                       logistic.statistics(features, training), KINDS)
-            probing.train_heads(heads, features, 1, labels, subject, everyone,
-                                options(epochs=80, batch_size=16, learning_rate=0.3,
-                                        weight_decay=1e-4, lr_decay_epochs=[60]))
+            probing.Descent(heads, task, 1, options(
+                epochs=80, batch_size=16, learning_rate=0.3, weight_decay=1e-4,
+                lr_decay_epochs=[60])).run()
         else:
-            heads, _ = probing.solve_heads(
-                logistic.Regression(features, labels, KINDS), features, labels, subject, everyone,
-                1e-4 if way == "fixed" else None, subject % heldout.INNER_FOLDS)
+            heads, _ = probing.solve_heads(task, 1e-4 if way == "fixed" else None,
+                                           subject % probing.INNER_FOLDS)
         p = probabilities(heads, features)
         hits = p.argmax(2) == labels[:, None]
         if way != "chosen":  # inner folds, held out as well, rightly trust no such head
@@ -325,9 +330,9 @@ def test_a_feature_that_lives_in_the_held_out_clips_is_no_obstacle(kind, capsys)
     else:
         features[:, :10] *= 1000
     fold_of = np.repeat(np.arange(6), 10)
-    heads, _ = probing.solve_heads(logistic.Regression(features, labels, 4), features, labels,
-                                   fold_of, range(6), 0.1)
-    found = probing.predict(heads, features, fold_of, range(6))
+    task = task_of((features, labels, fold_of), range(6), 4)
+    heads, _ = probing.solve_heads(task, 0.1)
+    found = probing.predict(heads, task)
     for fold in range(6):
         keep = fold_of != fold
         rows = features[:, keep].double().flatten(0, 1).numpy()

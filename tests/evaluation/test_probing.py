@@ -8,9 +8,10 @@ from conftest import draw_set
 
 import dataset
 import util
-from evaluation import heldout, logistic, probing
+from evaluation import encoders, logistic, probing
 from images import encoding, transforms
 from models import create_classifier, create_model
+from models.classifier import Classifier
 from training import epochs, supervised
 
 N, DIM, CLASSES, FOLDS, POSITIONS = 30, 12, 3, 5, 4
@@ -40,17 +41,21 @@ def data():
     return features, labels, fold_of
 
 
+def task_of(data, held_out):
+    features, labels, fold_of = data
+    return probing.Task(features, labels, CLASSES, fold_of, held_out)
+
+
 def new_heads(data, held_out):
-    features, _, fold_of = data
-    stats = logistic.statistics(features, probing.training_clips(fold_of, held_out))
+    stats = logistic.statistics(data[0], task_of(data, held_out).training())
     return probing.FoldHeads([f"fold{f + 1}of5" for f in held_out], stats, CLASSES, 7)
 
 
 def trained(data, held_out, opt=None, loss="crossentropy", labels=None):
     features, given, fold_of = data
     heads = new_heads(data, held_out)
-    probing.train_heads(heads, features, POSITIONS, given if labels is None else labels, fold_of,
-                        held_out, opt or options(), loss)
+    task = task_of((features, given if labels is None else labels, fold_of), held_out)
+    probing.Descent(heads, task, POSITIONS, opt or options(), loss).run()
     return heads
 
 
@@ -129,7 +134,7 @@ def test_the_penalty_of_solved_heads_goes_on_and_spares_the_bias(data):
     features, labels, fold_of = data
     opt, l2 = options(weight_decay=0.7), [0.01, 0.3]
     heads = new_heads(data, [1, 3])
-    probing.train_heads(heads, features, POSITIONS, labels, fold_of, [1, 3], opt, l2=l2)
+    probing.Descent(heads, task_of(data, [1, 3]), POSITIONS, opt, l2=l2).run()
     for place, fold in enumerate([1, 3]):
         train, start = fold_of != fold, new_heads(data, [fold])
         seen, length = standardised(features, train), DIM - 1 - (fold == 3)
@@ -145,8 +150,9 @@ def test_the_penalty_of_solved_heads_goes_on_and_spares_the_bias(data):
                 loss = slow_loss(x @ weight.t() + bias, labels[mine], "crossentropy",
                                  torch.ones(CLASSES))
                 loss = loss + l2[place] / 2 * length * weight.square().sum()
-                rate = epochs.learning_rate(opt, epoch) * POSITIONS / length
-                optimizer.param_groups[0]["lr"] = rate
+                passed = sum(epoch > e for e in opt.lr_decay_epochs)
+                rate = opt.learning_rate * opt.lr_decay_rate ** passed
+                optimizer.param_groups[0]["lr"] = rate * POSITIONS / length
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -197,40 +203,38 @@ def test_no_head_ever_sees_a_subject_it_holds_out(protocol):
     clips = [dataset.Clip(0, f"s{i:02d}", f"{i}-{j}", int(rng.integers(3)), ("", ""))
              for i in range(13) for j in range(rng.integers(1, 6))]
     clips = dataset.ClipSet(clips, None, ("rgb", "depth"), (3, 1), {"difference": "signed"}, 3)
-    names, fold_of = getattr(dataset, protocol)(clips)
+    folds = getattr(dataset, protocol)(clips)
     people = clips.people
     # feature i is 1 for the clips of person i alone: only who is seen moves its weights
     features = torch.zeros(1, len(clips), len(people))
     for i, clip in enumerate(clips.clips):
         features[0, i, people.index(clip.person)] = 1
-    held_out = list(range(len(names)))
-    stats = logistic.statistics(features, probing.training_clips(fold_of, held_out))
-    heads = probing.FoldHeads(names, stats, 3)
+    held_out = list(range(len(folds.names)))
+    task = probing.Task(features, clips.labels, 3, folds.of, held_out)
+    heads = probing.FoldHeads(folds.names, logistic.statistics(features, task.training()), 3)
     before = heads.weight.detach().clone()
-    probing.train_heads(heads, features, 1, clips.labels, fold_of, held_out,
-                        options(weight_decay=0, batch_size=16))
+    probing.Descent(heads, task, 1, options(weight_decay=0, batch_size=16)).run()
     moved = (heads.weight != before).any(1)  # [F, people]
     for i, person in enumerate(people):
-        fold = fold_of[clips.members([person])[0]]
+        fold = folds.of[clips.members([person])[0]]
         assert [f for f in held_out if not moved[f, i]] == [fold]
         assert [f for f in held_out if abs(heads.mean[f, i]) < 1e-7] == [fold]
         assert [f for f in held_out if heads.std[f, i] == 1] == [fold]
-    solved, _ = probing.solve_heads(logistic.Regression(features, clips.labels, 3), features,
-                                    clips.labels, fold_of, held_out, 0.01)
+    solved, _ = probing.solve_heads(task, 0.01)
     for i, person in enumerate(people):
-        fold = fold_of[clips.members([person])[0]]
+        fold = folds.of[clips.members([person])[0]]
         assert [f for f in held_out if (solved.weight[f, :, i] == 0).all()] == [fold]
 
 
 def test_every_clip_is_predicted_by_the_head_that_holds_it_out_and_no_other(data):
     features, _, fold_of = data
     heads = trained(data, list(range(FOLDS)))
-    found = probing.predict(heads, features, fold_of, list(range(FOLDS)))
+    found = probing.predict(heads, task_of(data, list(range(FOLDS))))
     for i, fold in enumerate(fold_of):
         seen = standardised(features, fold_of != fold)[0, i]
         logits = heads.weight[fold] @ seen + heads.bias[fold]
         assert found[i] == pytest.approx(logits.softmax(0).detach().numpy(), abs=1e-5)
-    some = probing.predict(heads, features, fold_of, [4])
+    some = probing.predict(heads, task_of(data, [4]))
     assert (np.isnan(some).all(1) == (fold_of != 4)).all()
     assert not np.isnan(some[fold_of == 4]).any()
 
@@ -247,7 +251,7 @@ def test_a_fold_starts_the_same_alone_and_among_others(data):
 
 def test_heads_start_from_weights_that_are_given(data):
     features, _, fold_of = data
-    stats = logistic.statistics(features, probing.training_clips(fold_of, [0, 3]))
+    stats = logistic.statistics(features, task_of(data, [0, 3]).training())
     rng = epochs.generator(0)
     start = torch.randn(2, CLASSES, DIM, generator=rng), torch.randn(2, CLASSES, generator=rng)
     heads = probing.FoldHeads(["a", "b"], stats, CLASSES, start=start)
@@ -260,16 +264,14 @@ def test_heads_start_from_weights_that_are_given(data):
                           heads(features[0]), atol=1e-4)
 
 
-def test_heads_go_on_from_their_state_bit_for_bit(data):
-    features, labels, fold_of = data
-    whole = trained(data, [0, 1, 2])
-    part = trained(data, [0, 1, 2], options(epochs=2))
-    rest = new_heads(data, [0, 1, 2])
-    rest.mean, rest.std = torch.zeros_like(rest.mean), torch.ones_like(rest.std)
-    rest.load_state_dict(part.state_dict())
-    probing.train_heads(rest, features, POSITIONS, labels, fold_of, [0, 1, 2], options(), start=2)
-    assert torch.equal(whole.weight, rest.weight) and torch.equal(whole.bias, rest.bias)
-    assert torch.equal(whole(features[0]), rest(features[0]))
+def test_an_epoch_follows_from_the_heads_and_its_number_bit_for_bit(data):
+    """Whoever runs the epochs one by one gets what `run` gives."""
+    whole, part = trained(data, [0, 1, 2]), new_heads(data, [0, 1, 2])
+    for epoch in range(1, 7):
+        means = probing.Descent(part, task_of(data, [0, 1, 2]), POSITIONS, options()).epoch(epoch)
+        assert means.keys() == {"train_loss", "train_accuracy"}
+    assert torch.equal(whole.weight, part.weight) and torch.equal(whole.bias, part.bias)
+    assert torch.equal(whole(data[0][0]), part(data[0][0]))
 
 
 def test_class_weights_by_hand():
@@ -335,14 +337,18 @@ def test_encoded_features_are_the_pooled_taps_of_the_plain_and_mirrored_view(
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
     head = create_classifier("resnet18v1", layer, 2, encoder=views)
     images = np.random.default_rng(0).integers(0, 256, (3, 4, 256, 256), dtype=np.uint8)
-    normalization = encoding.fixed_normalization("signed", (3, 1))
-    features, found, _ = probing.encode(encoder, head, images, normalization, layer,
-                                     torch.device("cpu"), torch.no_grad, views=2, batch_size=2)
-    assert found == positions
+    normalization = encoding.fixed_normalization("signed", ("rgb", "depth"), (3, 1))
+    classifier = Classifier(encoder, head, layer, normalization)
+    found = probing.encode(classifier, images, torch.no_grad, views=2, batch_size=2)
+    assert found.positions == positions
     x = transforms.eval_transform(torch.from_numpy(images), normalization)
     with torch.no_grad():
-        for view, batch in zip(features, (x, x.flip(-1))):
+        for view, batch in zip(found.features, (x, x.flip(-1))):
             assert torch.allclose(view, head.pool(*encoder(batch, layer)), atol=1e-3)
+            assert torch.equal(head.pool(*encoder(batch, layer)), classifier.features(batch))
+    some = probing.encode(classifier, images, torch.no_grad, members=np.array([2, 0]))
+    assert torch.allclose(some.features[0], found.features[0][[2, 0]], atol=1e-3)
+    assert torch.allclose(some.embedded, found.embedded[:, [2, 0]], atol=1e-3)
     assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
 
 
@@ -351,8 +357,9 @@ def test_a_random_encoder_follows_from_the_seed(tmp_path):
     clips = dataset.read_clips(tmp_path)
     found = []
     for seed in (0, 0, 1):
-        opt = SimpleNamespace(model="resnet18v1", seed=seed, size=224)
-        model, about = heldout.load_encoder(opt, "random", clips)
-        assert about["normalization"]["std"] == [8 / 255] * 3 + [4 / 255]
-        found.append(model.rgb_to_d.conv1.weight)
+        opt = SimpleNamespace(model="resnet18v1", seed=seed, size=224, layer=6)
+        classifier, seen = encoders.load_classifier(opt, "random", clips, None)
+        assert classifier.normalization["std"] == [8 / 255] * 3 + [4 / 255]
+        assert seen == (set(), True)
+        found.append(classifier.encoder.rgb_to_d.conv1.weight)
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])

@@ -41,13 +41,15 @@ def data():
 
 def nested(data, held_out=range(FOLDS), labels=None):
     features, own, fold_of, groups = data
-    labels = own if labels is None else labels
-    names = [f"fold{f}" for f in held_out]
-    inner = probing.InnerFolds(names, labels, CLASSES, fold_of, list(held_out), groups, RATES)
-    training = probing.training_clips(fold_of, inner.held_out) & torch.from_numpy(inner.allowed)
+    task = probing.Task(features, own if labels is None else labels, CLASSES, fold_of,
+                        list(held_out))
+    inner = probing.InnerFolds([f"fold{f}" for f in held_out], task, groups, RATES)
+    training = inner.task.training() & torch.from_numpy(inner.allowed)
     heads = probing.FoldHeads(inner.names, logistic.statistics(features, training), CLASSES, 3)
-    probing.train_heads(heads, features, 1, labels, fold_of, inner.held_out, options(),
-                        inner=inner, on_epoch=lambda e, _: inner.look(e, heads, features))
+    descent = probing.Descent(heads, inner.task, 1, options(), inner=inner)
+    for epoch in range(1, 5):
+        descent.epoch(epoch)
+        inner.look(epoch, heads)
     inner.keep_best(heads)
     return inner, heads
 
@@ -62,8 +64,8 @@ def alone(data, fold, group, rate, epochs):
     plain = logistic.Statistics(torch.zeros(1, DIM), torch.ones(1, DIM),
                                 torch.ones(1, DIM, dtype=torch.bool))
     head = probing.FoldHeads([f"fold{fold}"], plain, CLASSES, 3)
-    probing.train_heads(head, seen, 1, labels, apart, [0],
-                        options(epochs=epochs, learning_rate=rate))
+    probing.Descent(head, probing.Task(seen, labels, CLASSES, apart, [0]), 1,
+                    options(epochs=epochs, learning_rate=rate)).run()
     return head(seen[0])[:, 0].detach(), head.weight[0].detach()
 
 
@@ -166,11 +168,11 @@ def test_flags_of_sgd_select_it_and_say_so(capsys, monkeypatch, flags, name):
     implied = flags[0].partition("=")[0] if sgd and flags[0] != "--solver" else None
     assert (f"{implied}: heads are trained by SGD" in said) == (implied is not None)
 
-    def named(stage, opt, argv, script, clips, digest, parts, folds=None):
-        raise util.RunFailed(heldout.head_run_name(stage, opt, parts))
+    def named(run, *_):
+        raise util.RunFailed(run.folder.name)
     monkeypatch.setattr(heldout, "HeldOut", named)
     with pytest.raises(util.RunFailed, match=f"^probe_random_alexnet_view_RGB_D_layer_5_{name}"):
-        module.evaluate(opt, [], "cpu", (None, None, None, [], None))
+        module.evaluate(opt, [], "cpu", None, None)
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -194,11 +196,11 @@ def test_inner_groups_do_not_move_with_the_labels_of_a_held_out_subject(tmp_path
     clips = read_clips(tmp_path)
     garbage = replace(clips, clips=[replace(c, label=(c.label + 1) % 3)
                                     if c.subject == f"s{held_out}" else c for c in clips.clips])
-    stratified = [dataset.ten_folds(these, 5)[1].tolist() for these in (clips, garbage)]
+    stratified = [dataset.ten_folds(these, 5).of.tolist() for these in (clips, garbage)]
     assert stratified[0] != stratified[1]
     groups = []
 
-    def seen(names, labels, n_label, fold_of, held_out, inner, rates):
+    def seen(names, task, inner, rates):
         groups.append(inner)
         raise util.RunFailed("seen")
     monkeypatch.setattr(probing, "InnerFolds", seen)
@@ -223,7 +225,7 @@ def test_rates_to_choose_from_follow_the_learning_rate():
 def test_inner_selection_takes_three_subjects(drawn, quick, pretrained, tmp_path, capsys):
     lists = tmp_path / "lists"
     clips = [c for c in read_clips(drawn).clips if c.subject in ("s1", "s3")]
-    write_lists(lists, clips, "depth")
+    write_lists(lists, clips)
     util.write_json(lists / "encoding.json", {"difference": "signed"})
     with pytest.raises(SystemExit) as end:
         probe("--data_folder", drawn, "--list_folder", lists, *quick, "--protocol", "loso",
@@ -269,10 +271,10 @@ def kept(labels, history):
 
 
 def test_oracle_best_epoch_by_hand():
-    found = measures.oracle_best_epoch({
-        "a": kept([0, 1, 1], [[1, 0, 0], [1, 1, 0], [1, 1, 1]]),   # 2, 3, 2 correct
-        "b": kept([0, 2], [[0, 1, 1], [1, 1, 2]])}, 3)              # 1, 0, 1 correct
-    assert found["per_subject"]["epochs"] == {"a": 2, "b": 1}
+    found = measures.oracle_best_epoch(result_files.histories_of([
+        kept([0, 1, 1], [[1, 0, 0], [1, 1, 0], [1, 1, 1]]),   # 2, 3, 2 correct
+        kept([0, 2], [[0, 1, 1], [1, 1, 2]])]), 3)             # 1, 0, 1 correct
+    assert found["per_subject"]["epochs"] == [2, 1]
     assert found["per_subject"]["accuracy"] == pytest.approx(4 / 5)
     # class 0: 2 of 2; class 1: two hits, one of class 2 called 1; class 2: none
     assert found["per_subject"]["uf1"] == pytest.approx((1 + 4 / 5 + 0) / 3)
@@ -285,8 +287,10 @@ def test_oracle_best_epoch_by_hand():
 
 def test_oracle_best_epoch_needs_everybody_over_the_same_epochs():
     whole, short = kept([0, 1], [[0, 0], [1, 1]]), kept([0], [[0]])
-    assert measures.oracle_best_epoch({"a": whole, "b": short}, 2) is None
-    assert measures.oracle_best_epoch({"a": whole, "b": ({}, [{"label": 0}])}, 2) is None
+    assert len(result_files.histories_of([whole, whole])) == 2
+    assert result_files.histories_of([whole, short]) == []
+    assert result_files.histories_of([whole, ({}, [{"label": 0}])]) == []
+    assert result_files.histories_of([({}, [{"label": 0}])] * 2) == []
 
 
 @pytest.mark.parametrize("run, flags", [(probe, ["--protocol", "loso"]),
@@ -305,6 +309,11 @@ def test_the_last_epoch_of_the_history_is_the_prediction(drawn, quick, pretraine
         assert history[:, -1].tolist() == [row["prediction"] for row in said]
     results = json.loads((folder / "results.json").read_text())
     assert results["oracle_best_epoch"]["common"]["uf1"] >= results["uf1"] - 1e-9
+    each = results["oracle_best_epoch"]["per_subject"]["epochs"]
+    for name, (about, said) in result_files.read_subjects(folder).items():
+        right = np.array(about["history"]) == np.array([[row["label"]] for row in said])
+        assert each.pop(name) == 1 + right.sum(0).argmax()
+    assert not each
     shown = curves(tmp_path / "tensorboard" / folder.name)["oracle/uf1"]
     assert shown[2] == pytest.approx(results["uf1"], abs=1e-6)
     assert drawn_curves[0].keys() == {"oracle/uf1", "oracle/uar", "oracle/accuracy"}
@@ -347,7 +356,7 @@ def test_subjects_are_told_apart_where_the_features_do_and_not_otherwise(l2):
 
     def named(features, l2):
         return shortcuts.subject_probe(opt, clips, SimpleNamespace(
-            features=features, positions=1, l2=l2))
+            encoded=probing.Encoded(features, 1, None), l2=l2))
     found = named(told, l2)
     assert (found["n"], found["n_subjects"]) == (21, 2)
     assert found["accuracy"] > 0.95 and found["chance"] == pytest.approx(12 / 21)

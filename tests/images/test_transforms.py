@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from images import encoding
+from images.encoding import estimate_normalization, fixed_normalization
 from images.transforms import centre_crop, draw, eval_transform, train_transform
-from util import generator
+from training.epochs import generator
 
 CHANNELS = (3, 1)
+VIEWS = "rgb", "depth"
 PLAIN = {"mean": [0.0] * 4, "std": [1 / 255] * 4}  # leaves grey levels as they are
 ENCODINGS = ("signed", "absolute", "wrap")
 
@@ -25,7 +26,7 @@ def both_views(n=6):
 
 def augmented(images, encoding, n=None, seed=0, normalization=None, **options):
     drawn = draw(n or len(images), generator(seed), encoding, **options)
-    normalization = normalization or encoding.fixed_normalization(encoding, CHANNELS)
+    normalization = normalization or fixed_normalization(encoding, VIEWS, CHANNELS)
     return train_transform(images, drawn, normalization, encoding, CHANNELS), drawn
 
 
@@ -75,7 +76,7 @@ def test_a_signed_image_without_change_stays_exactly_zero(crop_low):
     out, drawn = augmented(images, "signed", crop_low=crop_low, jitter=0.9)
     assert drawn["grey"].any() and drawn["flip"].any()
     assert (out == 0).all()
-    assert (eval_transform(images, encoding.fixed_normalization("signed", CHANNELS)) == 0).all()
+    assert (eval_transform(images, fixed_normalization("signed", VIEWS, CHANNELS)) == 0).all()
 
 
 def test_a_signed_view_without_change_stays_zero_beside_one_that_changes():
@@ -167,12 +168,12 @@ def test_half_a_batch_with_half_of_the_draws_gives_half_of_the_result(encoding, 
     images = noise(8)
     whole, drawn = augmented(images, encoding, crop_low=crop_low)
     half = train_transform(images[4:], {name: value[4:] for name, value in drawn.items()},
-                           encoding.fixed_normalization(encoding, CHANNELS), encoding, CHANNELS)
+                           fixed_normalization(encoding, VIEWS, CHANNELS), encoding, CHANNELS)
     assert torch.allclose(half, whole[4:], atol=1e-4)
 
 
 def test_wrap_takes_the_published_constants():
-    found = encoding.estimate_normalization(noise(2).numpy(), [0, 1], "wrap", CHANNELS)
+    found = estimate_normalization(noise(2).numpy(), [0, 1], "wrap", VIEWS, CHANNELS)
     assert found == {"mean": [.4454, .4474, .4504, .0423], "std": [.4474, .4505, .4502, .1761]}
 
 
@@ -181,7 +182,7 @@ def test_signed_deviation_is_estimated_about_128_from_the_members_alone():
     images[0, :3] += 10  # a constant change has no variance, but a deviation from "no change"
     images[1, 3, :128] -= 6
     images[3] = 255
-    found = encoding.estimate_normalization(images, [0, 1], "signed", CHANNELS)
+    found = estimate_normalization(images, [0, 1], "signed", VIEWS, CHANNELS)
     assert [255 * m for m in found["mean"]] == [128] * 4
     assert found["std"] == pytest.approx([np.sqrt(50) / 255] * 3 + [np.sqrt(9) / 255])
 
@@ -197,7 +198,7 @@ def test_signed_128_maps_to_exactly_zero_and_its_neighbours_do_not():
 
 def test_a_channel_without_any_change_keeps_the_fixed_deviation():
     images = np.full((2, 4, 256, 256), 128, np.uint8)
-    found = encoding.estimate_normalization(images, [0, 1], "signed", CHANNELS)
+    found = estimate_normalization(images, [0, 1], "signed", VIEWS, CHANNELS)
     assert found["std"] == [8 / 255] * 3 + [4 / 255]
 
 
