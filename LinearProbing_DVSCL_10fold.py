@@ -20,7 +20,7 @@ from training import distributed, epochs, options, record
 
 def parse_option(argv):
     parser = util.ArgumentParser(description=__doc__)
-    data, _ = heldout.add_head_options(parser, "probe", "10fold")
+    data, _ = options.add_head_options(parser, "probe", "10fold")
     data.add_argument("--subject", nargs="+", metavar="NAME", free=True,
                       help="only these held-out subjects; those finished before are merged into "
                            "the result [all]")
@@ -33,7 +33,7 @@ def parse_option(argv):
                         help="lbfgs: the minimum of the penalised loss, deterministic; sgd: the "
                              "published way, with the flags under optimisation [lbfgs; sgd where "
                              "one of those or --oracle_curve is given]")
-    heldout.add_penalty_option(method)
+    options.add_penalty_option(method)
     sgd = options.add_optimisation_options(parser, options.Descent(
         256, 0.1, [10, 20, 30, 40, 50, 60, 70], 0.2, 80,
         "initial learning rate; 30 to 50 for layer 6 of a ResNet"))
@@ -46,10 +46,10 @@ def parse_option(argv):
                      help="learning rates that --select inner chooses from [0.3, 1 and 3 times "
                           "--learning_rate]")
     options.add_running_options(parser)
-    heldout.add_result_options(parser)
+    options.add_result_options(parser)
     options.add_output_options(parser, "--save_path", "folder for the runs' results")
     opt = parser.parse_args(argv)
-    heldout.check_options(parser, opt)
+    options.check_options(parser, opt)
     choose_solver(parser, opt, [*util.given(sgd, argv), *["--oracle_curve"] * opt.oracle_curve])
     if opt.select_rates is None:
         opt.select_rates = [float(f"{share * opt.learning_rate:g}") for share in (0.3, 1, 3)]
@@ -77,7 +77,9 @@ def set_loader(opt):
 
 
 def run_name(opt):
-    heads = heldout.penalty_name(opt.l2) if opt.solver == "lbfgs" else f"sgd_{record.rate_name(opt.learning_rate, opt.weight_decay, opt.batch_size)}"
+    heads = heldout.penalty_name(opt.l2)
+    if opt.solver == "sgd":
+        heads = "sgd_" + record.rate_name(opt.learning_rate, opt.weight_decay, opt.batch_size)
     return heldout.head_run_name("probe", opt, heads, opt.protocol, opt.encoder,
                                  "inner" * (opt.select == "inner"))
 

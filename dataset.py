@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import math
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -62,20 +61,35 @@ class ClipSet:
         return np.array([clip.label for clip in self.clips], dtype=np.int64)
 
     @functools.cached_property
+    def by_person(self):
+        """Indices int64 of the clips of each (database, subject), sorted by these."""
+        places = {}
+        for i, clip in enumerate(self.clips):
+            places.setdefault((clip.database, clip.subject), []).append(i)
+        return {person: np.array(places[person], dtype=np.int64) for person in sorted(places)}
+
+    @functools.cached_property
     def people(self):
         """Sorted (database, subject) pairs."""
-        return sorted({clip.person for clip in self.clips})
+        return list(self.by_person)
 
-    @property
+    @functools.cached_property
+    def names(self):
+        """What each person is called in names of files and folds: 'spNO1', or 'casme2_sub01' where
+        the lists hold several databases."""
+        several = len({database for database, _ in (self.origin or self).by_person}) > 1
+        return {person: f"{DATABASES[person[0]]}_{person[1]}" if several else person[1]
+                for person in self.by_person}
+
+    @functools.cached_property
     def classes(self):
         """Class names in the order of their ids."""
         return self.encoding.get("classes") or [str(i) for i in range(self.n_label)]
 
     def members(self, people):
         """Indices of the clips of these (database, subject) pairs."""
-        wanted = set(people)
-        return np.array([i for i, clip in enumerate(self.clips) if clip.person in wanted],
-                        dtype=np.int64)
+        own = [self.by_person[person] for person in set(people) & self.by_person.keys()]
+        return np.sort(np.concatenate([np.empty(0, np.int64), *own]))
 
     def subset(self, keep):
         """The clips where `keep` (bool `[N]`) holds."""
@@ -113,13 +127,6 @@ def load_images(clips: ClipSet, folder: str = "off", num_workers: int = 4,
 
 # ---------------------------------------------------------------- reading
 
-def view_names(view: str) -> tuple[str, str]:
-    """Names of the views of --view: ('rgb', 'depth') for RGB_D; raises BadInput."""
-    if not re.fullmatch(r"RGB_[A-Za-z0-9]+", view):
-        raise BadInput(f"--view {view}: views are RGB_D, RGB_gray or RGB_<name>")
-    return "rgb", "depth" if view == "RGB_D" else view[4:]
-
-
 def read_clips(data_folder: str | Path, list_folder: str | Path | None = None, view: str = "RGB_D",
                difference: str | None = None) -> ClipSet:
     """Reads, pairs and checks the lists of a data set.
@@ -130,24 +137,15 @@ def read_clips(data_folder: str | Path, list_folder: str | Path | None = None, v
     missing image.
     """
     place, data_folder = lists.find_list_folder(data_folder, list_folder), Path(data_folder)
-    names = view_names(view)
+    names = lists.view_names(view)
     luminance = view == "RGB_gray" and not (place / "v_gray").is_dir()
-    subjects = lists.read_subjects(place)
-    suffixes = ("rgb", "gray", "depth", names[1])
-    views = [lists.read_view(place / f"v_{name}", subjects, suffixes)
-             for name in names[:1 if luminance else 2]]
-    lists.check_paired(place, names, views)
-    for key, (_, *row, where) in views[0].items():
-        for other in views[1:]:
-            if other[key][1:4] != tuple(row):
-                raise BadInput(f"{other[key][4]}: label, database and subject {other[key][1:4]} "
-                               f"of {key} differ from {tuple(row)} in {where}")
+    views = lists.read_views(place, names[:1 if luminance else 2], names)
     paths = [lists.relative(data_folder, {row[0]: row[4] for row in view.values()})
              for view in views]
+    content = encoding.read_encoding(place, difference)
     clips = [Clip(row[2], row[3], key, row[1], _of_views(
         [path[view[key][0]] for path, view in zip(paths, views)])) for key, row in views[0].items()]
-    return _clip_set(clips, data_folder, names, luminance,
-                     encoding.read_encoding(place, difference), place)
+    return _clip_set(clips, data_folder, names, luminance, content, place)
 
 
 def _of_views(paths):
@@ -188,7 +186,7 @@ def read_list(path: str | Path, data_folder: str | Path, view: str = "RGB_D",
 
     alone: the second view may be missing; the luminance then stands in for it. Raises BadInput.
     """
-    path, data_folder, names = Path(path), Path(data_folder), view_names(view)
+    path, data_folder, names = Path(path), Path(data_folder), lists.view_names(view)
     if not data_folder.is_dir():
         raise BadInput(f"{data_folder}: no such folder; --data_folder is where the images are")
     if not path.is_file():
@@ -226,7 +224,7 @@ def read_pairs(path: str | Path, data_folder: str | Path, view: str = "RGB_D",
     min_intensity: keep pairs of at least this intensity, in the file's own unit. A subject is ''
     where the file names none. Raises BadInput.
     """
-    path, data_folder, names = Path(path), Path(data_folder), view_names(view)
+    path, data_folder, names = Path(path), Path(data_folder), lists.view_names(view)
     rows, columns = read_table(path, delimiter="\t", fix="--pairs names a pairs.tsv")
     luminance = view == "RGB_gray" and "gray" not in columns
     wanted = names[:1] if luminance else names
@@ -290,20 +288,14 @@ def merge(labelled: ClipSet, unlabelled: ClipSet, path: str) -> ClipSet:
 
 # ---------------------------------------------------------------- subjects and folds
 
-def person_name(person: tuple, clips: ClipSet) -> str:
-    """'spNO1', or 'casme2_sub01' where the lists hold several databases."""
-    several = len({database for database, _ in (clips.origin or clips).people}) > 1
-    return f"{DATABASES[person[0]]}_{person[1]}" if several else person[1]
+def identity(person: tuple) -> tuple:
+    """A person whatever their name's spelling: CAS(ME)^3 writes spNO.1 in its folders and spNO1 in
+    its lists."""
+    return person[0], _plain(person[1])
 
 
 def _plain(name):
-    """CAS(ME)^3 writes spNO.1 in its folders and spNO1 in its lists."""
     return name.replace(".", "").lower()
-
-
-def same_person(a: tuple, b: tuple) -> bool:
-    """Whether two (database, subject) pairs name the same person."""
-    return a[0] == b[0] and _plain(a[1]) == _plain(b[1])
 
 
 def find_people(names: list[str], clips: ClipSet, flag: str = "--subject") -> list[tuple]:
@@ -321,6 +313,43 @@ def find_people(names: list[str], clips: ClipSet, flag: str = "--subject") -> li
                            f"{len(clips.people)}: {some}")
         found += hits
     return found
+
+
+def left_out(clips: ClipSet, subject: str | None, fold: str | None,
+             without: list[str]) -> list[tuple[str | None, set]]:
+    """(name, persons left out) of every run without a subject ('each': one run for each), or a
+    fold ('3/10'), of `clips`; those of `without` are left out of all. Raises BadInput."""
+    always = set(find_people(without, clips, "--without"))
+    if fold:
+        labelled = clips.subset([clip.label >= 0 for clip in clips.clips])
+        folds = ten_folds(labelled)
+        name, n = "fold" + fold.replace("/", "of"), len(folds.names)
+        if name not in folds.names:
+            raise BadInput(f"--fold {fold}: the subjects make {n} groups, 1/{n} to {n}/{n}")
+        out = {labelled.clips[i].person
+               for i in np.flatnonzero(folds.of == folds.names.index(name))}
+        return [(name, out | always)]
+    if subject == "each":
+        return [(name, {person} | always) for person, name in clips.names.items()]
+    if not subject:
+        return [(None, always)]
+    out = find_people([subject], clips)
+    if len({database for database, _ in out}) > 1:
+        raise BadInput(f"--subject {subject}: several databases have this name; say "
+                       + " or ".join(f"{DATABASES[d]}/{name}" for d, name in out))
+    return [(clips.names[out[0]], set(out) | always)]
+
+
+def training_clips(clips: ClipSet, blank: np.ndarray, out: set) -> np.ndarray:
+    """Indices of the clips to contrast: neither blank nor of a person left out; raises BadInput."""
+    out = {identity(person) for person in out}
+    keep = np.array([identity(clip.person) not in out for clip in clips.clips]) & ~blank
+    members = np.flatnonzero(keep)
+    if len(members) < 2:
+        raise BadInput(f"{clips.folder}: {len(members)} clips are left to contrast; it takes 2")
+    print(f"{len(members)} clips to contrast"
+          + (f"; {blank.sum()} blank ones (onset = apex) never enter" if blank.any() else ""))
+    return members
 
 
 def people_seen(clips: ClipSet, members: np.ndarray) -> dict:
@@ -348,7 +377,7 @@ def subject_folds(clips: ClipSet) -> Folds:
     """Leave-one-subject-out."""
     people = clips.people
     place = {person: i for i, person in enumerate(people)}
-    return Folds([person_name(p, clips) for p in people],
+    return Folds([clips.names[p] for p in people],
                  np.array([place[clip.person] for clip in clips.clips]))
 
 

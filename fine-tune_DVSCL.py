@@ -29,7 +29,7 @@ VIEWS = 2  # of a training image, from which the head is solved: plain and mirro
 
 def parse_option(argv):
     parser = util.ArgumentParser(description=__doc__)
-    data, _ = heldout.add_head_options(parser, "fine-tune", "loso")
+    data, _ = options.add_head_options(parser, "fine-tune", "loso")
     data.add_argument("--subject", nargs="+", metavar="NAME", free=True,
                       help="only these held-out subjects, merged with those finished before; all: "
                            "one model on every clip, for prediction [each subject in turn]")
@@ -39,11 +39,11 @@ def parse_option(argv):
                                 "; a solved head keeps its penalty instead"),
         options.Schedule("step", 2, " of the encoder"))
     options.add_running_options(parser)
-    heldout.add_result_options(parser)
+    options.add_result_options(parser)
     options.add_output_options(parser, "--save_path", "folder for the runs' results", 10)
     opt = parser.parse_args(argv)
     options.choose_schedule(parser, opt, util.given(optimisation, argv))
-    heldout.check_options(parser, opt)
+    options.check_options(parser, opt)
     if opt.oversample and (opt.loss == "balanced" or opt.freeze_encoder):
         parser.error("--oversample excludes --loss balanced, which weights the classes already, "
                      "and --freeze_encoder, whose heads share their batches")
@@ -66,7 +66,7 @@ def add_method_options(parser):
                         help="what the head starts from: probe: the one that linear probing gives "
                              "on the encoder as it is, whose penalty it keeps; zeros; or random "
                              "weights")
-    heldout.add_penalty_option(method)
+    options.add_penalty_option(method)
     method.add_argument("--freeze_encoder", action="store_true",
                         help="train the head alone; what is said of the encoder's rate has "
                              "nothing to act on then")
@@ -284,7 +284,7 @@ class Everybody:
         self.header = heldout.make_header(run.opt, argv, __file__, data,
                                           self.encoders.sha256[run.opt.model_path])
         heldout.open_run(run, self.header, {})
-        self.encoders.load(run.opt.model_path)  # a wrong one leaves no run folder behind
+        self.encoders.check(run.opt.model_path)  # a wrong one leaves no run folder behind
         self.states = heldout.checked_states(run, self.header, self.encoders, {"all"})
         self.log = heldout.open_log(run, self.header, {"all"}, {
             unit: state["epoch"] for unit, state in self.states.items()})

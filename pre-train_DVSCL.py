@@ -16,7 +16,6 @@ import math
 import time
 from dataclasses import replace
 
-import numpy as np
 import torch
 
 import dataset
@@ -169,44 +168,13 @@ def set_loader(opt):
 
 def exclusions(opt, clips):
     """(name, persons left out) of every run that --subject, --fold and --without ask for."""
-    if not (opt.fold or opt.subject or opt.without):
-        return [(None, set())]
     everyone = clips
-    if opt.pool == "unlabelled":  # who is left out may be in the lists alone
+    if opt.pool == "unlabelled" and (opt.fold or opt.subject or opt.without):
+        # who is left out may be in the lists alone
         lists = dataset.read_clips(opt.data_folder, opt.list_folder, opt.view, opt.encoding)
         everyone = replace(lists, clips=lists.clips + clips.clips)
-    always = set(dataset.find_people(opt.without, everyone, "--without"))
-    if opt.fold:
-        labelled = everyone.subset([clip.label >= 0 for clip in everyone.clips])
-        folds = dataset.ten_folds(labelled)
-        name, n = "fold" + opt.fold.replace("/", "of"), len(folds.names)
-        if name not in folds.names:
-            raise BadInput(f"--fold {opt.fold}: the subjects make {n} groups, 1/{n} to {n}/{n}")
-        out = {labelled.clips[i].person
-               for i in np.flatnonzero(folds.of == folds.names.index(name))}
-        return [(name, out | always)]
-    if opt.subject == "each":
-        return distributed.share([(dataset.person_name(p, everyone), {p} | always)
-                                  for p in everyone.people])
-    if not opt.subject:
-        return [(None, always)]
-    out = dataset.find_people([opt.subject], everyone)
-    if len({database for database, _ in out}) > 1:
-        raise BadInput(f"--subject {opt.subject}: several databases have this name; say "
-                       + " or ".join(f"{dataset.DATABASES[d]}/{name}" for d, name in out))
-    return [(dataset.person_name(out[0], everyone), set(out) | always)]
-
-
-def training_clips(clips, blank, out):
-    """Indices of the clips to contrast: neither blank nor of a person left out."""
-    keep = np.array([not any(dataset.same_person(clip.person, p) for p in out)
-                     for clip in clips.clips]) & ~blank
-    members = np.flatnonzero(keep)
-    if len(members) < 2:
-        raise BadInput(f"{clips.folder}: {len(members)} clips are left to contrast; it takes 2")
-    print(f"{len(members)} clips to contrast"
-          + (f"; {blank.sum()} blank ones (onset = apex) never enter" if blank.any() else ""))
-    return members
+    runs = dataset.left_out(everyone, opt.subject, opt.fold, opt.without)
+    return distributed.share(runs) if opt.subject == "each" else runs
 
 
 # ---------------------------------------------------------------- model
@@ -229,20 +197,8 @@ def set_model(opt, channels, n_data, device):
     if opt.sync_bn and distributed.active():
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(device, memory_format=torch.channels_last)
-    check_slices(opt, n_data, model, device)
+    epochs.check_slices(n_data, opt.batch_size, model, device)
     return model, contrast.to(device), criterion.to(device)
-
-
-def check_slices(opt, n_data, model, device):
-    """Raises BadInput if a batch leaves a device too few clips for the model's batch norm."""
-    # in maps one clip has many positions; of vectors it takes two, or those of the other ranks
-    least = 1 + any(isinstance(part, torch.nn.BatchNorm1d) for part in model.modules())
-    for batch in epochs.batches(n_data, opt.batch_size, epochs.generator(opt.seed)):
-        smallest = distributed.smallest_slice(len(batch), device)
-        if smallest < least:
-            raise BadInput(f"--batch_size {opt.batch_size}: of {n_data} clips it leaves a batch of "
-                           f"{len(batch)}, and a device {smallest} of them; {opt.model} needs "
-                           f"{least} on each: take another, or fewer devices")
 
 
 def set_optimizer(opt, model):
@@ -304,43 +260,10 @@ def train(epoch, opt, pool, normalization, networks, optimizer, precision, withi
     return means.means()
 
 
-def announce(opt, n_data):
-    """Prints the number of steps and how the learning rate goes; returns steps per epoch."""
-    steps = epochs.per_epoch(n_data, opt.batch_size)
-    rate = f"rises for {opt.warmup_epochs * steps:.0f} steps, then " * (opt.warmup_epochs > 0)
-    if opt.lr_schedule == "cosine":
-        rate += "falls to 0 in a cosine"
-    else:
-        rate += "decays after epoch " + (", ".join(
-            f"{e} (step {e * steps})" for e in opt.lr_decay_epochs if e < opt.epochs)
-            or "- (none within the run)")
-    print(f"{n_data} clips at batch {min(opt.batch_size, n_data)}: {steps} steps per epoch, "
-          f"{steps * opt.epochs} in all; the learning rate {rate}")
-    epochs.announce_dropped(n_data, min(opt.batch_size, n_data))
-    return steps
-
-
-def go_on(path, run, data_digest, states):
-    """Restores `states` (name → module, optimizer or scaler) from a checkpoint of the same run.
-
-    Returns (epochs done, normalization, what is done of the next epoch). Raises BadInput for other
-    options or data.
-    """
-    old = checkpoint.load(path)
-    run.check_resumable(path, old, grow=True, data_digest=data_digest)
-    checkpoint.load_model(states["model"], old, path, run.opt.model)
-    for name in ("contrast", "optimizer", "scaler"):
-        states[name].load_state_dict(old[name])
-    within = old.get("within") or {}
-    print(f"{path}: goes on after epoch {old['epoch']}"
-          + (f", step {within['step']} of the next" if within else ""))
-    return old["epoch"], old["normalization"], within
-
-
 def pretrain(opt, argv, device, data, members, run):
     """One run over the clips `members`."""
     clips, resume = data.clips, run.find_resume()
-    steps = announce(opt, len(members))
+    steps = epochs.announce(opt, len(members))
     data_digest = hashlib.sha256(f"{data.digest} {members.tolist()}".encode()).hexdigest()
     precision = epochs.mixed_precision(opt.amp, device)
     model, contrast, criterion = set_model(opt, clips.channels, len(members), device)
@@ -348,7 +271,8 @@ def pretrain(opt, argv, device, data, members, run):
     states = {"model": model, "contrast": contrast, "optimizer": optimizer,
               "scaler": precision.scaler}
     if resume:
-        done, normalization, within = go_on(resume, run, data_digest, states)
+        old = run.restore(resume, states, data_digest=data_digest)
+        done, normalization, within = old["epoch"], old["normalization"], old["within"]
     else:
         done, within, normalization = 0, {}, encoding.estimate_normalization(
             data.images, members, clips.encoding["difference"], clips.views, clips.channels)
@@ -394,7 +318,7 @@ def main(argv=None):
         for run, _ in runs:  # before the first one trains for an hour
             run.find_resume()
         for run, out in runs:
-            members = training_clips(data.clips, blank, out)
+            members = dataset.training_clips(data.clips, blank, out)
             pretrain(opt, argv, device, data, members, run)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 import dataset
 from evaluation import encoders
-from images import decoding, encoding
+from images import decoding, encoding, lists
 from models import create_classifier
 from preparation import cutting, detection, registration
 from training import checkpoint, epochs, supervised
@@ -185,7 +185,7 @@ def recorded(path, encoding, with_depth):
 def check_frames(opt, state):
     """Raises BadInput unless the frames that are given are those the model needs; returns whether
     depth is cut."""
-    second, alone = dataset.view_names(state["view"])[1], state["opt"].get("encoder") == "rgb"
+    second, alone = lists.view_names(state["view"])[1], state["opt"].get("encoder") == "rgb"
     given = opt.depth_onset is not None
     if second not in ("depth", "gray"):
         raise BadInput(f"{opt.model_path}: its second view is {second}, which frames do not give; "

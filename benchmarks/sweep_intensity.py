@@ -114,7 +114,7 @@ def main(argv=None):
     out = set(dataset.find_people(opt.without, clips, "--without"))
     clips = clips.subset([clip.person not in out for clip in clips.clips])
     folds = dataset.ten_folds(clips, opt.inner_folds)
-    people = [sorted({dataset.person_name(c.person, clips)
+    people = [sorted({clips.names[c.person]
                       for c, fold in zip(clips.clips, folds.of) if fold == i})
               for i in range(len(folds.names))]
     rows = []

@@ -87,7 +87,8 @@ class Encoders:
     def __init__(self, opt: argparse.Namespace, clips: ClipSet, people: Iterable[tuple]):
         self.opt, self.clips, self.source = opt, clips, getattr(opt, "model_path", RANDOM)
         self.paths = {person: self._path(person) for person in people}
-        self.sha256, self.seen = {RANDOM: None}, {}
+        self.sha256, self.seen, self.checked = {RANDOM: None}, {}, (None, None)
+        self.identities = {person: dataset.identity(person) for person in clips.people}
         for path in dict.fromkeys(self.paths.values() if self.paths else [self.source]):
             if path != RANDOM:
                 if not Path(path).is_file():
@@ -101,7 +102,7 @@ class Encoders:
             everyone = self.clips.origin or self.clips  # the folds that pre-training made
             folds = dataset.ten_folds(everyone)
             path = path.replace("{fold}", folds.names[folds.of[everyone.members([person])[0]]])
-        return path.replace("{subject}", dataset.person_name(person, self.clips))
+        return path.replace("{subject}", self.clips.names[person])
 
     def create_head(self) -> nn.Module:
         """A fresh linear head for the options and clips of the run."""
@@ -109,15 +110,22 @@ class Encoders:
         return create_classifier(opt.model, opt.layer, clips.n_label, clips.channels, opt.encoder,
                                  opt.size)
 
+    def check(self, path: str) -> None:
+        """Loads an encoder before anything is written; the next `load` without a head takes it."""
+        self.checked = path, self.load(path)
+
     def load(self, path: str, head: nn.Module | None = None) -> Classifier:
         """A fresh copy of the encoder in `path`, under a fresh head unless one is given."""
-        classifier, self.seen[path] = load_classifier(
-            self.opt, path, self.clips, self.create_head() if head is None else head)
+        known, classifier = self.checked
+        self.checked = None, None
+        if head is not None or path != known:
+            classifier, self.seen[path] = load_classifier(
+                self.opt, path, self.clips, self.create_head() if head is None else head)
         return classifier
 
     def transductive(self, path: str, person: tuple) -> bool | None:
         """Whether the encoder of a loaded `path` saw a person; None where that is unknown."""
         people, complete = self.seen[path]
-        if any(dataset.same_person(person, other) for other in people):
+        if self.identities[person] in {dataset.identity(other) for other in people}:
             return True
         return False if complete else None

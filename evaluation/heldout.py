@@ -17,74 +17,10 @@ from dataset import ClipSet, Data, Folds
 from evaluation import gradcam, measures, pictures, probing, result_files, shortcuts
 from evaluation.encoders import Encoders
 from images import encoding
-from models import MODEL_NAMES, default_layer
 from models.classifier import Classifier
-from training import distributed, options, record
+from training import distributed, record
 from training.record import Run
-from util import ArgumentParser, BadInput, RunFailed, number, positive_int, write_json
-
-# ---------------------------------------------------------------- options
-
-def add_head_options(parser: ArgumentParser, stage: str, protocol: str) -> tuple:
-    """Adds the data and model flags of the scripts that put a head on a pre-trained encoder;
-    protocol: the one they follow by default.
-
-    Returns both groups.
-    """
-    data, model = options.add_data_options(parser), parser.add_argument_group("model")
-    data.add_argument("--dataset", choices=(*dataset.DATABASES, "all"), default="casme3",
-                      help="the database in the lists to evaluate; all: every one of them")
-    data.add_argument("--protocol", choices=("10fold", "loso"), default=protocol,
-                      help="ten groups of whole subjects, or leave one subject out")
-    data.add_argument("--without", nargs="+", metavar="NAME", default=[],
-                      help="subjects that take no part at all, neither trained on nor predicted "
-                           "[none]")
-    model.add_argument("--model_path", required=True, free=True, metavar="FILE",
-                       help=f"checkpoint of pre-train_DVSCL.py to {stage}; a {{subject}} or "
-                            f"{{fold}} in it is replaced by the one held out, a {{seed}} by "
-                            f"the seed; random: an untrained encoder")
-    model.add_argument("--model", choices=MODEL_NAMES, default="alexnet", metavar="NAME",
-                       help="its encoder: " + ", ".join(MODEL_NAMES))
-    model.add_argument("--layer", type=positive_int,
-                       help="tap of the encoder the head sits on [5 for AlexNet, 6 for ResNet]")
-    model.add_argument("--encoder", choices=("both", "rgb", "depth"), default="both",
-                       help="view whose features the head sees")
-    return data, model
-
-
-def add_penalty_option(group: argparse._ArgumentGroup) -> None:
-    """Adds --l2 of the heads that are solved for."""
-    group.add_argument("--l2", type=number(float, 0, low_open=True), metavar="X",
-                       help="L2 penalty of a head, for features of unit length [of "
-                            + " ".join(f"{x:g}" for x in probing.GRID) + " the one that does best "
-                            "on inner folds of the training subjects]")
-
-
-def add_result_options(parser: ArgumentParser) -> None:
-    """Adds what else is measured: several seeds, and the curve that nobody may choose by."""
-    group = parser.add_argument_group("results")
-    group.add_argument("--seeds", nargs="+", free=True, type=number(int, 0, 2 ** 62), metavar="N",
-                       help="run each of these seeds and report mean and standard deviation "
-                            "[--seed alone]")
-    group.add_argument("--oracle_curve", action="store_true", free=True,
-                       help="TensorBoard (under oracle/) and curves.png also show the pooled "
-                            "figures of the held-out subjects per epoch; picking by them is "
-                            "cheating")
-
-
-def check_options(parser: ArgumentParser, opt: argparse.Namespace) -> None:
-    """Fills in the model's own layer where none is given; refuses one out of range, seeds of which
-    no deviation can be had, and placeholders that the protocol cannot fill."""
-    if opt.seeds and (len(opt.seeds) < 2 or len(set(opt.seeds)) < len(opt.seeds)):
-        parser.error("argument --seeds: give two or more, each once; --seed for a single one")
-    if opt.protocol == "10fold" and "{subject}" in opt.model_path:
-        parser.error("argument --model_path: {subject} goes with --protocol loso, {fold} with both")
-    options.check_size(parser, opt.model, opt.size)
-    if opt.layer is None:
-        opt.layer = default_layer(opt.model)
-        print(f"heads on layer {opt.layer} of {opt.model}")
-    options.check_layer(parser, opt.model, opt.layer)
-
+from util import BadInput, RunFailed, write_json
 
 # ---------------------------------------------------------------- data
 
@@ -225,7 +161,7 @@ class HeldOut:
         opt, clips = run.opt, data.clips
         self.run, self.data, self.folds = run, data, folds
         wanted = dataset.find_people(opt.subject, clips) if opt.subject else clips.people
-        self.names = {person: dataset.person_name(person, clips) for person in clips.people}
+        self.names = clips.names
         self.encoders = Encoders(opt, clips, wanted)
         self.header = make_header(opt, argv, script, data,
                                   self.encoders.sha256.get(opt.model_path))
@@ -239,7 +175,7 @@ class HeldOut:
         self.groups = distributed.share(everyone) if folds else \
             self._groups(distributed.share(todo))
         if self.groups:
-            self.encoders.load(self.groups[0].path)  # a wrong one leaves no run folder behind
+            self.encoders.check(self.groups[0].path)  # a wrong one leaves no run folder behind
         distributed.barrier()
         units = {group.unit for group in everyone} or {None}
         self.states = checked_states(run, self.header, self.encoders, units) if folds else {}
@@ -273,20 +209,20 @@ class HeldOut:
         members: clips, all that the group holds out; notes(places in members) → what is kept
         besides, as a dict.
         """
-        clips, encoders = self.data.clips, self.encoders
+        clips, encoders, subjects = self.data.clips, self.encoders, {}
+        made_by = {name: self.header[name] for name in ("command", "versions")}
         for person in group.people:
-            mine = np.flatnonzero(np.isin(members, clips.members([person])))
+            mine = np.flatnonzero(np.isin(members, clips.by_person[person]))
             if not np.isfinite(probabilities[mine]).all():
                 raise RunFailed(f"the predictions for {self.names[person]} are not finite; lower "
                                 f"--learning_rate")
-            result_files.write_subject(
-                self.run.folder, self.names[person],
-                result_files.rows_of([clips.clips[i] for i in members[mine]], probabilities[mine]),
-                transductive=encoders.transductive(group.path, person),
-                checkpoint=None if group.path == "random" else group.path,
-                sha256=encoders.sha256[group.path],
-                made_by={name: self.header[name] for name in ("command", "versions")},
-                **notes(mine))
+            subjects[self.names[person]] = {
+                "transductive": encoders.transductive(group.path, person),
+                "checkpoint": None if group.path == "random" else group.path,
+                "sha256": encoders.sha256[group.path], "made_by": made_by, **notes(mine),
+                "rows": result_files.rows_of([clips.clips[i] for i in members[mine]],
+                                             probabilities[mine])}
+        result_files.write_subjects(self.run.folder, subjects)
 
     def keep_maps(self, group: Group, classifier: Classifier, members: np.ndarray,
                   probabilities: np.ndarray, weights_of: Callable) -> None:
@@ -296,10 +232,9 @@ class HeldOut:
         clips = self.data.clips
         maps = gradcam.maps_of_mistakes(classifier, self.data.images, members,
                                         clips.labels[members], probabilities, weights_of)
-        for person in group.people:
-            own = {clips.clips[i].key: maps[i] for i in clips.members([person]) if i in maps}
-            if own:
-                result_files.add_to_subject(self.run.folder, self.names[person], maps=own)
+        own = {self.names[person]: {clips.clips[i].key: maps[i] for i in clips.by_person[person]
+                                    if i in maps} for person in group.people}
+        result_files.add_maps(self.run.folder, {name: kept for name, kept in own.items() if kept})
 
     def finish(self, **details: object) -> dict | None:
         """Merges everything finished into the result files and pictures, and prints figures and

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 import dataset
 from dataset import ClipSet
-from images import encoding, transforms
+from images import encoding, lists, transforms
 from training.record import read_log
 from util import replacing
 
@@ -104,7 +104,7 @@ def draw_curves(folder: Path, held_out: dict | None = None, panels: tuple = PANE
     header, *lines = read_log(folder)
     lines += [{"epoch": epoch, name: value} for name, curve in (held_out or {}).items()
               for epoch, value in enumerate(curve, 1)]
-    second = dataset.view_names(header["opt"].get("view", "RGB_D"))[1]
+    second = lists.view_names(header["opt"].get("view", "RGB_D"))[1]
     panels = [(title, unit, {name: (second if label is None else label, colour)
                              for name, (label, colour) in fields.items()
                              if any(name in line for line in lines)})
@@ -182,10 +182,12 @@ def draw_mistakes(path: Path, clips: ClipSet, images: np.ndarray, mistakes: list
     images: uint8 array `[N, C1+C2, S, S]` of `clips`; mistakes: (prediction row, maps) as
     result_files.read_mistakes gives them; counts: (mistakes, clips) in all.
     """
-    place = {(clip.person, clip.key): i for i, clip in enumerate(clips.clips)}
-    rows = [(row, maps, place.get(((dataset.DATABASES.index(row["database"]), row["subject"]),
-                                   row["key"]))) for row, maps in mistakes]
-    rows = [row for row in rows if row[2] is not None]
+    classes, several = clips.classes, len({clip.database for clip in clips.clips}) > 1
+    place = {(clip.database, clip.subject, clip.key): i for i, clip in enumerate(clips.clips)}
+    rows = [(row, maps, place.get((dataset.DATABASES.index(row["database"]), row["subject"],
+                                    row["key"]))) for row, maps in mistakes]
+    rows = [(row | {"subject": f"{row['database']} {row['subject']}"} if several else row, *rest)
+            for row, *rest in rows if rest[1] is not None]
     width, height = 4 * PANEL + 3 * GAP, PANEL + TITLE + BELOW
     deep = -(-len(rows) // BLOCKS) or 1
     size = BLOCKS * width + (BLOCKS + 1) * 0.2, deep * height + 1.05
@@ -201,7 +203,7 @@ def draw_mistakes(path: Path, clips: ClipSet, images: np.ndarray, mistakes: list
     for number, (row, maps, _) in enumerate(rows):
         left = 0.2 + number % BLOCKS * (width + 0.2)
         above = 0.8 + number // BLOCKS * height
-        _describe(figure, size, left, above, row, clips)
+        _describe(figure, size, left, above, row, classes)
         for v, name in enumerate(("RGB", *clips.views[1:])):
             image, heat = views[v][number], maps[v]
             for k in range(2):
@@ -237,13 +239,11 @@ def _explain(figure, size):
     _write(figure, size, 6.32, 0.42, "1")
 
 
-def _describe(figure, size, left, above, row, clips):
+def _describe(figure, size, left, above, row, classes):
     """Two lines: the clip, and what it was taken for."""
-    several = len({clip.database for clip in clips.clips}) > 1
-    person = f"{row['database']} {row['subject']}" if several else row["subject"]
-    true, taken = (shorten(clips.classes[row[name]], 20) for name in ("label", "prediction"))
+    true, taken = (shorten(classes[row[name]], 20) for name in ("label", "prediction"))
     _write(figure, size, left, above, shorten(row["key"], 76), 7.5)
-    _write(figure, size, left, above + 0.16, f"{shorten(person, 20)}: {true} → {taken}  "
+    _write(figure, size, left, above + 0.16, f"{shorten(row['subject'], 20)}: {true} → {taken}  "
            f"(p {max(row['probabilities']):.2f}, true {row['probabilities'][row['label']]:.2f})",
            7.5)
 

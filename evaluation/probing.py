@@ -23,12 +23,11 @@ from evaluation import logistic, measures
 from images import cache, transforms
 from models.classifier import Classifier
 from training import checkpoint, epochs
+from training.options import PENALTIES
 from training.record import Log
 from training.supervised import class_weights, classification_loss
 from util import BadInput, RunFailed
 
-# penalties to choose from, strongest first
-GRID = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 FEW = 1e-3  # where there are too few subjects to choose
 INNER_FOLDS = 5  # groups of training subjects that choose penalty, epochs and learning rate
 
@@ -58,17 +57,18 @@ def encode(classifier: Classifier, images: np.ndarray, autocast: Callable, views
     with torch.no_grad():
         coming = cache.fetch(images, parts, device)
         for batch in tqdm(coming, "encoding", len(parts), disable=None):
-            for v, (mirror, shift) in enumerate(VIEWS[:views]):
-                x = transforms.eval_transform(batch, classifier.normalization, mirror, shift)
-                with autocast():
+            crops = [transforms.eval_transform(batch, classifier.normalization, mirror, shift)
+                     for mirror, shift in VIEWS[:views]]
+            with autocast():
+                for v, x in enumerate(crops):
                     taps = model(x, layer)
                     pooled = head.pool(*taps)
                     if v == 0:
                         embedded.append(torch.stack(model.embed(taps, layer)).float().cpu())
-                if features is None:
-                    positions = head.pooling(taps[0]).shape[2:].numel()
-                    features = torch.empty(views, len(members), pooled.shape[1], device=device)
-                features[v, start:start + len(batch)] = pooled.float()
+                    if features is None:
+                        positions = head.pooling(taps[0]).shape[2:].numel()
+                        features = torch.empty(views, len(members), pooled.shape[1], device=device)
+                    features[v, start:start + len(batch)] = pooled.float()
             start += len(batch)
     return Encoded(features, positions, torch.cat(embedded, 1))
 
@@ -166,10 +166,10 @@ def solve_heads(task: Task, l2: float | None = None, groups: np.ndarray | None =
                 regression: logistic.Regression | None = None) -> tuple[FoldHeads, Choice]:
     """The heads that minimise the penalised loss.
 
-    l2: the penalty, or None: that of GRID with the highest UF1 over inner folds (`groups` `[N]`)
-    of the fold's training clips, the stronger one where several are equal; loss: crossentropy or
-    balanced; tolerance: bound on the error of a logit; regression: of these features and labels,
-    where it is there already. The labels of held-out clips never enter.
+    l2: the penalty, or None: that of PENALTIES with the highest UF1 over inner folds (`groups`
+    `[N]`) of the fold's training clips, the stronger one where several are equal; loss:
+    crossentropy or balanced; tolerance: bound on the error of a logit; regression: of these
+    features and labels, where it is there already. The labels of held-out clips never enter.
     """
     regression = regression or logistic.Regression(task.features, task.labels, task.n_label)
     training = task.training()
@@ -182,7 +182,7 @@ def solve_heads(task: Task, l2: float | None = None, groups: np.ndarray | None =
     chosen, tried, uf1 = [l2] * folds, [], [None] * folds
     if l2 is None:
         measured = _inner_uf1(regression, task, groups, loss, tried)
-        chosen, uf1 = [GRID[i] for i in measured.argmax(0)], measured.max(0).tolist()
+        chosen, uf1 = [PENALTIES[i] for i in measured.argmax(0)], measured.max(0).tolist()
     solution = regression.solve(training, stats, torch.tensor(chosen), weights,
                                 tolerance=tolerance)
     if not tried:
@@ -198,15 +198,15 @@ def _inner(training, groups):
 
 
 def _inner_uf1(regression, task, groups, loss, tried):
-    """UF1 over the inner folds of every fold for each penalty of GRID, `[len(GRID), F]`; a line
-    on each goes to `tried`."""
+    """UF1 over the inner folds of every fold for each of the PENALTIES, `[P, F]`; a line on each
+    goes to `tried`."""
     training, labels, n_groups = task.training(), task.labels, int(groups.max()) + 1
     # a fold within the group that an inner one leaves out changes nothing: others have it as well
     inner, which = np.unique(_inner(training, groups).numpy(), axis=1, return_inverse=True)
     inner, which = torch.from_numpy(inner), which.reshape(-1, n_groups)  # [N, I], [F, J]
     stats, uf1, solution = logistic.statistics(task.features, inner), [], None
     weights = _fold_weights(task, inner, loss)
-    for l2 in GRID:
+    for l2 in PENALTIES:
         solution = regression.solve(inner, stats, torch.full((inner.shape[1],), l2), weights,
                                     solution, most=logistic.ROUGH_STEPS,
                                     # logits are the larger, the weaker the penalty

@@ -8,29 +8,31 @@ import numpy as np
 from evaluation import measures
 from evaluation.measures import MEASURES
 from images.lists import DATABASES
-from util import BadInput, ensure, read_table, write_json, write_table, write_text
+from util import BadInput, read_table, write_json, write_table, write_text
 
 COLUMNS = ("database", "subject", "key", "label", "prediction")
 
 
 # ---------------------------------------------------------------- persons, as they are finished
 
-def write_subject(folder: Path, name: str, rows: list[dict], **details: object) -> None:
-    """Keeps one held-out subject's predictions: `<folder>/subjects/<name>.json`.
+def write_subjects(folder: Path, subjects: dict[str, dict]) -> None:
+    """Keeps held-out subjects' predictions, one after another: `<folder>/subjects/<name>.json`.
 
-    rows: dicts with COLUMNS and `probabilities`; details: `transductive`, the `checkpoint` file
-    the encoder came from with its `sha256`, `made_by` (command and versions), and `maps` of
-    mistakes (key → a map of each view, a list of rows of 0..255, or None).
+    subjects: name → `rows` (dicts with COLUMNS and `probabilities`), `transductive`, the
+    `checkpoint` file the encoder came from with its `sha256`, `made_by` (command and versions).
     """
-    path = Path(folder) / "subjects" / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {**details, "rows": rows})
+    place = Path(folder) / "subjects"
+    place.mkdir(parents=True, exist_ok=True)
+    for name, content in subjects.items():
+        write_json(place / f"{name}.json", content)
 
 
-def add_to_subject(folder: Path, name: str, **details: object) -> None:
-    """Adds to what `write_subject` kept."""
-    path = Path(folder) / "subjects" / f"{name}.json"
-    write_json(path, json.loads(path.read_text(encoding="utf-8")) | details)
+def add_maps(folder: Path, maps: dict[str, dict]) -> None:
+    """Adds the maps of mistakes to what is kept: name → key → a map of each view, a list of rows
+    of 0..255, or None."""
+    for name, own in maps.items():
+        path = Path(folder) / "subjects" / f"{name}.json"
+        write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"maps": own})
 
 
 def read_subject(path: Path) -> tuple[dict, list[dict]]:
@@ -69,7 +71,8 @@ def _maps(path, kept, key):
     try:
         maps = (kept.get("maps") or {}).get(key) or [None, None]
         maps = [None if m is None else np.array(m, dtype=np.uint8) for m in maps]
-        ensure(all(m is None or m.ndim == 2 for m in maps))
+        if any(m is not None and m.ndim != 2 for m in maps):
+            raise ValueError
     except (ValueError, TypeError, AttributeError, OverflowError):
         raise BadInput(f"{path}: its 'maps' cannot be read; remove it and run again") from None
     return maps
@@ -110,9 +113,10 @@ def read_predictions(path: Path, n_label: int) -> dict[tuple, tuple[int, int]]:
     for place, row in rows:
         clip = row["database"], row["subject"], row["key"]
         try:
-            ensure(clip not in predictions)
-            predictions[clip] = int(row["label"]), int(row["prediction"])
-            ensure(all(0 <= i < n_label for i in predictions[clip]))
+            cells = int(row["label"]), int(row["prediction"])
+            if clip in predictions or not all(0 <= i < n_label for i in cells):
+                raise ValueError
+            predictions[clip] = cells
         except ValueError:
             raise BadInput(f"{place}: a clip takes one row, with label and prediction in "
                            f"0..{n_label - 1}; {again}") from None

@@ -34,8 +34,7 @@ def subject_probe(opt: argparse.Namespace, clips: ClipSet, frozen: probing.Froze
     training could name, stay out. Returns {n, n_subjects, accuracy, chance}, chance being that of
     always naming the subject with most clips; None below two subjects.
     """
-    of = [clips.members([p]) for p in clips.people]
-    of = [members for members in of if len(members) > 1]
+    of = [members for members in clips.by_person.values() if len(members) > 1]
     if len(of) < 2:
         return None
     members, counts = np.concatenate(of), [len(m) for m in of]

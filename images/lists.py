@@ -6,6 +6,7 @@ ones agree in position for a quarter of their rows only.
 import hashlib
 import os
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from util import BadInput, write_text
@@ -13,7 +14,7 @@ from util import BadInput, write_text
 DATABASES = ("casme3", "smic", "casme2", "samm")
 
 
-def read_lines(path):
+def read_lines(path: Path) -> list[tuple[int, str]]:
     """(number, text) of every line that is not blank; raises BadInput."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -28,7 +29,7 @@ def read_lines(path):
     return found
 
 
-def read_rows(path):
+def read_rows(path: Path) -> list[tuple]:
     """(path, label, database, line number) of a list's rows; paths may hold spaces."""
     rows, seen = [], {}
     for number, line in read_lines(path):
@@ -53,7 +54,7 @@ def read_rows(path):
     return rows
 
 
-def clip_keys(paths, suffixes=()):
+def clip_keys(paths: Iterable[str], suffixes: Iterable[str] = ()) -> dict[str, str]:
     """Identity of each clip: dict path → shortest tail, without extension and `_diff…` suffix,
     that is unique among `paths`.
 
@@ -83,7 +84,7 @@ def clip_keys(paths, suffixes=()):
     return keys
 
 
-def read_view(folder, subjects, suffixes):
+def read_view(folder: Path, subjects: list[str], suffixes: Iterable[str]) -> dict[str, tuple]:
     """One view's lists, checked: dict key → (path, label, database, subject, where)."""
     tests = {s: read_rows(folder / f"{s}_test.txt") for s in subjects}
     rows, where = {}, {}
@@ -123,7 +124,7 @@ def _check_train(path, subject, rows):
                        f"list names all of them")
 
 
-def read_subjects(folder):
+def read_subjects(folder: Path) -> list[str]:
     """The subjects that v_rgb/subName.txt of a list folder names; raises BadInput."""
     path = Path(folder) / "v_rgb" / "subName.txt"
     subjects = [line for _, line in read_lines(path)]
@@ -137,7 +138,29 @@ def read_subjects(folder):
     return subjects
 
 
-def check_paired(where, names, views):
+def view_names(view: str) -> tuple[str, str]:
+    """Names of the views of --view: ('rgb', 'depth') for RGB_D; raises BadInput."""
+    if not re.fullmatch(r"RGB_[A-Za-z0-9]+", view):
+        raise BadInput(f"--view {view}: views are RGB_D, RGB_gray or RGB_<name>")
+    return "rgb", "depth" if view == "RGB_D" else view[4:]
+
+
+def read_views(folder: Path, names: Sequence[str], suffixes: Sequence[str]) -> list[dict]:
+    """The lists of several views (names) below a folder, joined: a dict for each, as `read_view`
+    gives it. suffixes: of file names, as in `clip_keys`. Raises BadInput."""
+    subjects = read_subjects(folder)
+    views = [read_view(folder / f"v_{name}", subjects, ("rgb", "gray", "depth", *suffixes[1:]))
+             for name in names]
+    check_paired(folder, names, views)
+    for key, (_, *row, where) in views[0].items():
+        for other in views[1:]:
+            if other[key][1:4] != tuple(row):
+                raise BadInput(f"{other[key][4]}: label, database and subject {other[key][1:4]} "
+                               f"of {key} differ from {tuple(row)} in {where}")
+    return views
+
+
+def check_paired(where: Path, names: Sequence[str], views: list[dict]) -> None:
     """Raises BadInput unless all views (of these names) hold the same clips (dicts by key)."""
     for view, name in zip(views[1:], names[1:]):
         for alone, here, there in ((views[0].keys() - view.keys(), names[0], name),
@@ -148,7 +171,7 @@ def check_paired(where, names, views):
                                f"clips")
 
 
-def digest(folder):
+def digest(folder: Path) -> str:
     """SHA-256 of all lists below a folder, byte for byte."""
     found = hashlib.sha256()
     for path in sorted(Path(folder).glob("v_*/*.txt")):
@@ -156,7 +179,7 @@ def digest(folder):
     return found.hexdigest()
 
 
-def first_ten(names):
+def first_ten(names: Iterable[str]) -> str:
     names = sorted(names)
     return ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
 
@@ -171,12 +194,12 @@ def _anchor(data_folder, first):
     return 0
 
 
-def relative(data_folder, paths):
+def relative(data_folder: Path, paths: dict[str, str]) -> dict[str, str]:
     """dict path → path under the data folder; raises BadInput for what is missing or outside."""
     first = next(iter(paths))
     head = first.split("/")[:_anchor(data_folder, first)]
     found, missing = {}, []
-    for path in paths:
+    for path, where in paths.items():
         parts = path.split("/")
         if head and parts[:len(head)] == head:
             parts = parts[len(head):]
@@ -185,7 +208,7 @@ def relative(data_folder, paths):
             if not (data_folder / found[path]).is_file():
                 missing.append(path)
                 continue
-            raise BadInput(f"{paths[path]}: {path} leads outside --data_folder {data_folder}; "
+            raise BadInput(f"{where}: {path} leads outside --data_folder {data_folder}; "
                            f"name a path below it")
         if not (data_folder / found[path]).is_file():
             missing.append(path)
@@ -196,7 +219,7 @@ def relative(data_folder, paths):
     return found
 
 
-def find_list_folder(data_folder, list_folder):
+def find_list_folder(data_folder: str | Path, list_folder: str | Path | None) -> Path:
     """--list_folder, or the data folder if it holds v_rgb, else `data`; raises BadInput."""
     if not Path(data_folder).is_dir():
         raise BadInput(f"{data_folder}: no such folder; --data_folder is where the images are")
@@ -207,7 +230,8 @@ def find_list_folder(data_folder, list_folder):
     return Path(list_folder)
 
 
-def write_lists(list_folder, clips, views=("rgb", "depth")):
+def write_lists(list_folder: str | Path, clips: Iterable,
+                views: Sequence[str] = ("rgb", "depth")) -> None:
     """Writes the lists of `clips` (objects with `paths`, one for each of the views) into a folder
     v_<view> each, and subName.txt.
 
@@ -226,6 +250,6 @@ def write_lists(list_folder, clips, views=("rgb", "depth")):
     write_text(list_folder / f"v_{views[0]}" / "subName.txt", "".join(s + "\n" for s in subjects))
 
 
-def natural(name):
+def natural(name: str) -> list[tuple]:
     """Sort key that puts spNO2 before spNO10."""
     return [(int(p), "") if p.isdigit() else (-1, p) for p in re.split(r"(\d+)", name)]

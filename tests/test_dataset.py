@@ -40,7 +40,7 @@ def label_set(rows, n_label=4):
 
 def one_clip(folder, rgb, second, view="RGB_D", encoding="signed", suffix="png", **options):
     """Decodes one clip whose images are the given arrays."""
-    name = "gray" if view == "RGB_gray" else dataset.view_names(view)[1]
+    name = "gray" if view == "RGB_gray" else lists.view_names(view)[1]
     clips = [Clip(0, s, s, i, (f"{s}_diff.{suffix}", f"{s}_diff_{name}.{suffix}"))
              for i, s in enumerate("ab")]
     for clip in clips:
@@ -98,7 +98,8 @@ def megc_clips():
 
 def test_the_same_file_name_under_several_subjects_is_told_apart_by_its_folder(tmp_path):
     # the root folders differ between the views, so what tells the clips apart must not
-    clips = [replace(clip, paths=(clip.paths[0], clip.paths[1].replace("_d/", "/"))) for clip in megc_clips()]
+    clips = [replace(clip, paths=(clip.paths[0], clip.paths[1].replace("_d/", "/")))
+             for clip in megc_clips()]
     touch(tmp_path, clips)
     lists.write_lists(tmp_path, clips)
     found = dataset.read_clips(tmp_path)
@@ -111,7 +112,8 @@ def test_the_same_file_name_under_several_subjects_is_told_apart_by_its_folder(t
 
 
 def test_a_subject_name_in_two_databases_is_two_persons_and_two_folds(tmp_path):
-    clips = [replace(clip, paths=(clip.paths[0], clip.paths[1].replace("_d/", "/"))) for clip in megc_clips()]
+    clips = [replace(clip, paths=(clip.paths[0], clip.paths[1].replace("_d/", "/")))
+             for clip in megc_clips()]
     touch(tmp_path, clips)
     lists.write_lists(tmp_path, clips)
     found = dataset.read_clips(tmp_path)

@@ -43,6 +43,35 @@ def per_epoch(n: int, batch_size: int) -> int:
     return -(-n // size) - (n > size and n % size == 1)
 
 
+def announce(opt: argparse.Namespace, n_data: int) -> int:
+    """Prints the number of steps and how the learning rate goes; returns steps per epoch."""
+    steps = per_epoch(n_data, opt.batch_size)
+    rate = f"rises for {opt.warmup_epochs * steps:.0f} steps, then " * (opt.warmup_epochs > 0)
+    if opt.lr_schedule == "cosine":
+        rate += "falls to 0 in a cosine"
+    else:
+        rate += "decays after epoch " + (", ".join(
+            f"{e} (step {e * steps})" for e in opt.lr_decay_epochs if e < opt.epochs)
+            or "- (none within the run)")
+    print(f"{n_data} clips at batch {min(opt.batch_size, n_data)}: {steps} steps per epoch, "
+          f"{steps * opt.epochs} in all; the learning rate {rate}")
+    announce_dropped(n_data, min(opt.batch_size, n_data))
+    return steps
+
+
+def check_slices(n_data: int, batch_size: int, model: torch.nn.Module,
+                 device: torch.device) -> None:
+    """Raises BadInput if a batch leaves a device too few clips for the model's batch norm."""
+    # in maps one clip has many positions; of vectors it takes two, or those of the other ranks
+    least = 1 + any(isinstance(part, torch.nn.BatchNorm1d) for part in model.modules())
+    for batch in batches(n_data, batch_size, generator(0)):
+        smallest = distributed.smallest_slice(len(batch), device)
+        if smallest < least:
+            raise BadInput(f"--batch_size {batch_size}: of {n_data} clips it leaves a batch of "
+                           f"{len(batch)}, and a device {smallest} of them; the model "
+                           f"needs {least} on each: take another, or fewer devices")
+
+
 def announce_dropped(n: int, batch_size: int) -> None:
     """Says so where `batches` leaves out a last batch of one."""
     if n > batch_size > 1 and n % batch_size == 1:

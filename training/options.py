@@ -3,8 +3,12 @@ import argparse
 import os
 from typing import NamedTuple
 
-from models import n_layers
+from images.lists import DATABASES
+from models import MODEL_NAMES, default_layer, n_layers
 from util import ArgumentParser, NumberList, number, positive_int, word
+
+# L2 penalties of a head to choose from, strongest first
+PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 
 
 def check_size(parser: ArgumentParser, model: str, size: int) -> None:
@@ -12,13 +16,6 @@ def check_size(parser: ArgumentParser, model: str, size: int) -> None:
     if model == "alexnet" and size < 63:
         parser.error(f"argument --size: {size} is out of range: AlexNet takes crops of 63 "
                      f"pixels or more")
-
-
-def check_layer(parser: ArgumentParser, model: str, layer: int) -> None:
-    """Refuses a layer that no head sits on."""
-    if layer > n_layers(model):
-        parser.error(f"argument --layer: {layer} is out of range; {model} has taps 1 to "
-                     f"{n_layers(model)} for a head")
 
 
 class _Ignored(argparse.Action):
@@ -154,3 +151,68 @@ def add_output_options(parser: ArgumentParser, root: str, root_help: str,
         group.add_argument("--save_minutes", free=True, type=number(float, 0), default=10,
                            help="minutes per checkpoint within an epoch")
     return group
+
+
+# ---------------------------------------------------------------- heads
+
+def add_head_options(parser: ArgumentParser, stage: str, protocol: str) -> tuple:
+    """Adds the data and model flags of the scripts that put a head on a pre-trained encoder;
+    protocol: the one they follow by default.
+
+    Returns both groups.
+    """
+    data, model = add_data_options(parser), parser.add_argument_group("model")
+    data.add_argument("--dataset", choices=(*DATABASES, "all"), default="casme3",
+                      help="the database in the lists to evaluate; all: every one of them")
+    data.add_argument("--protocol", choices=("10fold", "loso"), default=protocol,
+                      help="ten groups of whole subjects, or leave one subject out")
+    data.add_argument("--without", nargs="+", metavar="NAME", default=[],
+                      help="subjects that take no part at all, neither trained on nor predicted "
+                           "[none]")
+    model.add_argument("--model_path", required=True, free=True, metavar="FILE",
+                       help=f"checkpoint of pre-train_DVSCL.py to {stage}; a {{subject}} or "
+                            f"{{fold}} in it is replaced by the one held out, a {{seed}} by "
+                            f"the seed; random: an untrained encoder")
+    model.add_argument("--model", choices=MODEL_NAMES, default="alexnet", metavar="NAME",
+                       help="its encoder: " + ", ".join(MODEL_NAMES))
+    model.add_argument("--layer", type=positive_int,
+                       help="tap of the encoder the head sits on [5 for AlexNet, 6 for ResNet]")
+    model.add_argument("--encoder", choices=("both", "rgb", "depth"), default="both",
+                       help="view whose features the head sees")
+    return data, model
+
+
+def add_penalty_option(group: argparse._ArgumentGroup) -> None:
+    """Adds --l2 of the heads that are solved for."""
+    group.add_argument("--l2", type=number(float, 0, low_open=True), metavar="X",
+                       help="L2 penalty of a head, for features of unit length [of "
+                            + " ".join(f"{x:g}" for x in PENALTIES) + " the one that does best "
+                            "on inner folds of the training subjects]")
+
+
+def add_result_options(parser: ArgumentParser) -> None:
+    """Adds what else is measured: several seeds, and the curve that nobody may choose by."""
+    group = parser.add_argument_group("results")
+    group.add_argument("--seeds", nargs="+", free=True, type=number(int, 0, 2 ** 62), metavar="N",
+                       help="run each of these seeds and report mean and standard deviation "
+                            "[--seed alone]")
+    group.add_argument("--oracle_curve", action="store_true", free=True,
+                       help="TensorBoard (under oracle/) and curves.png also show the pooled "
+                            "figures of the held-out subjects per epoch; picking by them is "
+                            "cheating")
+
+
+def check_options(parser: ArgumentParser, opt: argparse.Namespace) -> None:
+    """Fills in the model's own layer where none is given; refuses one out of range, seeds of which
+    no deviation can be had, and placeholders that the protocol cannot fill."""
+    if opt.seeds and (len(opt.seeds) < 2 or len(set(opt.seeds)) < len(opt.seeds)):
+        parser.error("argument --seeds: give two or more, each once; --seed for a single one")
+    if opt.protocol == "10fold" and "{subject}" in opt.model_path:
+        parser.error("argument --model_path: {subject} goes with --protocol loso, {fold} with both")
+    check_size(parser, opt.model, opt.size)
+    if opt.layer is None:
+        opt.layer = default_layer(opt.model)
+        print(f"heads on layer {opt.layer} of {opt.model}")
+    if opt.layer > n_layers(opt.model):
+        parser.error(f"argument --layer: {opt.layer} is out of range; {opt.model} has taps 1 to "
+                     f"{n_layers(opt.model)} for a head")

@@ -104,6 +104,20 @@ class Run:
             raise BadInput(f"{path}: cannot be resumed with other options or data: "
                            + "; ".join(differing))
 
+    def restore(self, path: Path, states: dict, **identity: object) -> dict:
+        """Restores `states` (`model` and other names → module, optimizer or scaler) from a
+        checkpoint of the same run, whose epochs may grow. Returns its content, with `within`: what
+        is done of the next epoch. Raises BadInput."""
+        old = checkpoint.load(path)
+        self.check_resumable(path, old, grow=True, **identity)
+        checkpoint.load_model(states["model"], old, path, self.opt.model)
+        for name in states.keys() - {"model"}:
+            states[name].load_state_dict(old[name])
+        old["within"] = old.get("within") or {}
+        print(f"{path}: goes on after epoch {old['epoch']}"
+              + (f", step {old['within']['step']} of the next" if old["within"] else ""))
+        return old
+
     def states(self, units: Iterable[str | None]) -> Iterator[tuple[Path, dict]]:
         """(path, checkpoint) that --resume means: of the file given, or of those of `units`."""
         if not self.opt.resume:

@@ -14,11 +14,12 @@ from test_logistic import fit
 import dataset
 import util
 from dataset import Clip
-from evaluation import heldout, logistic, probing, result_files
+from evaluation import logistic, probing, result_files
 from images import encoding, transforms
 from images.lists import write_lists
 from models import create_classifier, create_model
-from training import options, record
+from models.classifier import Classifier
+from training import record, supervised
 
 pytestmark = pytest.mark.usefixtures("small_crops")
 
@@ -42,7 +43,7 @@ def draw_spots(folder, reach):
                 view = view + rng.normal(0, 6, view.shape)
                 save_image(folder / path, view.round().clip(0, 255).astype(np.uint8))
             clips.append(clip)
-    write_lists(folder, clips, "depth")
+    write_lists(folder, clips)
     util.write_json(folder / "encoding.json", {"difference": "signed"})
     return folder
 
@@ -214,16 +215,15 @@ def test_norms_that_move_start_from_the_training_clips_alone(fresh, quick, tmp_p
 def test_the_first_step_normalises_as_the_start_of_the_head_did(drawn):
     clips, model = dataset.read_clips(drawn), create_model("resnet18v1")
     images = dataset.load_images(clips)[0]
-    normalization = encoding.fixed_normalization("wrap", clips.channels, clips.views[1])
+    normalization = encoding.fixed_normalization("wrap", clips.views, clips.channels)
     x = transforms.eval_transform(torch.from_numpy(images), normalization)
     found = {}
     for turn in ("before", "after"):
         with torch.no_grad():
             found[turn] = model.eval()(x, 5)[0]
             wanted = found["wanted"] = model.train()(x, 5)[0]
-        script("fine-tune_DVSCL").set_norms(options.argparse.Namespace(batch_size=len(images)),
-                                            model, images, np.arange(len(images)), normalization,
-                                            torch.device("cpu"))
+        supervised.set_norms(Classifier(model, None, 5, normalization), images,
+                             np.arange(len(images)), len(images))
     apart = {turn: ((found[turn] - wanted).norm() / wanted.norm()).item() for turn in found}
     assert apart["after"] < 0.05 and apart["before"] > 0.5, apart
 
@@ -306,21 +306,19 @@ def test_fine_tuning_by_ten_folds_holds_out_whole_groups(many, quick, tmp_path, 
     group = {clips.clips[i].subject for i in np.flatnonzero(fold_of == fold)}
     one, *others = sorted(group)
     assert len(names) == 10 and others
-    trained, module = {}, script("fine-tune_DVSCL")
-    train, descend = module.train, probing.train_heads
+    trained, train, descend = {}, supervised.train_epoch, probing.Descent.epoch
 
-    def noted(epoch, opt, clips, images, members, *rest):
-        trained[len(trained)] = set(members.tolist())
-        return train(epoch, opt, clips, images, members, *rest)
+    def noted(opt, job, *rest):
+        trained[len(trained)] = set(job.members.tolist())
+        return train(opt, job, *rest)
 
-    def noted_heads(heads, features, positions, labels, fold_of, held_out, *rest, **more):
-        for place, which in enumerate(held_out):
-            allowed = np.flatnonzero(probing.training_clips(fold_of, held_out)[:, place])
-            trained[len(trained)] = set(allowed.tolist())
-            assert which in fold_of
-        return descend(heads, features, positions, labels, fold_of, held_out, *rest, **more)
-    monkeypatch.setattr(module, "train", noted)
-    monkeypatch.setattr(probing, "train_heads", noted_heads)
+    def noted_heads(self, epoch):
+        for place, which in enumerate(self.task.held_out):
+            trained[len(trained)] = set(np.flatnonzero(self.training[:, place]).tolist())
+            assert which in self.task.fold_of
+        return descend(self, epoch)
+    monkeypatch.setattr(supervised, "train_epoch", noted)
+    monkeypatch.setattr(probing.Descent, "epoch", noted_heads)
     finetune("--data_folder", many, *quick, "--model_path", "random", "--protocol", "10fold",
              "--save_path", tmp_path, *frozen, *([] if everybody else ["--subject", one]))
     wanted = range(10) if everybody else [fold]
@@ -392,26 +390,27 @@ def test_no_head_fits_more_and_tells_less_than_scikit_learns(tmp_path, layer):
             "--num_workers", 2, "--seed", seed])
         clips = dataset.read_clips(folder)
         torch.manual_seed(0)
-        model, head = create_model("resnet18v1"), create_classifier("resnet18v1", layer, 4)
-        features, positions, _ = probing.encode(
-            model, head, dataset.load_images(clips)[0],
-            encoding.fixed_normalization("signed", (3, 1)), layer, torch.device("cpu"),
-            torch.no_grad, views=2)
+        classifier = Classifier(
+            create_model("resnet18v1"), create_classifier("resnet18v1", layer, 4), layer,
+            encoding.fixed_normalization("signed", clips.views, clips.channels))
+        features, positions, _ = probing.encode(classifier, dataset.load_images(clips)[0],
+                                                torch.no_grad, views=2)
         names, fold_of = dataset.subject_folds(clips)
-        data, everyone = (features, clips.labels, fold_of), list(range(len(names)))
+        data = features, clips.labels, fold_of
+        task = probing.Task(features, clips.labels, 4, fold_of, list(range(len(names))))
         regression = logistic.Regression(features, clips.labels, 4)
-        heads, choice = probing.solve_heads(regression, *data, everyone, None,
-                                            heldout.inner_groups(clips))
+        heads, choice = probing.solve_heads(task, None, probing.inner_groups(clips),
+                                            regression=regression)
         ours = {"chosen": (heads, choice.l2)}
         for l2 in (1e-2, 1e-3, 1e-4):
-            heads, _ = probing.solve_heads(regression, *data, everyone, l2)
+            heads, _ = probing.solve_heads(task, l2, regression=regression)
             ours[f"l2 {l2:g}"] = heads, [l2] * len(names)
         for batch in (16, 256):
             opt = parse(["--solver", "sgd", "--batch_size", str(batch), "--data_folder", "d",
                          "--save_path", "s", "--model_path", "random"])
-            stats = logistic.statistics(features, probing.training_clips(fold_of, everyone))
+            stats = logistic.statistics(features, task.training())
             heads = probing.FoldHeads(names, stats, 4)
-            probing.train_heads(heads, features, positions, clips.labels, fold_of, everyone, opt)
+            probing.Descent(heads, task, positions, opt).run()
             ours[f"sgd {batch}"] = heads, choice.l2
         with torch.no_grad():
             found.append({name: (figures(heads(features[0]).softmax(2).numpy(), data),

@@ -12,9 +12,10 @@ from PIL import Image
 
 import dataset
 import util
-from evaluation import gradcam, measures, pictures, result_files
+from evaluation import heldout, measures, pictures, result_files
 from images import transforms
 from models import create_classifier, create_model
+from models.classifier import Classifier
 
 pytestmark = pytest.mark.pictures
 
@@ -73,7 +74,7 @@ def test_maps_are_grad_cam_of_each_clips_own_class(name, layer, encoder, size):
     model = create_model(name).eval()
     head = create_classifier(name, layer, 3, encoder=encoder)
     x, targets = torch.randn(2, 4, size, size), [2, 0]
-    found = gradcam.class_maps(model, head, x, layer, head.classifier.weight[targets].detach())
+    found = Classifier(model, head, layer, None).maps(x, head.classifier.weight[targets].detach())
     for side, view in enumerate(("rgb", "depth")):
         if encoder not in ("both", view):
             assert found[side] is None
@@ -90,7 +91,7 @@ def test_the_map_of_a_pooled_vector_is_the_weighted_sum_of_channels():
     model = create_model("resnet18v1").eval()
     head = create_classifier("resnet18v1", 6, 2)
     x, weights = torch.randn(1, 4, 64, 64), torch.randn(1, 512)
-    found = gradcam.class_maps(model, head, x, 6, weights)
+    found = Classifier(model, head, 6, None).maps(x, weights)
     with torch.no_grad():
         for tap, part, ours in zip(model(x, 5), weights.split(256, 1), found):
             expected = F.relu(torch.einsum("bchw,bc->bhw", tap, part) / tap[0, 0].numel())
@@ -147,13 +148,24 @@ def test_maps_that_cannot_be_read_are_refused_by_name(tmp_path):
 # ---------------------------------------------------------------- runs
 
 @pytest.fixture(scope="module")
-def runs(drawn, quick, pretrained, tmp_path_factory):
+def heads():
+    """The heads of every pass that `runs` trained, in turn."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def runs(drawn, quick, pretrained, heads, tmp_path_factory):
     """Run folders of leave-one-subject-out probing: all at once, and in two parts."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder, keep = tmp_path_factory.mktemp("pictures"), heldout.keep_frozen
+
+    def noted(held, group, classifier, trained):
+        heads.append(trained.heads)
+        keep(held, group, classifier, trained)
     flags = ["--data_folder", drawn, *quick, "--epochs", 2, "--model_path", pretrained,
              "--protocol", "loso", "--save_path"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transforms, "CROP", 64)
+        patch.setattr(heldout, "keep_frozen", noted)
         probe(*flags, folder / "whole")
         for names in (["s3", "s1"], ["s2", "s4", "s1"]):
             probe(*flags, folder / "parts", "--subject", *names)
@@ -165,8 +177,20 @@ def test_every_run_leaves_its_pictures(runs, pretrained):
         for name in ("confusion", "curves", "mistakes"):
             with Image.open(run / f"{name}.png") as image:
                 assert image.format == "PNG" and min(image.size) > 300
-        assert not list(run.glob(".*"))
+        assert not list(run.glob(".*")) and not list(run.glob("*.pth"))
     assert (pretrained.parent / "curves.png").exists()
+
+
+def test_the_confusion_that_is_drawn_is_that_of_the_results(drawn, quick, pretrained, tmp_path,
+                                                            monkeypatch, small_crops):
+    found = []
+    monkeypatch.setattr(pictures, "draw_confusion", lambda *args: found.append(args))
+    probe("--data_folder", drawn, *quick, "--model_path", pretrained, "--save_path", tmp_path)
+    ((path, confusion, classes, title),) = found
+    results = json.loads((path.parent / "results.json").read_text())
+    assert path.name == "confusion.png" and not list(path.parent.glob("confusion*"))
+    assert confusion.tolist() == results["confusion"] and confusion.sum() == 12
+    assert (classes, title) == (results["classes"], "")
 
 
 def test_mistakes_of_subjects_in_parts_are_those_of_one_run(runs):
@@ -181,10 +205,11 @@ def test_mistakes_of_subjects_in_parts_are_those_of_one_run(runs):
     assert counts == (predicted["n"] - int(np.trace(predicted["confusion"])), predicted["n"])
 
 
-def test_maps_are_those_of_the_head_that_held_the_clip_out(runs, drawn, pretrained, small_crops):
-    """By hand: the encoder's last map weighted with the rows of the kept fold heads, over the
+def test_maps_are_those_of_the_head_that_held_the_clip_out(runs, heads, drawn, pretrained,
+                                                           small_crops):
+    """By hand: the encoder's last map weighted with the rows of the fold heads, over the
     deviations that the heads scale by."""
-    state = torch.load(runs[0] / "last.pth", weights_only=True)
+    weight, std = heads[0].weight.detach(), heads[0].std
     old = torch.load(pretrained, weights_only=True)
     model = create_model("resnet18v1").eval()
     model.load_state_dict(old["model"])
@@ -194,7 +219,7 @@ def test_maps_are_those_of_the_head_that_held_the_clip_out(runs, drawn, pretrain
     for row, maps in found:
         i = next(i for i, c in enumerate(clips.clips) if c.key == row["key"])
         fold = clips.people.index((0, row["subject"]))
-        head = state["model"]["weight"][fold] / state["model"]["std"][fold]
+        head = weight[fold] / std[fold]
         x = transforms.eval_transform(torch.from_numpy(images[i:i + 1]), old["normalization"])
         with torch.no_grad():
             for tap, part, ours in zip(model(x, 5), head[row["prediction"]].split(256), maps):
@@ -283,7 +308,7 @@ def mistakes_of(n, classes, maps, encoding="signed"):
               "label": 0, "prediction": 2, "probabilities": [0.1, 0.0, 0.9]}, maps) for c in clips]
     images = rng.normal(128, 4, (n, 4, 256, 256)).clip(0, 255).astype(np.uint8)
     images[:1] = 128
-    clips = SimpleNamespace(clips=clips, classes=classes, second="depth",
+    clips = SimpleNamespace(clips=clips, classes=classes, views=("rgb", "depth"),
                             encoding={"difference": encoding})
     return clips, images, rows, (n, 2 * n)
 

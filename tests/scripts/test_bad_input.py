@@ -654,7 +654,7 @@ def test_heads_of_other_subjects_are_not_gone_on_from(drawn, quick, pretrained, 
                                                       monkeypatch):
     """An interrupted probe of some subjects leaves heads; a probe of others must not take them."""
     flags = ["--data_folder", drawn, *quick, "--model_path", pretrained, "--save_path",
-             tmp_path / "out", "--protocol", "loso", "--epochs", 2, "--save_freq", 1]
+             tmp_path / "out", "--protocol", "loso", "--epochs", 2]
     plain = heldout.HeldOut.keep
     monkeypatch.setattr(heldout.HeldOut, "keep", lambda *args, **more: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -109,7 +109,7 @@ def test_holm_by_hand():
 
 def test_mean_and_deviation_over_seeds_by_hand():
     found = measures.over_seeds([{"uf1": u, "uar": 0.5, "accuracy": a}
-                                for u, a in ((0.1, 0), (0.2, 1), (0.4, 0))])
+                                 for u, a in ((0.1, 0), (0.2, 1), (0.4, 0))])
     assert found["uf1"] == pytest.approx((0.7 / 3, 0.152753), abs=1e-6)
     assert found["uar"] == (0.5, 0)
     assert found["accuracy"] == pytest.approx((1 / 3, 0.577350), abs=1e-6)
@@ -122,9 +122,8 @@ OPTIONS = {"model": "alexnet", "model_path": "random", "encoder": "both", "tag":
 
 
 @pytest.fixture
-def make(tmp_path, monkeypatch):
+def make(tmp_path):
     """make(name, predictions, …): writes a result of these predictions, returns its path."""
-    monkeypatch.setattr(pictures, "draw_confusion", lambda *_: None)
     labels = np.random.default_rng(0).choice(3, 40, p=[0.5, 0.3, 0.2])
 
     def write(name, skill, keep=40, labels=labels, databases=("casme3",), about=None,

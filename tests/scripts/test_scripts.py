@@ -15,15 +15,16 @@ from conftest import ROOT, draw_set, finetune, pretrain, probe, published, scrip
 from runs import curves, differing, load, only, rows, same_predictions, states_differ
 
 import dataset
-from evaluation import heldout
+from evaluation import encoders
+from images import cache as image_cache
 from images import transforms
 from models import create_classifier, create_model
-from training import checkpoint, epochs, record
+from models.classifier import Classifier
+from training import checkpoint, epochs, record, supervised
 
 pytestmark = pytest.mark.usefixtures("small_crops")
 RUN = "memory_softmax_4096_resnet18v1_lr_0.003_decay_0.0001_bsz_8_view_RGB_D_seed_0"
 FIGURES = {"uf1", "uar", "accuracy", "per_class_f1", "per_class_recall", "confusion"}
-
 
 
 # ---------------------------------------------------------------- pre-training
@@ -83,7 +84,7 @@ def test_shuffled_depth_lists_change_no_bit_of_the_result(fresh, quick, pretrain
 def test_images_that_fit_nowhere_are_decoded_batch_by_batch_to_the_same_end(
         drawn, quick, pretrained, tmp_path, monkeypatch, capsys, given):
     cache = "off" if given == "memory" else tmp_path / "cache"
-    monkeypatch.setattr(cache, "_free_memory", lambda: 1e6)
+    monkeypatch.setattr(image_cache, "_free_memory", lambda: 1e6)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1e6))
     pretrain("--data_folder", drawn, *quick, "--cache", cache, "--model_path", tmp_path / "runs")
     assert "decoded for every batch anew" in capsys.readouterr().out
@@ -317,8 +318,8 @@ def test_one_view_alone_does_not_see_the_other(fresh, quick, pretrained, tmp_pat
     probe(*flags, "--save_path", tmp_path / "before")
     clips = dataset.read_clips(fresh)
     for clip in clips.clips[:6]:
-        other = "second" if encoder == "rgb" else "rgb"
-        shutil.copyfile(fresh / getattr(clips.clips[-1], other), fresh / getattr(clip, other))
+        other = 1 if encoder == "rgb" else 0
+        shutil.copyfile(fresh / clips.clips[-1].paths[other], fresh / clip.paths[other])
     probe(*flags, "--save_path", tmp_path / "after")
     assert same_predictions(only(tmp_path / "before"), only(tmp_path / "after"))
 
@@ -436,7 +437,7 @@ def test_an_empty_name_in_a_checkpoint_is_somebody_unknown(drawn, quick, pretrai
     ({"people": None, "named": []}, set(), False), ({"people": None}, set(), False),
     ({}, set(), False), (None, set(), False)])
 def test_whom_an_encoder_saw_and_whether_these_are_all(seen, people, all_of_them):
-    assert heldout.people_seen(seen) == (people, all_of_them)
+    assert encoders.people_seen(seen) == (people, all_of_them)
 
 
 # ---------------------------------------------------------------- fine-tuning
@@ -505,15 +506,15 @@ class Stopped(Exception):
     pass
 
 
-def stop_at(monkeypatch, module, call):
+def stop_at(monkeypatch, call):
     """Makes the `call`-th epoch of fine-tuning fail."""
-    train, count = module.train, iter(range(1, 100))
+    train, count = supervised.train_epoch, iter(range(1, 100))
 
     def stopping(*args):
         if next(count) == call:
             raise Stopped
         return train(*args)
-    monkeypatch.setattr(module, "train", stopping)
+    monkeypatch.setattr(supervised, "train_epoch", stopping)
 
 
 @pytest.mark.parametrize("resume", ["auto", pytest.param("FILE", marks=pytest.mark.slow)])
@@ -524,7 +525,7 @@ def test_fine_tuning_that_was_stopped_goes_on_to_the_same_result(drawn, quick, p
     finetune(*flags, "--save_path", tmp_path / "whole", "--subject", "s1", "s2")
     flags += ["--save_path", tmp_path / "part", "--subject", "s1", "s2"]
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_at(patch, script("fine-tune_DVSCL"), 4)
+        stop_at(patch, 4)
         finetune(*flags)
     part = only(tmp_path / "part")
     finetune(*flags, "--resume", "auto" if resume == "auto" else part / "last.pth")
@@ -548,9 +549,9 @@ def test_subject_all_makes_one_model_for_prediction(drawn, quick, pretrained, tm
     head.load_state_dict(state["classifier"])
     clips = dataset.read_clips(drawn)
     images, _ = dataset.load_images(clips)
-    opt, device = SimpleNamespace(batch_size=8, layer=6, amp=False), torch.device("cpu")
-    found = heldout.validate(opt, images, np.arange(12), state["normalization"], model, head,
-                                epochs.mixed_precision(opt, device)[0], device)
+    classifier = Classifier(model, head, state["layer"], state["normalization"])
+    autocast = epochs.mixed_precision(False, torch.device("cpu")).autocast
+    found = supervised.predict(classifier, images, np.arange(12), autocast, 8)
     assert found.shape == (12, 2) and np.isfinite(found).all()
     tuned(drawn, quick, pretrained, tmp_path, *flags, "--resume", "auto")
     again = load(run / "last.pth")
@@ -559,12 +560,12 @@ def test_subject_all_makes_one_model_for_prediction(drawn, quick, pretrained, tm
 
 
 def test_oversampling_draws_all_classes_equally_often():
-    module, labels = script("fine-tune_DVSCL"), np.array([0] * 90 + [1] * 9 + [2])
-    order = [labels[module.draw_order(SimpleNamespace(oversample=True), labels,
-                                      epochs.generator(0, epoch)).numpy()] for epoch in range(30)]
+    labels = np.array([0] * 90 + [1] * 9 + [2])
+    order = [labels[supervised.draw_order(labels, True, epochs.generator(0, epoch)).numpy()]
+             for epoch in range(30)]
     share = np.bincount(np.concatenate(order)) / 3000
     assert share == pytest.approx([1 / 3] * 3, abs=0.04)
-    plain = module.draw_order(SimpleNamespace(oversample=False), labels, epochs.generator(0, 1))
+    plain = supervised.draw_order(labels, False, epochs.generator(0, 1))
     assert plain.tolist() == list(range(100))
 
 
@@ -612,14 +613,15 @@ def test_two_writers_in_one_folder_within_a_second_both_survive(tmp_path):
 
 SHARED = """data_folder list_folder tb_path model view encoding batch_size num_workers epochs
     learning_rate lr_decay_epochs lr_decay_rate momentum weight_decay amp resume seed device
-    print_freq save_freq tag model_path"""
+    print_freq tag model_path without"""
 FLAGS = {
     "pre-train_DVSCL": """nce_k nce_m nce_t softmax no-softmax feat_dim subject fold pairs pool
-        min_intensity crop_low no_flip jitter""",
+        min_intensity crop_low no_flip jitter save_freq save_minutes""",
     "LinearProbing_DVSCL_10fold": """dataset save_path layer encoder protocol subject n_views_train
         solver l2 select select_rates seeds oracle_curve""",
     "fine-tune_DVSCL": """dataset save_path layer encoder protocol subject head l2 freeze_encoder
-        encoder_lr train_bn loss oversample lr_schedule warmup_epochs seeds oracle_curve"""}
+        encoder_lr train_bn loss oversample lr_schedule warmup_epochs seeds oracle_curve save_freq
+        save_minutes"""}
 
 
 @pytest.mark.parametrize("name", FLAGS)
@@ -630,6 +632,7 @@ def test_help_lists_every_flag_with_its_default(name, capsys):
     text = capsys.readouterr().out
     for flag in f"{SHARED} {FLAGS[name]}".split():
         assert re.search(rf"--{flag}\b", text), flag
+    assert ("--save_" in text.replace("--save_path", "")) == ("save_freq" in FLAGS[name])
     assert "[0.0001]" in text and "[0.9]" in text
     sgd = "optimisation (--solver sgd):" if name.startswith("Linear") else "optimisation:"
     for group in ("data:", "model:", "method:", sgd, "running:", "output:"):
@@ -683,7 +686,8 @@ def test_decay_epochs_with_blanks_or_commas(text, expected):
     opt = script("pre-train_DVSCL").parse_option(
         ["--data_folder", "d", "--model_path", "m", "--lr_decay_epochs", *text])
     assert opt.lr_decay_epochs == expected
-    rates = [epochs.learning_rate(opt, e) for e in (expected[0], expected[0] + 1)]
+    rates = [epochs.step_rate(opt.learning_rate, e, opt.lr_decay_epochs, opt.lr_decay_rate)
+             for e in (expected[0], expected[0] + 1)]
     assert rates == pytest.approx([0.03, 0.003])
 
 

@@ -165,7 +165,7 @@ def test_a_batch_that_leaves_a_device_too_few_clips_is_refused_before_training(
 def test_replicas_in_threads_of_their_own_compute_in_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.nn, "DataParallel", lambda model: model)
-    autocast, _ = epochs.mixed_precision(SimpleNamespace(amp=True), torch.device("cpu"))
+    autocast, _ = epochs.mixed_precision(True, torch.device("cpu"))
     model, found = distributed.wrap(torch.nn.Linear(3, 2), CUDA, autocast), []
     replica = threading.Thread(target=lambda: found.append(model(torch.ones(4, 3)).dtype))
     replica.start()
@@ -178,7 +178,7 @@ def test_replicas_in_threads_of_their_own_compute_in_bfloat16(monkeypatch):
 def test_a_gpu_that_only_emulates_bfloat16_gets_float16(native, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported",
                         lambda including_emulation=True: native or including_emulation)
-    autocast, _ = epochs.mixed_precision(SimpleNamespace(amp=True), CUDA)
+    autocast, _ = epochs.mixed_precision(True, CUDA)
     assert autocast().fast_dtype == dtype
 
 

@@ -4,18 +4,20 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT, finetune, pretrain, probe, published
 from runs import load, only, same_predictions, states_differ
 
 import util
-from evaluation import heldout, probing, result_files, shortcuts
-from training import checkpoint, distributed, epochs, record
+from evaluation import probing, result_files, shortcuts
+from training import checkpoint, distributed, epochs, record, supervised
 
 pytestmark = pytest.mark.usefixtures("small_crops")
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
@@ -42,6 +44,11 @@ def lines(run):
 def same_run(a, b):
     """Checkpoints, curves' values and predictions of two run folders agree bit for bit."""
     assert states_differ(a / "last.pth", b / "last.pth") == []
+    same_results(a, b)
+
+
+def same_results(a, b):
+    """Curves' values and predictions agree bit for bit."""
     assert lines(a) == lines(b) and len(lines(a)) > 1
     if (a / "predictions.csv").exists():
         assert (a / "predictions.csv").read_bytes() == (b / "predictions.csv").read_bytes()
@@ -68,23 +75,76 @@ def test_pretraining_stopped_within_an_epoch_goes_on_from_that_step(drawn, quick
     same_run(only(tmp_path / "whole"), part)
 
 
-@pytest.mark.parametrize("run, flags, step", [
-    (finetune, ["--batch_size", 4, "--epochs", 2, "--subject", "s1", "s2"], 8),
-    (finetune, ["--batch_size", 4, "--epochs", 2, "--protocol", "10fold", "--subject", "s1", "s2",
-                "--warmup_epochs", 1.5, "--lr_schedule", "cosine", "--head", "random"], 8),
-    (finetune, ["--freeze_encoder", "--epochs", 5], 3),
-    (probe, ["--protocol", "loso", "--epochs", 5], 3)],
-    ids=["finetune", "finetune 10fold", "frozen", "probe"])
-def test_heads_that_were_stopped_go_on_to_the_same_result(drawn, quick, pretrained, tmp_path,
-                                                          monkeypatch, run, flags, step):
-    flags = ["--data_folder", drawn, *quick, "--model_path", pretrained, *flags]
-    run(*flags, "--save_path", tmp_path / "whole")
+@pytest.mark.parametrize("flags", [
+    [], ["--protocol", "10fold", "--warmup_epochs", 1.5, "--lr_schedule", "cosine", "--head",
+         "random"]], ids=["loso", "10fold"])
+def test_fine_tuning_that_was_stopped_goes_on_to_the_same_result(drawn, quick, pretrained, tmp_path,
+                                                                 monkeypatch, flags):
+    flags = ["--data_folder", drawn, *quick, "--model_path", pretrained, "--batch_size", 4,
+             "--epochs", 2, "--subject", "s1", "s2", *flags]
+    finetune(*flags, "--save_path", tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        stop_at(patch, step)
-        run(*flags, "--save_path", tmp_path / "part")
+        stop_at(patch, 8)
+        finetune(*flags, "--save_path", tmp_path / "part")
     assert end.value.code == 143
-    run(*flags, "--save_path", tmp_path / "part", "--resume", "auto")
+    finetune(*flags, "--save_path", tmp_path / "part", "--resume", "auto")
     same_run(only(tmp_path / "whole"), only(tmp_path / "part"))
+
+
+def heads_of_classes(monkeypatch, before):
+    """Calls `before(epoch, task)` before each epoch of heads that tell classes, not subjects,
+    apart."""
+    train = probing.Descent.epoch
+
+    def watched(self, epoch):
+        if self.task.n_label == 2:  # of four subjects
+            before(epoch, self.task)
+        return train(self, epoch)
+    monkeypatch.setattr(probing.Descent, "epoch", watched)
+
+
+@pytest.mark.parametrize("number, code", SIGNALS)
+@pytest.mark.parametrize("run, flags", [
+    (finetune, ["--freeze_encoder"]), (finetune, ["--freeze_encoder", "--subject", "s1", "s2"]),
+    (probe, ["--protocol", "loso"]), (probe, ["--protocol", "loso", "--select", "inner"])],
+    ids=["frozen", "frozen, two", "probe", "inner"])
+def test_a_pass_of_heads_that_was_stopped_starts_anew_to_the_same_result(
+        drawn, quick, pretrained, tmp_path, monkeypatch, capsys, run, flags, number, code):
+    flags = ["--data_folder", drawn, *quick, "--model_path", pretrained, "--epochs", 5, *flags]
+    run(*flags, "--save_path", tmp_path / "whole")
+
+    def struck(epoch, _):
+        if epoch == 3:
+            os.kill(os.getpid(), number)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        heads_of_classes(patch, struck)
+        run(*flags, "--save_path", tmp_path / "part")
+    assert end.value.code == code
+    assert "what was saved is kept" in capsys.readouterr().err.splitlines()[-1]
+    whole, part = only(tmp_path / "whole"), only(tmp_path / "part")
+    assert len(lines(part)) == 2 and not (part / "subjects").exists()
+    trained = []
+    with monkeypatch.context() as patch:
+        heads_of_classes(patch, lambda epoch, _: trained.append(epoch))
+        run(*flags, "--save_path", tmp_path / "part", "--resume", "auto")
+    assert trained == [1, 2, 3, 4, 5]
+    same_results(whole, part)
+    # there is nothing to go on from within a pass, and nothing is kept for it
+    assert not list(tmp_path.rglob("*.pth"))
+
+
+def test_a_checkpoint_of_heads_from_an_earlier_release_is_passed_over(drawn, quick, pretrained,
+                                                                      tmp_path):
+    flags = ["--data_folder", drawn, *quick, "--model_path", pretrained, "--protocol", "loso",
+             "--epochs", 3]
+    probe(*flags, "--save_path", tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    whole, part = only(tmp_path / "whole"), only(tmp_path / "part")
+    shutil.rmtree(part / "subjects")
+    torch.save({"model": {"weight": torch.zeros(4, 2, 3)}, "opt": {}, "epoch": 2},
+               part / "last.pth")
+    probe(*flags, "--save_path", tmp_path / "part", "--resume", "auto")
+    same_results(whole, part)
 
 
 def test_one_rank_alone_trains_the_model_on_every_clip(drawn, quick, pretrained, tmp_path,
@@ -113,8 +173,9 @@ def test_subjects_that_another_machine_kept_to_itself_are_missed(drawn, quick, p
 
 @pytest.mark.parametrize("place, name", [(shortcuts, "subject_probe"),
                                          (result_files, "write_subject")])
-def test_heads_that_were_stopped_when_all_were_trained_are_not_trained_again(
+def test_finished_subjects_are_not_trained_again_after_a_stop(
         drawn, quick, pretrained, tmp_path, monkeypatch, place, name):
+    """Stopped when all heads were trained: before anybody was kept, and after one was."""
     flags = ["--data_folder", drawn, *quick, "--model_path", pretrained, "--protocol", "loso",
              "--epochs", 3, "--select", "inner"]
     probe(*flags, "--save_path", tmp_path / "whole")
@@ -129,11 +190,17 @@ def test_heads_that_were_stopped_when_all_were_trained_are_not_trained_again(
         patch.setattr(place, name, struck)
         probe(*flags, "--save_path", tmp_path / "part")
     whole, part = only(tmp_path / "whole"), only(tmp_path / "part")
-    assert end.value.code == 143 and len(list(part.glob("subjects/*"))) == len(count) - 1
+    finished, trained = [path.stem for path in part.glob("subjects/*")], set()
+    assert end.value.code == 143 and finished == ["s1"][:len(count) - 1]
     with monkeypatch.context() as patch:
-        patch.setattr(probing.FoldHeads, "step", refuse_heads_of_classes(probing.FoldHeads.step))
+        heads_of_classes(patch, lambda epoch, task: trained.update(task.held_out))
         probe(*flags, "--save_path", tmp_path / "part", "--resume", "auto")
-    same_run(whole, part)
+    assert trained == set(range(len(finished), 4))
+    if finished:
+        assert same_predictions(whole, part)
+    else:
+        same_results(whole, part)
+    assert not list(part.glob("*.pth"))
     a, b = (json.loads((run / "results.json").read_text()) for run in (whole, part))
     assert a["shortcuts"] == b["shortcuts"] and a["choices"] == b["choices"]
     assert a["shortcuts"]["subject"]["n"] == 12
@@ -163,14 +230,6 @@ def test_solving_that_was_stopped_goes_on_to_the_same_result(drawn, cache, pretr
     assert a["uf1"] == b["uf1"] and b["n_subjects"] == 4
 
 
-def refuse_heads_of_classes(step):
-    """The heads' step, but for those that tell classes, not subjects, apart."""
-    def checked(self, *given):
-        assert self.bias.shape[1] == 4, "trained again"
-        step(self, *given)
-    return checked
-
-
 def test_a_checkpoint_is_written_when_the_minutes_are_over(drawn, quick, tmp_path, monkeypatch):
     saved, save = [], checkpoint.save
 
@@ -188,13 +247,13 @@ def test_a_signal_after_the_last_step_of_a_subject_ends_the_run_too(drawn, quick
                                                                      tmp_path, monkeypatch):
     flags = ["--data_folder", drawn, *quick, "--model_path", pretrained, "--subject", "s1", "s2"]
     finetune(*flags, "--save_path", tmp_path / "whole")
-    validate = heldout.validate
+    predict = supervised.predict
 
     def struck(*given):
         os.kill(os.getpid(), signal.SIGTERM)
-        return validate(*given)
+        return predict(*given)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(heldout, "validate", struck)
+        patch.setattr(supervised, "predict", struck)
         finetune(*flags, "--save_path", tmp_path / "part")
     assert end.value.code == 143
     part = only(tmp_path / "part")
