@@ -33,7 +33,7 @@ from evaluation import measures
 from training import options
 from evaluation import pictures
 from evaluation import probing
-from rendering import face
+from rendering.expression import CLASS_OF
 import util
 
 PEOPLE = 250  # in the unlabelled pool
@@ -86,8 +86,8 @@ class Bench:
     def render(self, name, seed, *flags):
         folder = self.work / name
         importlib.import_module("render").main([
-            "--data_folder", folder, "--subjects", 60, "--clips_per_subject", 10, "--size", 128,
-            "--seed", seed, *flags])
+            "casme3", "--data_folder", folder, "--subjects", 60, "--clips_per_subject", 10,
+            "--size", 128, "--seed", seed, *flags])
         return folder
 
     def shared(self, model, seed):
@@ -189,7 +189,7 @@ def labelled_pool(data, folder):
     dataset.write_lists(folder, [replace(
         clip, subject=f"group{people.index(clip.subject) % 5}",
         key=Path(clip.rgb).name.removesuffix("_diff.png"),
-        label=face.CLASS_OF[truth[Path(clip.rgb).name.removesuffix("_diff.png")]])
+        label=CLASS_OF[truth[Path(clip.rgb).name.removesuffix("_diff.png")]])
         for clip in clips])
     shutil.copy(data / "encoding.json", folder)
     return folder

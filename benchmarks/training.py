@@ -298,7 +298,7 @@ def main():
         parser.error(f"parts are {', '.join(PARTS)}")
     opt.device, work = torch.device(opt.device), Path(opt.work)
     if not (work / "lists").exists():
-        quietly(import_module("render").main, "--data_folder", work / "data",
+        quietly(import_module("render").main, "casme3", "--data_folder", work / "data",
                 "--subjects", 95, "--clips_per_subject", -(-opt.clips // 95))
         clips = dataset.read_clips(work / "data").clips
         dataset.write_lists(work / "lists", clips[:opt.clips], "depth")

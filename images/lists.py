@@ -18,8 +18,8 @@ def read_lines(path):
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise BadInput(f"{path}: missing; --list_folder must hold v_rgb/ and the second view's "
-                       f"lists") from None
+        raise BadInput(f"{path}: missing; a folder of lists holds v_rgb/ and the second "
+                       f"view's lists") from None
     except UnicodeDecodeError:
         raise BadInput(f"{path}: not text in UTF-8; save the list as UTF-8") from None
     found = [(i, line.strip()) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
@@ -146,6 +146,20 @@ def check_paired(where, names, views):
                 raise BadInput(f"{where}: {len(alone)} clips of v_{here} lack a partner in "
                                f"v_{there}: {first_ten(alone)}; both views must hold the same "
                                f"clips")
+
+
+def read_paired(folder, views=("rgb", "depth")):
+    """The clips of lists whose images may yet have to be made: dict key → (paths of the views,
+    label, database, subject, where); raises BadInput."""
+    subjects = read_subjects(folder)
+    rows = [read_view(Path(folder) / f"v_{view}", subjects, views) for view in views]
+    check_paired(folder, views, rows)
+    for view in rows:
+        for path, *_, where in view.values():
+            if path.startswith("/") or ".." in path.split("/"):
+                raise BadInput(f"{where}: {path} leads outside the data folder; name a path below "
+                               f"it")
+    return {key: (tuple(view[key][0] for view in rows), *row) for key, (_, *row) in rows[0].items()}
 
 
 def digest(folder):
