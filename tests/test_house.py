@@ -134,3 +134,13 @@ print(seen)"""
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, text=True,
                           capture_output=True, check=True).stdout
     assert "['passive']" in said
+
+
+def test_names_of_earlier_releases_say_what_they_are_called_now():
+    for old, new in (("render_CASME3.py", "python render.py casme3 (the same flags)"),
+                     ("prepare_CASME3.py", "python prepare.py casme3 (the same flags)"),
+                     ("predict_DVSCL.py", "python predict.py (the same flags)"),
+                     ("sweep_intensity.py", "python benchmarks/sweep_intensity.py")):
+        said = subprocess.run([sys.executable, ROOT / old, "--data_folder", "d"], text=True,
+                              capture_output=True, check=False)
+        assert (said.returncode, said.stderr) == (2, f"error: {old} is now: {new}\n")
