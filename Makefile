@@ -16,7 +16,7 @@ RESULTS = $(DEMO)/results/probe_random*/results.json $(DEMO)/results/probe_batch
 
 # 24 labelled people, held out in turn; 600 unlabelled pairs of 60 others to pre-train on
 demo: .venv/ready
-	$(PY) render.py --data_folder $(DEMO)/data --subjects 24 --clips_per_subject 8 \
+	$(PY) render.py casme3 --data_folder $(DEMO)/data --subjects 24 --clips_per_subject 8 \
 	    --size 128 --unlabelled 600 --unlabelled_subjects 60
 	$(PY) pre-train_DVSCL.py $(SHARED) --model_path $(DEMO)/runs --batch_size 64 --epochs 25 \
 	    --warmup_epochs 2 --pool unlabelled --pairs $(DEMO)/data/pairs.tsv

@@ -158,6 +158,23 @@ class ArgumentParser(_Declared, argparse.ArgumentParser):
         self.exit(2, f"error: {message}; see --help\n")
 
 
+def parse_set(sets, description, argv=None):
+    """Options of a script whose first word names a set, kept as `set`.
+
+    sets: dict name → module with add_options(parser) and check_options(parser, opt), whose
+    docstring is the set's help.
+    """
+    parser, parsers = ArgumentParser(description=description), {}
+    words = parser.add_subparsers(title="sets", dest="set", metavar="SET", required=True)
+    for name, module in sets.items():
+        parsers[name] = words.add_parser(name, description=module.__doc__,
+                                         help=module.__doc__.partition("\n")[0])
+        module.add_options(parsers[name])
+    opt = parser.parse_args(argv)
+    sets[opt.set].check_options(parsers[opt.set], opt)
+    return opt
+
+
 def given(group, argv):
     """The flags of an argument group that a command line names."""
     names = {name for action in group._group_actions for name in action.option_strings}
@@ -213,14 +230,14 @@ def beside(path):
 
 
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path, flush=True):
     """The one way to write a file, or a folder, whole: yields a temporary name beside `path` for
     the time of a with block, then flushes it to the disk and renames it. What fails leaves what
-    was there, and errors name `path`."""
+    was there, and errors name `path`. flush: False for what can be made again in no time."""
     path, part = Path(path), beside(path)
     try:
         yield part
-        if part.is_file():
+        if flush and part.is_file():
             with open(part, "rb") as file:
                 os.fsync(file.fileno())
         os.replace(part, path)
@@ -245,10 +262,15 @@ def sweep(folder):
             pass
 
 
+def write_bytes(path, content):
+    """Writes a file whole, but leaves the flushing to the system."""
+    with replacing(path, flush=False) as part:
+        part.write_bytes(content)
+
+
 def write_text(path, text):
     """Writes UTF-8 text whole."""
-    with replacing(path) as part, open(part, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path, content):

@@ -61,7 +61,7 @@ def main():
         labels, rates, busy = write_tree(root, opt.clips), [], []
         for workers in (0, opt.num_workers):
             start, used = time.perf_counter(), sum(os.times()[:4])
-            prepare.main(["--raw", root, "--annotation", labels, "--num_workers", workers,
+            prepare.main(["casme3", "--raw", root, "--annotation", labels, "--num_workers", workers,
                           "--data_folder", root / f"set_{workers}",
                           "--crop", "box", 440, 160, 400, 400])
             rates.append(opt.clips / (time.perf_counter() - start))

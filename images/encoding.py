@@ -70,6 +70,11 @@ def levels(pixels, difference):
     return (found + 128) % 256 - 128 if difference == "wrap" else found
 
 
+def stretch(pixels, difference, gain):
+    """A difference image for the eye, uint8: "no change" is 128, changes are enlarged."""
+    return (128 + gain * levels(pixels, difference)).clip(0, 255).astype(np.uint8)
+
+
 def flat(shape, difference):
     """uint8 pixels of that shape without any change."""
     return np.full(shape, NO_CHANGE[difference], np.uint8)

@@ -19,8 +19,8 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise BadInput(f"{path}: missing; --list_folder must hold v_rgb/ and the second view's "
-                       f"lists") from None
+        raise BadInput(f"{path}: missing; a folder of lists holds v_rgb/ and the second "
+                       f"view's lists") from None
     except UnicodeDecodeError:
         raise BadInput(f"{path}: not text in UTF-8; save the list as UTF-8") from None
     found = [(i, line.strip()) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
@@ -169,6 +169,19 @@ def check_paired(where: Path, names: Sequence[str], views: list[dict]) -> None:
                 raise BadInput(f"{where}: {len(alone)} clips of v_{here} lack a partner in "
                                f"v_{there}: {first_ten(alone)}; both views must hold the same "
                                f"clips")
+
+
+def read_paired(folder: Path, names: Sequence[str] = ("rgb", "depth")) -> dict[str, tuple]:
+    """The clips of lists whose images may yet have to be made: dict key → (paths of the views,
+    label, database, subject, where); raises BadInput."""
+    views = read_views(Path(folder), names, names)
+    for view in views:
+        for path, *_, where in view.values():
+            if path.startswith("/") or ".." in path.split("/"):
+                raise BadInput(f"{where}: {path} leads outside the data folder; name a path below "
+                               f"it")
+    return {key: (tuple(view[key][0] for view in views), *row)
+            for key, (_, *row) in views[0].items()}
 
 
 def digest(folder: Path) -> str:

@@ -2,27 +2,28 @@
 
 Every source ends as a list of Row, with what was repaired or dropped on the way, by rule.
 """
-import csv
 import hashlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dataset import DATABASES, natural, read_lines, read_view
-from util import BadInput
+from images import lists
+from images.lists import DATABASES, natural
+from util import BadInput, read_cells
 
 COLUMNS = ("subject", "filename", "onset", "apex", "offset", "au", "objective class", "emotion")
 CLIP_COLUMNS = ("database", "subject", "clip", "onset", "apex", "label")
 NO_OFFSET = 15  # frames after the onset that stand in for an offset of 0: half a second
 # Labels as the databases write them → the four classes of the published lists.
-CLASS_OF = {
+NAMED_CLASS = {
     **dict.fromkeys(("anger", "disgust", "fear", "sad", "sadness", "contempt", "repression",
                      "negative"), "negative"),
     **dict.fromkeys(("happy", "happiness", "positive"), "positive"),
     "surprise": "surprise", **dict.fromkeys(("others", "other"), "others"),
 }
-CLASSES = {3: ("negative", "positive", "surprise"),
-           4: ("negative", "others", "positive", "surprise")}
+CLASS_SETS = {3: ("negative", "positive", "surprise"),
+              4: ("negative", "others", "positive", "surprise")}
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Row:
     listed: str = ""
 
     @property
-    def person(self):
+    def person(self) -> str:
         """The subject as lists name it: spNO10 for spNO.10."""
         return self.listed or re.sub(r"(?i)^(spno)\.", r"\1", self.subject)
 
@@ -67,28 +68,29 @@ class Table:
     lists: Path | None = None
     annotated: tuple = ()
 
-    def repaired(self, rule, key):
+    def repaired(self, rule: str, key: str) -> None:
+        """Notes that a rule mended a clip."""
         self.repairs.setdefault(rule, []).append(key)
 
 
-def too_long(frames, max_gap):
+def too_long(frames: int, max_gap: int) -> str:
     """Why a clip of so many frames from onset to apex is dropped, or ''."""
     if frames <= max_gap:
         return ""
     return f"{frames} frames from onset to apex, more than --max_gap {max_gap}"
 
 
-def is_name(text):
+def is_name(text: str) -> bool:
     """Whether a subject or video can be part of file names: not empty, leading nowhere else."""
     return re.fullmatch(r"[^\s./\\][^/\\]*", text) is not None
 
 
-def clip_key(subject, video, onset, apex):
+def clip_key(subject: str, video: str, onset: int | str, apex: int | str) -> str:
     """Name of a clip, as published."""
     return f"{subject}-{video}-{apex}-{subject}-{video}-{onset}"
 
 
-def read_annotation(path):
+def read_annotation(path: str | Path) -> Table:
     """Table of a workbook, a CSV file or a folder of published lists; raises BadInput."""
     path = Path(path)
     if path.is_dir():
@@ -96,18 +98,18 @@ def read_annotation(path):
     if not path.is_file():
         raise BadInput(f"{path}: missing; --annotation names a workbook (.xlsx, .xls), a .csv or "
                        f"a folder with v_rgb and v_depth")
-    readers = {".xlsx": _xlsx_rows, ".xls": _xls_rows, ".csv": _csv_rows}
+    readers = {".xlsx": _xlsx_rows, ".xls": _xls_rows, ".csv": read_cells}
     if path.suffix.lower() not in readers:
         raise BadInput(f"{path}: --annotation takes .xlsx, .xls, .csv or a folder of lists")
     cells = readers[path.suffix.lower()](path)
     table = Table([], {"name": path.name,
                        "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
     places = _header(path, cells, COLUMNS)
-    known = set()
-    for number, line in enumerate(cells[1:], 2):
+    clips = set()
+    for number, line in cells[1:]:
         values = {name: _text(line[i]) if i < len(line) else "" for name, i in places.items()}
         if any(values.values()):
-            _add_row(table, values, f"row {number}", known)
+            _add_row(table, values, f"row {number}", clips)
     if not table.rows:
         raise BadInput(f"{path}: no clip in it; the rows below the header name one each")
     table.source["rows"] = len(table.rows) + len(table.dropped)
@@ -131,7 +133,7 @@ def _xlsx_rows(path):
     except Exception as error:  # openpyxl raises whatever its parsers do
         raise BadInput(f"{path}: not a workbook ({error}); save it as .xlsx again") from None
     sheet = book["label"] if "label" in book.sheetnames else book.worksheets[0]
-    return [list(row) for row in sheet.iter_rows(values_only=True)]
+    return list(enumerate(sheet.iter_rows(values_only=True), 1))
 
 
 def _xls_rows(path):
@@ -146,20 +148,12 @@ def _xls_rows(path):
         raise BadInput(f"{path}: not a workbook ({error}); save it as .xls again") from None
     names = book.sheet_names()
     sheet = book.sheet_by_name("label" if "label" in names else names[0])
-    return [sheet.row_values(i) for i in range(sheet.nrows)]
-
-
-def _csv_rows(path):
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            return list(csv.reader(file))
-    except (UnicodeDecodeError, csv.Error):
-        raise BadInput(f"{path}: not a CSV file in UTF-8; save it as one") from None
+    return [(i + 1, sheet.row_values(i)) for i in range(sheet.nrows)]
 
 
 def _header(path, cells, columns):
     """dict column → place; raises BadInput for a missing one."""
-    names = [_text(cell).lower() for cell in cells[0]] if cells else []
+    names = [_text(cell).lower() for cell in cells[0][1]] if cells else []
     missing = [name for name in columns if name not in names and name != "objective class"]
     if missing:
         raise BadInput(f"{path}:1: no column {', '.join(missing)}; the header is "
@@ -167,8 +161,11 @@ def _header(path, cells, columns):
     return {name: i for i, name in enumerate(names) if name}
 
 
-def _add_row(table, values, where, known):
-    """One row of the annotation, repaired where the rules say how; see the report for them."""
+def _add_row(table, values, where, clips):
+    """One row of the annotation, repaired where the rules say how; see the report for them.
+
+    clips: (subject, video, onset) of those that are there already.
+    """
     name = re.fullmatch(r"(?i)spno\.?(\d+)", values["subject"])
     subject = f"spNO.{int(name[1])}" if name else values["subject"]
     video, numbers = values["filename"], []
@@ -185,14 +182,14 @@ def _add_row(table, values, where, known):
     onset, apex, offset = numbers
     key = clip_key(subject, video, onset, apex)
     emotion = values["emotion"].lower()
-    if emotion not in CLASS_OF:
+    if emotion not in NAMED_CLASS:
         table.dropped.append((key, f"{where}: emotion {values['emotion']!r} is not known"))
         return
     identity = (subject, video.lower(), onset)
-    if identity in known:
+    if identity in clips:
         table.dropped.append((key, f"{where}: a second row for this subject, video and onset"))
         return
-    known.add(identity)
+    clips.add(identity)
     if values["subject"] != subject:
         table.repaired("subject spelled otherwise than spNO.<i>", key)
     if values["emotion"] != emotion:
@@ -221,34 +218,23 @@ def _read_lists(folder):
     if not all((folder / view).is_dir() for view in ("v_rgb", "v_depth")):
         raise BadInput(f"{folder}: holds no v_rgb and v_depth; as a folder --annotation names "
                        f"published lists")
-    subjects = [line for _, line in read_lines(folder / "v_rgb" / "subName.txt")]
-    views = [read_view(folder / view, subjects, ("rgb", "depth")) for view in ("v_rgb", "v_depth")]
-    if views[0].keys() != views[1].keys():
-        alone = sorted(views[0].keys() ^ views[1].keys())
-        raise BadInput(f"{folder}: {len(alone)} clips are in one view's lists only, such as "
-                       f"{alone[0]}; both views must hold the same clips")
-    digest, table, names = hashlib.sha256(), Table([], {"name": folder.name}, lists=folder), {}
-    for path in sorted(folder.glob("v_*/*.txt")):
-        digest.update(f"{path.parent.name}/{path.name}\n".encode() + path.read_bytes())
-    for key, (rgb, label, database, subject, where) in views[0].items():
-        found = re.fullmatch(r"(.+)-([A-Za-z]+)-(\d+)-\1-\2-(\d+)", key)
-        if not found or database:
+    source, names = {"name": folder.name, "sha256": lists.digest(folder)}, {}
+    table = Table([], source, lists=folder)
+    for key, (paths, label, database, subject, where) in lists.read_paired(folder).items():
+        name = re.fullmatch(r"(.+)-([A-Za-z]+)-(\d+)-\1-\2-(\d+)", key)
+        if not name or database:
             raise BadInput(f"{where}: {key} does not tell subject, video, apex and onset of a clip "
                            f"of casme3; other sets are named with --clips")
-        depth = views[1][key][0]
-        for name in (rgb, depth):
-            if name.startswith("/") or ".." in name.split("/"):
-                raise BadInput(f"{where}: {name} leads outside the data folder")
-        emotion = names.setdefault(label, rgb.split("/")[-2] if "/" in rgb else str(label))
-        row = Row(0, found[1], found[2], int(found[4]), int(found[3]), None, "", emotion, key,
-                  label, rgb=rgb, depth=depth, listed=subject)
+        emotion = names.setdefault(label, Path(paths[0]).parent.name or str(label))
+        row = Row(0, name[1], name[2], int(name[4]), int(name[3]), None, "", emotion, key, label,
+                  rgb=paths[0], depth=paths[1], listed=subject)
         table.rows.append(_blank_checked(table, row))
     table.classes = tuple(names[i] for i in sorted(names))
-    table.source.update(sha256=digest.hexdigest(), rows=len(table.rows))
+    table.source["rows"] = len(table.rows)
     return table
 
 
-def copy_lists(table, target, kept):
+def copy_lists(table: Table, target: Path, kept: set) -> Iterator[tuple]:
     """(path, text) of the published lists, byte for byte but for the rows whose path is not in
     `kept` (a set); all rows kept: byte for byte. Subjects without a clip vanish."""
     people = {row.person for row in table.rows}
@@ -268,23 +254,22 @@ def copy_lists(table, target, kept):
 
 # ---------------------------------------------------------------- clips.csv
 
-def read_clips_csv(path, root):
+def read_clips_csv(path: str | Path, root: Path) -> Table:
     """Table of clips.csv: paths of frames relative to `root`; raises BadInput."""
     path = Path(path)
-    if not path.is_file():
-        raise BadInput(f"{path}: missing; --clips names a CSV file with the columns "
+    cells = read_cells(path, fix=f"--clips names a CSV file with the columns "
                        f"{','.join(CLIP_COLUMNS)} and, optional, depth_onset,depth_apex")
-    cells = _csv_rows(path)
-    places, rows, seen, missing = _header(path, cells, CLIP_COLUMNS), [], {}, []
+    places, rows, lines, missing = _header(path, cells, CLIP_COLUMNS), [], {}, []
     depth = "depth_onset" in places
     if depth != ("depth_apex" in places):
         raise BadInput(f"{path}:1: one of the columns depth_onset and depth_apex; give both or "
                        f"neither")
     table = Table(rows, {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
                          "rows": len(cells) - 1})
-    for number, line in enumerate(cells[1:], 2):
-        if len(line) != len(cells[0]):
-            raise BadInput(f"{path}:{number}: {len(line)} fields, the header has {len(cells[0])}")
+    for number, line in cells[1:]:
+        if len(line) != len(cells[0][1]):
+            raise BadInput(f"{path}:{number}: {len(line)} fields, the header has "
+                           f"{len(cells[0][1])}")
         values = {name: line[i].strip() for name, i in places.items()}
         files = [values["onset"], values["apex"]]
         files += [values["depth_onset"], values["depth_apex"]] if depth else []
@@ -297,14 +282,14 @@ def read_clips_csv(path, root):
                            f"slash or a dot in front")
         missing += [(number, name) for name in files if not (root / name).is_file()]
         emotion = values["label"].lower()
-        if emotion not in CLASS_OF:
+        if emotion not in NAMED_CLASS:
             raise BadInput(f"{path}:{number}: label {values['label']!r} is not one of "
-                           f"{', '.join(sorted(CLASS_OF))}")
+                           f"{', '.join(sorted(NAMED_CLASS))}")
         subject, video = values["subject"], values["clip"]
         key = clip_key(subject, video, *(Path(name).stem for name in files[:2]))
         identity = (values["database"], key)
-        if seen.setdefault(identity, number) != number:
-            raise BadInput(f"{path}:{number}: {key} is in line {seen[identity]} already")
+        if lines.setdefault(identity, number) != number:
+            raise BadInput(f"{path}:{number}: {key} is in line {lines[identity]} already")
         row = Row(DATABASES.index(values["database"]), subject, video, 0, int(files[0] != files[1]),
                   None, "", emotion, key, files=tuple(root / name for name in files))
         rows.append(_blank_checked(table, row))
@@ -318,13 +303,13 @@ def read_clips_csv(path, root):
 
 # ---------------------------------------------------------------- classes, paths, bounds
 
-def finish(table, classes, blank_apex, max_gap):
+def finish(table: Table, classes: int, blank_apex: str, max_gap: int) -> None:
     """Ids and paths for every row, and what the options drop; changes the table."""
     if blank_apex == "middle" and any(row.offset is None for row in table.rows):
         raise BadInput(f"{table.source['name']}: --blank_apex middle takes offsets, which only the "
                        f"workbooks and their .csv have")
     if table.lists is None:
-        named = CLASSES.get(classes)
+        named = CLASS_SETS.get(classes)
         table.classes = named or tuple(sorted({row.emotion for row in table.rows}, key=natural))
     table.annotated, rows = tuple(table.rows), []
     for row in table.rows:
@@ -335,7 +320,7 @@ def finish(table, classes, blank_apex, max_gap):
         elif table.lists:
             rows.append(row)
         else:
-            name = row.emotion if classes == 7 else CLASS_OF[row.emotion]
+            name = row.emotion if classes == 7 else NAMED_CLASS[row.emotion]
             if name in table.classes:
                 rows.append(place(replace(row, label=table.classes.index(name)), name, classes))
             else:
@@ -343,7 +328,7 @@ def finish(table, classes, blank_apex, max_gap):
     table.rows = rows
 
 
-def place(row, folder, classes):
+def place(row: Row, folder: str, classes: int) -> Row:
     """The row with the paths of its difference images, named and sorted into folders as
     published; folder: the class, or 'unlabelled'."""
     name = DATABASES[row.database]

@@ -1,19 +1,17 @@
 """Pictures by which a person sees whether the preparation is right: audit/*.png."""
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from PIL import Image  # noqa: E402
-
-from images.decoding import NO_CHANGE  # noqa: E402
-from preparation import (
-    cutting,  # noqa: E402
-    outputs,  # noqa: E402
-)
+from images import encoding
+from preparation import cutting, outputs
+from preparation.annotation import Table
+from util import replacing
 
 PER_CLASS = 5  # clips per class on audit/<class>.png
 DRY_CLIPS = 20
@@ -22,7 +20,8 @@ WORST = (("residual", "most residual motion", "{:.2f} px"),
          ("clipped", "most clipped depth", "{:.1%} of the face"))
 
 
-def draw_all(settings, table, clips, folder, images=None):
+def draw_all(settings: cutting.Settings, table: Table, clips: list, folder: Path,
+             images: str | None = None) -> None:
     """Draws audit/<class>.png, audit/worst.png and audit/histograms.png.
 
     clips: (row, task, record) each; images: the folder with the difference images [folder].
@@ -31,9 +30,10 @@ def draw_all(settings, table, clips, folder, images=None):
     target.mkdir(parents=True, exist_ok=True)
     for label, name in (*enumerate(table.classes), (-1, "unlabelled")):
         members = [c for c in clips if c[0].label == label]
-        seen = [c for c in members if not c[0].blank]
-        title = f"{name}: {len(seen)} clips, {len(members) - len(seen)} blank ones beside them"
-        chosen = [(seen or members)[i] for i in spread(len(seen or members), PER_CLASS)]
+        moving = [c for c in members if not c[0].blank]
+        title = f"{name}: {len(moving)} clips, {len(members) - len(moving)} blank ones beside them"
+        shown = moving or members
+        chosen = [shown[i] for i in spread(len(shown), PER_CLASS)]
         if chosen:
             draw_clips(target / f"{name}.png", title, [(c, caption(c)) for c in chosen], settings,
                        images)
@@ -43,12 +43,13 @@ def draw_all(settings, table, clips, folder, images=None):
     draw_histograms(target / "histograms.png", clips)
 
 
-def spread(n, wanted):
+def spread(n: int, wanted: int) -> list:
     """At most `wanted` indices of range(n), evenly spread."""
     return sorted({int(i) for i in np.linspace(0, n - 1, min(n, wanted))}) if n else []
 
 
-def caption(clip):
+def caption(clip: tuple) -> str:
+    """What was measured of a clip (row, task, record), in lines."""
     row, _, record = clip
     residual = "-" if record["residual"] is None else f"{record['residual']:.2f}"
     return (f"{row.key}\n{row.emotion or 'unlabelled'}\n"
@@ -60,29 +61,31 @@ def caption(clip):
             + ("\nblank" if row.blank else ""))
 
 
-def find_worst(clips):
+def find_worst(clips: list) -> list:
     """The three worst clips by each measure and two blank ones, with captions."""
-    found = []
+    worst = []
     for name, title, form in WORST:
         ranked = sorted((c for c in clips if c[2][name]), key=lambda c: (-c[2][name], c[0].key))
-        found += [(c, f"{title}: {form.format(c[2][name])}\n{caption(c)}") for c in ranked[:3]]
+        worst += [(c, f"{title}: {form.format(c[2][name])}\n{caption(c)}") for c in ranked[:3]]
     blank = [c for c in clips if c[0].blank][:2]
-    return found + [(c, f"blank\n{caption(c)}") for c in blank]
+    return worst + [(c, f"blank\n{caption(c)}") for c in blank]
 
 
-def draw_clips(path, title, clips, settings, images):
+def draw_clips(path: Path, title: str, clips: list, settings: cutting.Settings,
+               images: Path) -> None:
     """One row per clip: onset, apex (aligned), both differences, what is known of it."""
     heads = ("onset", "apex, registered", "RGB difference ×4", "depth difference")
-    figure, axes = plt.subplots(len(clips), 5, figsize=(14, 2.6 * len(clips) + 0.6),
-                                squeeze=False, gridspec_kw={"width_ratios": [1, 1, 1, 1, 1.55]})
-    top = 0.75 / (2.6 * len(clips) + 0.6)  # inches for the titles, as a share
+    height = 2.6 * len(clips) + 0.6  # inches
+    figure, top = Figure(figsize=(14, height)), 0.75 / height  # the titles' share
+    axes = figure.subplots(len(clips), 5, squeeze=False, width_ratios=[1, 1, 1, 1, 1.55])
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - top, wspace=0.04,
                            hspace=0.12)
     figure.suptitle(title, y=1 - top / 4, va="center")
     for (clip, text), line in zip(clips, axes):
         row, task, _ = clip
-        pictures = [*crops(task, settings, images), difference(images / row.rgb, settings, 4),
-                    difference(images / row.depth, settings, 1) if task.depth else None]
+        pictures = [*crops(task, settings, images),
+                    difference(images / row.rgb, settings.difference, 4),
+                    difference(images / row.depth, settings.difference, 1) if task.depth else None]
         for axis, picture, head in zip(line, pictures, heads):
             axis.axis("off")
             axis.set_title(head, fontsize=9)
@@ -95,33 +98,30 @@ def draw_clips(path, title, clips, settings, images):
     save(figure, path)
 
 
-def crops(task, settings, folder):
+def crops(task: cutting.Task, settings: cutting.Settings, folder: Path) -> tuple:
     """The aligned crops of a clip, or (None, None) for a blank one without frames."""
     try:
-        pair, _ = cutting.make_pair(task, settings, folder)
+        aligned, _ = cutting.make_crops(task, settings, folder)
     except cutting.Unusable:
-        pair = None
-    return (pair.onset, pair.apex) if pair else (None, None)
+        aligned = None
+    return (aligned.onset, aligned.apex) if aligned else (None, None)
 
 
-def difference(path, settings, gain):
-    """A difference image for the eye: 128 is "no change", changes enlarged by `gain`."""
+def difference(path: Path, kind: str, gain: int) -> np.ndarray:
+    """A difference image for the eye, changes enlarged by `gain`; kind: its encoding."""
     with Image.open(path) as image:
-        change = np.asarray(image).astype(np.int16) - NO_CHANGE[settings.difference]
-    if settings.difference == "wrap":
-        change = (change + 128) % 256 - 128
-    return (128 + gain * change).clip(0, 255).astype(np.uint8)
+        return encoding.stretch(np.asarray(image), kind, gain)
 
 
-def draw_histograms(path, clips):
+def draw_histograms(path: Path, clips: list) -> None:
     """Motion and amplitude over all clips that are not blank."""
     records = [record for row, _, record in clips if not row.blank]
-    known = [r["residual"] for r in records if r["residual"] is not None]
+    residual = [r["residual"] for r in records if r["residual"] is not None]
     panels = (([r["shift"] for r in records], "head motion taken off, pixels of the crop"),
-              (known, "residual motion, pixels of the crop"),
+              (residual, "residual motion, pixels of the crop"),
               ([r["amplitude"] for r in records], "rms change over the face, grey levels"))
-    figure, axes = plt.subplots(1, 3, figsize=(14, 3.8), layout="constrained")
-    for axis, (values, label) in zip(axes, panels):
+    figure = Figure(figsize=(14, 3.8), layout="constrained")
+    for axis, (values, label) in zip(figure.subplots(1, 3), panels):
         axis.hist(values, bins=min(40, 5 + len(values) // 4), color="0.35")
         axis.yaxis.get_major_locator().set_params(integer=True)
         axis.set_xlabel(label)
@@ -132,15 +132,14 @@ def draw_histograms(path, clips):
     save(figure, path)
 
 
-def save(figure, path):
-    """Writes the figure atomically; the same content gives the same bytes."""
-    part = path.with_name(f".{path.name}.part")
-    figure.savefig(part, format="png", dpi=80, metadata={"Software": None})
-    plt.close(figure)
-    part.replace(path)
+def save(figure: Figure, path: Path) -> None:
+    """Writes the figure whole; the same content gives the same bytes."""
+    FigureCanvasAgg(figure)
+    with replacing(path) as part:
+        figure.savefig(part, format="png", dpi=80, metadata={"Software": None})
 
 
-def choose_clips(rows, wanted=DRY_CLIPS):
+def choose_clips(rows: list, wanted: int = DRY_CLIPS) -> list:
     """Indices of about `wanted` clips, evenly spread over the classes and within each."""
     labels = sorted({row.label for row in rows})
     chosen = []
@@ -150,7 +149,8 @@ def choose_clips(rows, wanted=DRY_CLIPS):
     return chosen[:wanted]
 
 
-def dry_run(settings, table, rows, tasks, folder, cut_all):
+def dry_run(settings: cutting.Settings, table: Table, rows: list, tasks: list, folder: Path,
+            cut_all: Callable) -> None:
     """Cuts some clips of every class aside, draws them, and prints the counts of all.
 
     cut_all(tasks, folder) returns the records of tasks.

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from images.decoding import NO_CHANGE, PIXEL_LIMIT
+from images import encoding
+from images.decoding import PIXEL_LIMIT
 from preparation import detection, registration
-from preparation.registration import Box, Pair
-from util import write_json
+from preparation.registration import Box, Crops
+from util import write_bytes, write_json
 
 RECORDS = ".prepare"
 VERSION = 2  # of the computation: another one makes all records void
@@ -54,46 +55,47 @@ class Unusable(Exception):
     """A clip that cannot be cut; the text says why."""
 
 
-def process(task, settings, folder):
+def process(task: Task, settings: Settings, folder: str | Path) -> dict:
     """Writes the images of one clip below `folder` and its record, unless they are there already.
 
     Returns the record, a dict: digests, box, what was measured; or {"dropped": reason}.
     """
-    stamp, path = fingerprint(task, settings), record_path(folder, task)
+    stamp, path = fingerprint(task, asdict(settings)), record_path(folder, task)
     record = read_record(path)
     if record and record["stamp"] == stamp and _intact(record, folder):
         return record
     try:
-        pair, record = make_pair(task, settings, folder)
+        crops, record = make_crops(task, settings, folder)
     except Unusable as error:
         if not task.blank:
             return {"dropped": str(error)}
-        pair, record = make_pair(replace(task, frames=()), settings, folder)
-    images, more = make_images(task, settings, pair, record["box"])
-    record |= {"stamp": stamp, "key": task.key, **more, "files": {}}
+        crops, record = make_crops(replace(task, frames=()), settings, folder)
+    images, measured = make_images(task, settings, crops, record["box"])
+    record |= {"stamp": stamp, "key": task.key, **measured, "files": {}}
     for name, image in zip((task.rgb, task.depth), images):
         if image is not None:
             file = io.BytesIO()
             Image.fromarray(image).save(file, "PNG", compress_level=4)
-            write_bytes(Path(folder) / name, file.getvalue())
+            _write(Path(folder) / name, file.getvalue())
             record["files"][name] = hashlib.sha256(file.getvalue()).hexdigest()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, record)
     return record
 
 
-def fingerprint(task, settings):
-    """What the images of a task follow from, as a digest."""
+def fingerprint(task: Task, settings: dict | list) -> str:
+    """Digest of what is made of a task under these settings."""
     stat = [os.stat(name) for name in task.frames]
-    content = [VERSION, asdict(settings), asdict(task), [(s.st_size, s.st_mtime_ns) for s in stat]]
+    content = [VERSION, settings, asdict(task), [(s.st_size, s.st_mtime_ns) for s in stat]]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def record_path(folder, task):
+def record_path(folder: str | Path, task: Task) -> Path:
+    """Where the record of a task is kept."""
     return Path(folder) / RECORDS / f"{hashlib.sha256(task.rgb.encode()).hexdigest()[:24]}.json"
 
 
-def read_record(path):
+def read_record(path: Path) -> dict | None:
     """A record, or None where there is none that can be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -110,25 +112,19 @@ def _intact(record, folder):
         return False
 
 
-def write_bytes(path, content):
-    """Writes a file under a temporary name, then renames: never half a file."""
+def _write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_bytes(path, content)
 
 
 # ---------------------------------------------------------------- frames
 
-def read_frame(path):
+def read_frame(path: str) -> np.ndarray:
     """uint8 `[H, W, 3]`; raises Unusable."""
     return np.asarray(_open(path, "RGB"))
 
 
-def read_depth(path, scale):
+def read_depth(path: str, scale: float) -> np.ndarray:
     """Depth in mm float32 `[H, W]`, 0 where nothing was measured; raises Unusable."""
     image = _open(path, None)
     pixels = np.asarray(image)
@@ -150,7 +146,7 @@ def _open(path, mode):
         raise Unusable(f"{path}: not a readable image") from None
 
 
-def find_box(task, settings, onset):
+def find_box(task: Task, settings: Settings, onset: np.ndarray) -> tuple:
     """(Box on the onset frame, file on which it was found); raises Unusable."""
     height, width = onset.shape[:2]
     if task.box:
@@ -169,75 +165,68 @@ def find_box(task, settings, onset):
 
 # ---------------------------------------------------------------- one clip
 
-def make_pair(task, settings, folder):
-    """(Pair or None for a blank clip, what is known of it). Crops that were kept are read again;
+def make_crops(task: Task, settings: Settings, folder: str | Path) -> tuple:
+    """(Crops or None for a blank clip, its record so far). Crops that were kept are read again;
     raises Unusable."""
-    known = {"box": None, "frame": None, "frame_size": None, "shift": 0.0, "residual": 0.0,
-             "registered": True}
+    record = {"box": None, "frame": None, "frame_size": None, "shift": 0.0, "residual": 0.0,
+              "registered": True}
     if task.blank and not task.frames:
-        return None, known
+        return None, record
     kept = _crops_path(task, settings, folder)
     if kept.exists():
         with np.load(kept) as content:
-            known = json.loads(str(content["known"]))
+            record = json.loads(str(content["known"]))
             depths = (content.get(n) for n in ("depth_onset", "depth_apex"))
-            return Pair(content["onset"], content["apex"], *depths, known["shift"],
-                        _number(known["residual"]), known["registered"]), known
+            residual = float("nan") if record["residual"] is None else record["residual"]
+            return Crops(content["onset"], content["apex"], *depths, record["shift"], residual,
+                         record["registered"]), record
     onset = read_frame(task.frames[0])
     box, name = find_box(task, settings, onset)
     frames = onset, onset if task.blank else read_frame(task.frames[1])
     depths = [read_depth(path, settings.depth_scale) for path in task.frames[2:]] or [None, None]
-    pair = registration.align(frames, depths, box, settings.size, settings.margin,
-                              "none" if task.blank else settings.register)
-    known.update(box=asdict(box), frame=Path(name).name, frame_size=onset.shape[1::-1],
-                 shift=round(pair.shift, 4), registered=pair.registered,
-                 residual=None if np.isnan(pair.residual) else round(pair.residual, 4))
+    crops = registration.align(frames, depths, box, settings.size, settings.margin,
+                               "none" if task.blank else settings.register)
+    record.update(box=asdict(box), frame=Path(name).name, frame_size=onset.shape[1::-1],
+                  shift=round(crops.shift, 4), registered=crops.registered,
+                  residual=None if np.isnan(crops.residual) else round(crops.residual, 4))
     if settings.crops:
-        _keep_crops(kept, pair, known)
-    return pair, known
-
-
-def _number(value):
-    return float("nan") if value is None else value
+        _keep_crops(kept, crops, record)
+    return crops, record
 
 
 def _crops_path(task, settings, folder):
     """Kept crops carry a digest of what they follow from in their name."""
-    stat = [os.stat(name) for name in task.frames]
-    names = ("crop", "margin", "size", "roll", "register", "depth_scale")
-    content = [VERSION, [getattr(settings, n) for n in names], asdict(task),
-               [(s.st_size, s.st_mtime_ns) for s in stat]]
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-    return Path(folder) / "crops" / f"{Path(task.rgb).stem}_{digest}.npz"
+    digest = fingerprint(task, [getattr(settings, name) for name in (
+        "crop", "margin", "size", "roll", "register", "depth_scale")])
+    return Path(folder) / "crops" / f"{Path(task.rgb).stem}_{digest[:12]}.npz"
 
 
-def _keep_crops(path, pair, known):
-    arrays = {"onset": pair.onset, "apex": pair.apex, "depth_onset": pair.depth_onset,
-              "depth_apex": pair.depth_apex, "known": np.array(json.dumps(known))}
+def _keep_crops(path, crops, record):
+    arrays = {"onset": crops.onset, "apex": crops.apex, "depth_onset": crops.depth_onset,
+              "depth_apex": crops.depth_apex, "known": np.array(json.dumps(record))}
     file = io.BytesIO()
     np.savez_compressed(file, **{k: v for k, v in arrays.items() if v is not None})
-    write_bytes(path, file.getvalue())
+    _write(path, file.getvalue())
 
 
-def make_images(task, settings, pair, box):
+def make_images(task: Task, settings: Settings, crops: Crops | None, box: dict | None) -> tuple:
     """(RGB difference uint8 `[S, S, 3]`, depth difference `[S, S]` or None) and what was measured:
     amplitude, the rms change in grey levels over the face; median, what was taken off; fractions
     of the face where depth was clipped, and where it was invalid."""
-    size, level = settings.size, NO_CHANGE[settings.difference]
+    size = settings.size
     measured = {"amplitude": 0.0, "clipped": 0.0, "invalid": 0.0}
-    has_depth = bool(task.depth)
-    if task.blank or pair is None:
-        flat = np.full((size, size, 3), level, np.uint8)
-        return (flat, flat[..., 0] if has_depth else None), measured
+    if task.blank or crops is None:
+        flat = encoding.flat((size, size, 3), settings.difference)
+        return (flat, flat[..., 0] if task.depth else None), measured
     face = registration.face_mask(Box(**box), size, settings.margin)
-    change = registration.rgb_change(pair.onset, pair.apex, face)
+    change = registration.rgb_change(crops.onset, crops.apex, face)
     rms = np.sqrt(np.square(change[face].astype(np.float64)).mean())
     measured["amplitude"] = round(float(rms), 4)
     depth = None
-    if has_depth:
-        moved, valid = registration.depth_change(pair.depth_onset, pair.depth_apex, face)
-        depth = registration.encode_depth(moved, settings.difference, settings.depth_range)
+    if task.depth:
+        moved, valid = registration.depth_change(crops.depth_onset, crops.depth_apex, face)
+        depth = encoding.encode_depth(moved, settings.difference, settings.depth_range)
         measured["invalid"] = round(float(1 - valid[face].mean()), 4)
         clipped = abs(moved[face]) > settings.depth_range
         measured["clipped"] = round(float(clipped.mean()), 4)
-    return (registration.encode(change, settings.difference), depth), measured
+    return (encoding.encode(change, settings.difference), depth), measured

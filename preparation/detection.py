@@ -1,5 +1,4 @@
 """Faces in frames, by the optional detector MTCNN, and the boxes of a boxes.csv."""
-import csv
 import functools
 import re
 
@@ -8,13 +7,13 @@ import torch
 
 from preparation.frames import subject_number
 from preparation.registration import Box
-from util import BadInput, ensure
+from util import BadInput, ensure, read_table
 
 BOX_COLUMNS = ("database", "subject", "video", "onset", "x", "y", "width", "height", "roll",
                "frame", "frame_width", "frame_height")
 
 
-def require():
+def require() -> None:
     """Raises BadInput where the detector is missing."""
     try:
         import facenet_pytorch  # noqa: F401
@@ -30,7 +29,7 @@ def _detector():
     return MTCNN(select_largest=True, keep_all=False, device="cpu")
 
 
-def find_face(frame, roll):
+def find_face(frame: np.ndarray, roll: bool) -> Box | None:
     """Box of the largest face of a frame uint8 `[H, W, 3]`, None where there is none.
 
     roll: also take the angle of the line through the eyes.
@@ -44,35 +43,31 @@ def find_face(frame, roll):
     return Box(x0, y0, x1 - x0, y1 - y0, angle)
 
 
-def central_box(width, height, margin):
+def central_box(width: int, height: int, margin: float) -> Box:
     """Box whose crop is the largest central square of a frame."""
     side = min(width, height) / (1 + margin)
     return Box((width - side) / 2, (height - side) / 2, side, side)
 
 
-def read_boxes(path, roll):
+def read_boxes(path: str, roll: bool) -> dict:
     """boxes.csv as dict (database, subject, video, onset) → Box; raises BadInput.
 
     Video and onset may be empty or without column: the box then holds for all of that subject or
     video. The columns subject, x, y, width, height must be there; roll is read where asked for.
     """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: cannot be read ({error}); --crop boxes FILE.csv names a CSV file "
-                       f"with the columns {','.join(BOX_COLUMNS[:9])}") from None
+    rows, _ = read_table(path, ("subject", "x", "y", "width", "height"), fix="--crop boxes "
+                         f"FILE.csv names a table with the columns {','.join(BOX_COLUMNS[:9])}")
     boxes = {}
-    for number, row in enumerate(rows, 2):
+    for where, row in rows:
         try:
             values = [float(row[name]) for name in ("x", "y", "width", "height")]
             angle = float(row.get("roll") or 0) if roll else 0.0
             ensure(min(values[2:]) > 0 and np.isfinite([*values, angle]).all())
             key = _box_key(row.get("database"), row["subject"], row.get("video"),
                            row.get("onset"))
-        except (KeyError, TypeError, ValueError):
-            raise BadInput(f"{path}:{number}: needs a subject and the numbers x, y, width and "
-                           f"height in pixels, the latter two above 0") from None
+        except ValueError:
+            raise BadInput(f"{where}: needs a subject and the numbers x, y, width and height in "
+                           f"pixels, the latter two above 0") from None
         boxes[key] = Box(*values, angle)
     if not boxes:
         raise BadInput(f"{path}: no box in it; one row per clip, video or subject")
@@ -85,7 +80,7 @@ def _box_key(database, subject, video, onset):
             str(int(onset)) if re.fullmatch(r"\d+", onset) else onset)
 
 
-def box_for(boxes, database, subject, video, onset):
+def box_for(boxes: dict, database: str, subject: str, video: str, onset: str) -> Box | None:
     """The most specific box for one clip, or None."""
-    key = _box_key(database, subject, video, str(onset))
+    key = _box_key(database, subject, video, onset)
     return next((boxes[k] for k in (key, (*key[:3], ""), (*key[:2], "", "")) if k in boxes), None)

@@ -7,8 +7,10 @@ several of these at once. Folders are listed only when a clip asks for them.
 import functools
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
+from preparation.annotation import Row
 from util import BadInput
 
 SUBJECT = re.compile(r"spno(\.?)(\d+)", re.IGNORECASE)
@@ -18,16 +20,16 @@ IMAGES = {".jpg": "rgb", ".jpeg": "rgb", ".png": "depth", ".bmp": "rgb"}
 PREFIXES = 5  # folders that may lie between the root and a subject
 
 
-def subject_number(name):
+def subject_number(name: str) -> int | str:
     """10 for spNO.10, spno10; the name itself where it is of another kind."""
-    found = SUBJECT.fullmatch(name)
-    return int(found[2]) if found else name.lower()
+    match = SUBJECT.fullmatch(name)
+    return int(match[2]) if match else name.lower()
 
 
 class Tree:
     """The videos below a root. Raises BadInput where there are none."""
 
-    def __init__(self, root):
+    def __init__(self, root: str | Path):
         self.root = Path(root)
         self.subjects, self.packaged = {}, {}
         if not self.root.is_dir():
@@ -49,30 +51,30 @@ class Tree:
             elif level < PREFIXES:
                 self._search(path, level + 1)
 
-    def videos(self):
+    def videos(self) -> list:
         """Sorted (subject number, video) pairs of the whole tree; letters in lower case."""
         return sorted({(subject, name.lower()) for subject, folders in self.subjects.items()
                        for folder in folders for name in _folders(folder)})
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 (one tree per run)
-    def frames(self, subject, video, onset=None):
+    def frames(self, subject: str, video: str, onset: int | None = None) -> tuple:
         """What there is of one video: ({number: path} of RGB, the same of depth, notes).
 
         onset: also the packaged clip of this onset. notes: irregularities of the folders.
         """
-        number, found, notes = subject_number(subject), {"rgb": {}, "depth": {}}, set()
+        number, images, notes = subject_number(subject), {"rgb": {}, "depth": {}}, set()
         for folder in self._video_folders(number, video, notes):
             inner = [name for name in _folders(folder) if name.lower() in VIEWS]
             for name in inner:
-                self._collect(os.path.join(folder, name), found)
+                self._collect(os.path.join(folder, name), images)
             if not {"depth"} & {VIEWS[name.lower()] for name in inner} \
-                    and "depth" in self._collect(folder, found):
+                    and "depth" in self._collect(folder, images):
                 notes.add("depth folder without the inner depth/")
-            if found["depth"] and not SUBJECT.fullmatch(Path(folder).parent.name)[1]:
+            if images["depth"] and not SUBJECT.fullmatch(Path(folder).parent.name)[1]:
                 notes.add("subject folder without the dot (spNO210)")
         for folder in self.packaged.get((number, video.lower(), onset), ()):
-            self._collect(folder, found)
-        return found["rgb"], found["depth"], tuple(sorted(notes))
+            self._collect(folder, images)
+        return images["rgb"], images["depth"], tuple(sorted(notes))
 
     def _video_folders(self, number, video, notes):
         """Folders of the video: its letter as written, or in the other case where there is none
@@ -98,15 +100,15 @@ class Tree:
                 return VIEWS[part.lower()]
         return ""
 
-    def _collect(self, folder, found):
-        """Adds the numbered images of a folder to found[view]; returns the views it held."""
+    def _collect(self, folder, images):
+        """Adds the numbered images of a folder to images[view]; returns the views it held."""
         view, views = self._view_of(folder), set()
         with os.scandir(folder) as entries:
             for entry in entries:
                 stem, extension = os.path.splitext(entry.name)
                 if stem.isdigit() and extension.lower() in IMAGES:
                     kind = view or IMAGES[extension.lower()]
-                    found[kind].setdefault(int(stem), entry.path)
+                    images[kind].setdefault(int(stem), entry.path)
                     views.add(kind)
         return views
 
@@ -116,12 +118,12 @@ def _folders(folder):
         return sorted(entry.name for entry in entries if entry.is_dir())
 
 
-def nearest(numbers, wanted):
+def nearest(numbers: Iterable[int], wanted: int) -> int | None:
     """The number closest to `wanted`, the smaller of two; None of none."""
     return min(numbers, key=lambda n: (abs(n - wanted), n), default=None)
 
 
-def choose(tree, row, tolerance, middle=False):
+def choose(tree: Tree, row: Row, tolerance: int, middle: bool = False) -> tuple:
     """The frames of one clip: (onset, apex, reason, notes).
 
     onset, apex: frame numbers that both views have, equal to the annotation's or the nearest
@@ -146,7 +148,7 @@ def choose(tree, row, tolerance, middle=False):
         if apex is None:
             return None, None, f"no frame between onset {row.onset} and offset {row.offset}", notes
         notes.append("blank: the frame in the middle taken as apex")
-    found = []
+    numbers = []
     for name, wanted in (("onset", row.onset), ("apex", apex)):
         chosen = nearest(both, wanted)
         away = abs(chosen - wanted)
@@ -154,5 +156,5 @@ def choose(tree, row, tolerance, middle=False):
             return None, None, f"{name} {wanted} is missing, the nearest frame is {chosen}", notes
         if away:
             notes.append("missing frame: the nearest existing one")
-        found.append(chosen)
-    return *found, "", notes
+        numbers.append(chosen)
+    return *numbers, "", notes

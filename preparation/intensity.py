@@ -3,7 +3,7 @@
 From OpenFace's per-frame action-unit intensities: within a window, the largest rise of any unit.
 Without them: the change between the ends of each window, measured after registration.
 """
-import csv
+import argparse
 import os
 import re
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from scipy.ndimage import median_filter
 
-from preparation.annotation import Row, clip_key, place
-from preparation.frames import subject_number
-from util import BadInput
+from preparation.annotation import Row, Table, clip_key, place
+from preparation.frames import Tree, subject_number
+from util import BadInput, read_cells
 
 BLINK = 45
 MEDIAN = 5  # frames
@@ -29,8 +29,8 @@ class Pair:
     unit: str
 
 
-def find_pairs(tree, opt, table):
-    """(list of Pair, what was found: videos, those stopped with the reason, candidates per unit).
+def find_pairs(tree: Tree, opt: argparse.Namespace, table: Table) -> tuple:
+    """(list of Pair, what the search met: videos, those stopped with the reason, pairs per unit).
 
     table: the annotated clips; windows that overlap one are left out. Raises BadInput.
     """
@@ -48,17 +48,17 @@ def find_pairs(tree, opt, table):
         for start, end in labelled.get((subject, video), ()):
             usable &= (numbers < start) | (numbers > end)
         if opt.intensity == "difference":
-            found = tile(numbers, usable, opt.window)
+            spans = tile(numbers, usable, opt.window)
         elif (subject, video) not in files:
             stopped.append((name, "no CSV file of action units"))
             continue
         else:
             try:
-                found = rises(files[subject, video], rgb, numbers, usable, opt)
+                spans = rises(files[subject, video], rgb, numbers, usable, opt)
             except ValueError as error:
                 stopped.append((name, str(error)))
                 continue
-        pairs += [make_pair(f"spNO.{subject}", video, *one, opt.classes) for one in found]
+        pairs += [make_pair(f"spNO.{subject}", video, *one, opt.classes) for one in spans]
     if not pairs:
         reasons = "; ".join(f"{name}: {why}" for name, why in stopped[:3])
         raise BadInput(f"{opt.unlabelled}: no pair in {len(videos)} videos"
@@ -68,7 +68,8 @@ def find_pairs(tree, opt, table):
         unit: sum(pair.unit == unit for pair in pairs) for unit in units}}
 
 
-def make_pair(subject, video, onset, apex, intensity, unit, classes):
+def make_pair(subject: str, video: str, onset: int, apex: int, intensity: float, unit: str,
+              classes: int) -> Pair:
     """A Pair, with the paths of its images; see Pair and Row."""
     units = unit if unit.startswith("AU") else ""
     row = Row(0, subject, video, onset, apex, None, units, "",
@@ -76,7 +77,7 @@ def make_pair(subject, video, onset, apex, intensity, unit, classes):
     return Pair(place(row, "unlabelled", classes), intensity, unit)
 
 
-def labelled_spans(table):
+def labelled_spans(table: Table) -> dict:
     """(subject number, video) → (first, last frame) of every annotated clip."""
     spans = {}
     for row in table.annotated:
@@ -86,32 +87,31 @@ def labelled_spans(table):
     return spans
 
 
-def find_csv(folder):
+def find_csv(folder: str) -> dict:
     """(subject number, video) → OpenFace CSV; raises BadInput."""
-    found = {}
+    files = {}
     for path in sorted(Path(folder).rglob("*.csv")):
         match = VIDEO.search(path.relative_to(folder).as_posix())
         if match:
             key = int(match[1]), match[2].lower()
-            if key in found:
-                raise BadInput(f"{path}: a second file for the video of {found[key]}; keep one")
-            found[key] = path
-    if not found:
+            if key in files:
+                raise BadInput(f"{path}: a second file for the video of {files[key]}; keep one")
+            files[key] = path
+    if not files:
         raise BadInput(f"{folder}: no CSV file named after subject and video, such as "
                        f"spNO.1_a.csv; --au names the folder with OpenFace's output")
-    return found
+    return files
 
 
 # ---------------------------------------------------------------- OpenFace
 
-def read_openface(path):
+def read_openface(path: str | Path) -> dict:
     """Columns of an OpenFace CSV as dict name → float `[N]`; raises BadInput."""
+    (_, header), *rows = read_cells(path, fix="--au names OpenFace's output") or [(1, [])]
+    names = [name.strip() for name in header]
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
-            names = [name.strip() for name in next(reader, [])]
-            table = np.array([[float(v) for v in row] for row in reader if row], dtype=float)
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+        table = np.array([[float(v) for v in row] for _, row in rows], dtype=float)
+    except ValueError as error:
         raise BadInput(f"{path}: not a CSV file of numbers below a header ({error})") from None
     columns = dict(zip(names, table.T)) if len(table) else {}
     wanted = ("frame", "confidence", "success", "pose_Rx", "pose_Ry", "pose_Rz")
@@ -122,7 +122,7 @@ def read_openface(path):
     return columns
 
 
-def rows_of(columns, rgb, numbers, how):
+def rows_of(columns: dict, rgb: dict, numbers: np.ndarray, how: str) -> np.ndarray:
     """Index of the row that belongs to each frame number; raises ValueError with the reason.
 
     rgb: frame number → path; how: --au_index.
@@ -144,7 +144,8 @@ def rows_of(columns, rgb, numbers, how):
     return order[place_of]
 
 
-def rises(path, rgb, numbers, usable, opt):
+def rises(path: str | Path, rgb: dict, numbers: np.ndarray, usable: np.ndarray,
+          opt: argparse.Namespace) -> list:
     """(onset, apex, intensity, unit) of the windows of one video, the strongest first chosen (of
     those equal to a tenth, the shortest: noise at rest makes long ones look stronger), none
     overlapping, sorted by onset. usable: bool `[N]`, frames that may count; raises
@@ -177,7 +178,7 @@ def rises(path, rgb, numbers, usable, opt):
     return sorted(chosen)
 
 
-def runs(numbers, good):
+def runs(numbers: np.ndarray, good: np.ndarray) -> list:
     """[first, last) of the stretches of consecutive frame numbers that are all good."""
     starts = good.copy()
     starts[1:] &= ~good[:-1] | (np.diff(numbers) != 1)
@@ -186,24 +187,22 @@ def runs(numbers, good):
     return [(int(a), int(b) + 1) for a, b in zip(np.flatnonzero(starts), np.flatnonzero(ends))]
 
 
-def windows(values, first, longest, floor):
+def windows(values: np.ndarray, first: int, longest: int, floor: float) -> list:
     """(rise, i, j, unit) of all windows of `values` `[n, U]` whose largest rise reaches the floor;
     i, j count from `first` on. A rise is above 0: later minus earlier."""
-    found = []
+    candidates = []
     for gap in range(1, min(longest, len(values) - 1) + 1):
         rise = values[gap:] - values[:-gap]  # [n - gap, U]
         unit = rise.argmax(1)
         best = rise[np.arange(len(rise)), unit]
         for i in np.flatnonzero((best >= floor) & (best > 0)):
-            found.append((float(best[i]), first + int(i), first + int(i) + gap, int(unit[i])))
-    return found
+            candidates.append((float(best[i]), first + int(i), first + int(i) + gap, int(unit[i])))
+    return candidates
 
 
-def tile(numbers, usable, window):
+def tile(numbers: np.ndarray, usable: np.ndarray, window: int) -> list:
     """Windows of `window` frames side by side, as (onset, apex, 0, 'levels'): the change between
     their ends is measured when they are cut."""
-    found = []
-    for first, last in runs(numbers, usable):
-        for i in range(first, last - window, window + 1):
-            found.append((int(numbers[i]), int(numbers[i + window]), 0.0, "levels"))
-    return found
+    return [(int(numbers[i]), int(numbers[i + window]), 0.0, "levels")
+            for first, last in runs(numbers, usable)
+            for i in range(first, last - window, window + 1)]

@@ -1,39 +1,41 @@
 """What the preparation writes beside the images: lists, boxes, pairs, manifest, report."""
-import csv
+import argparse
 import hashlib
-import io
 import json
 import re
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
-from dataset import DATABASES, PAIR_COLUMNS, Clip, natural, write_lists
-from preparation.annotation import copy_lists
+from dataset import PAIR_COLUMNS, Clip
+from images.lists import DATABASES, natural, write_lists
+from preparation.annotation import Row, Table, copy_lists
 from preparation.cutting import RECORDS, record_path
 from preparation.detection import BOX_COLUMNS
-from util import BadInput, sweep, write_json, write_text
+from preparation.intensity import Pair
+from util import BadInput, sweep, write_json, write_table, write_text
 
 # Clips per class of the published lists and of the two workbooks, to compare with.
 PUBLISHED = {"lists (943)": {"negative": 508, "positive": 64, "surprise": 201, "others": 170},
              "v1 (921)": {"negative": 496, "positive": 60, "surprise": 199, "others": 166},
              "v2 (860)": {"negative": 457, "positive": 55, "surprise": 187, "others": 161}}
-PLACES = {"data_folder", "num_workers", "dry_run"}  # options that change nothing in the set
+PLACES = {"set", "data_folder", "num_workers", "dry_run"}  # options that change nothing in the set
 
 
-def identity(row):
+def identity(row: Row) -> tuple:
     """(database, subject, video, onset) of a clip, as boxes.csv writes it."""
     onset = Path(row.files[0]).stem if row.files else row.onset
     return DATABASES[row.database], row.subject, row.video, str(onset)
 
 
-def digest_of(content):
+def _digest(content):
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------- before the run
 
-def begin(opt, settings, table, folder):
+def begin(opt: argparse.Namespace, table: Table, folder: Path) -> None:
     """Prepares the folder: nothing half-done of a stopped run stays, and no list that says
     something of images which this run will replace. Raises BadInput for a folder of others."""
     if table.lists and table.lists.resolve() == folder.resolve():
@@ -63,16 +65,18 @@ def _options(opt):
 
 # ---------------------------------------------------------------- after it
 
-def write(opt, settings, table, labelled, unlabelled, pairs, found, folder):
+def write(opt: argparse.Namespace, table: Table, labelled: list, unlabelled: list, pairs: dict,
+          search: dict | None, folder: Path) -> None:
     """Everything but the images. labelled, unlabelled: (row, task, record) of the clips that
-    stay; pairs: key → Pair of intensity.py; found: what was found in the videos, or None."""
+    stay; pairs: key → Pair; search: what the search for pairs met, or None."""
     remove_others(folder, labelled + unlabelled)
     for view in ("v_rgb", "v_depth"):
         shutil.rmtree(folder / view, ignore_errors=True)
     write_table(folder / "boxes.csv", BOX_COLUMNS, box_rows(labelled + unlabelled))
     (folder / "pairs.tsv").unlink(missing_ok=True)
     if unlabelled:
-        write_table(folder / "pairs.tsv", PAIR_COLUMNS, pair_rows(opt, unlabelled, pairs), "\t")
+        write_table(folder / "pairs.tsv", PAIR_COLUMNS,
+                    pair_rows(opt.intensity, unlabelled, pairs), "\t")
     encoding = {"difference": opt.difference, "depth_range_mm": opt.depth_range,
                 "depth_scale": opt.depth_scale, "size": opt.size,
                 "crop": {"by": opt.crop[0], "margin": opt.margin, "roll": opt.roll},
@@ -88,8 +92,8 @@ def write(opt, settings, table, labelled, unlabelled, pairs, found, folder):
         "annotation": table.source, "options": _options(opt), "encoding": encoding,
         "counts": counts(table, labelled), "repairs": table.repairs,
         "dropped": [{"clip": key, "reason": reason} for key, reason in table.dropped],
-        "unlabelled": found and {**found, "pairs": len(unlabelled)},
-        "digests": {"images": digest_of(sorted(files.items())), **{
+        "unlabelled": search and {**search, "pairs": len(unlabelled)},
+        "digests": {"images": _digest(sorted(files.items())), **{
             str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in _texts(folder)}},
         "clips": [_record_of(row, record) for row, _, record in labelled + unlabelled]})
@@ -106,7 +110,7 @@ def _record_of(row, record):
             "blank": row.blank, **{name: record[name] for name in kept}}
 
 
-def remove_others(folder, kept):
+def remove_others(folder: Path, kept: list) -> None:
     """Removes images and records of clips that are no longer in the set."""
     wanted = {record_path(folder, task) for _, task, _ in kept}
     names = {name for _, _, record in kept for name in record["files"]}
@@ -118,7 +122,7 @@ def remove_others(folder, kept):
             path.unlink()
 
 
-def write_lists_of(table, labelled, folder):
+def write_lists_of(table: Table, labelled: list, folder: Path) -> None:
     """v_rgb/ and v_depth/: copies of published lists, or lists of the clips; without depth,
     v_rgb alone."""
     if table.lists:
@@ -128,12 +132,13 @@ def write_lists_of(table, labelled, folder):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, text)
         return
-    clips = [Clip(row.database, row.person, row.key, row.label, row.rgb, task.depth or row.rgb)
-             for row, task, _ in labelled]
-    write_lists(folder, clips, "depth" if labelled[0][1].depth else "rgb")
+    clips = [Clip(row.database, row.person, row.key, row.label, (row.rgb, row.depth))
+             for row, _, _ in labelled]
+    write_lists(folder, clips, ("rgb", "depth") if labelled[0][1].depth else ("rgb",))
 
 
-def box_rows(clips):
+def box_rows(clips: list) -> Iterator[dict]:
+    """Rows of boxes.csv."""
     for row, _, record in clips:
         if record["box"]:
             box = {k: f"{v:.3f}" for k, v in record["box"].items()}
@@ -142,33 +147,23 @@ def box_rows(clips):
                 "frame": record["frame"], "frame_width": width, "frame_height": height}
 
 
-def strength(opt, pair, record):
-    """Intensity of a pair: that of its units, or the change that was measured when it was cut."""
-    return pair.intensity if opt.intensity == "au" else record["amplitude"]
+def strength(by: str, pair: Pair, record: dict) -> float:
+    """Intensity of a pair: that of its units (by: au), or the change measured when it was cut."""
+    return pair.intensity if by == "au" else record["amplitude"]
 
 
-def pair_rows(opt, unlabelled, pairs):
+def pair_rows(by: str, unlabelled: list, pairs: dict) -> Iterator[tuple]:
+    """Rows of pairs.tsv."""
     for row, _, record in unlabelled:
         pair = pairs[row.key]
         motion = "" if record["residual"] is None else f"{record['residual']:.3f}"
-        yield dict(zip(PAIR_COLUMNS, (
-            row.rgb, row.depth, DATABASES[row.database], row.person, row.video, row.onset,
-            row.apex, f"{strength(opt, pair, record):.3f}", pair.unit, motion)))
-
-
-def write_table(path, columns, rows, delimiter=","):
-    """Rows (dicts) as CSV with a header, LF, atomically."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, delimiter=delimiter, lineterminator="\n",
-                            restval="", extrasaction="raise")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
+        yield (row.rgb, row.depth, DATABASES[row.database], row.person, row.video, row.onset,
+               row.apex, f"{strength(by, pair, record):.3f}", pair.unit, motion)
 
 
 # ---------------------------------------------------------------- report
 
-def counts(table, labelled):
+def counts(table: Table, labelled: list) -> dict:
     """Clips per class, per subject, and blank ones per class."""
     names = [table.classes[row.label] for row, *_ in labelled]
     blank = [name for name, (row, *_) in zip(names, labelled) if row.blank]
@@ -179,33 +174,34 @@ def counts(table, labelled):
             "subjects": {name: people[name] for name in sorted(people, key=natural)}}
 
 
-def report(table, labelled, unlabelled, pairs, found, folder):
+def report(table: Table, labelled: list, unlabelled: list, pairs: dict, search: dict | None,
+           folder: Path) -> None:
     """Prints what was written, beside the published counts."""
     if table.source["rows"]:
-        found_counts = counts(table, labelled)
-        print(f"{table.source['name']}: {found_counts['annotated']} clips annotated, "
-              f"{len(labelled)} cut, {len(table.dropped)} dropped, "
-              f"{len(found_counts['subjects'])} subjects")
-        print_counts(table, found_counts)
+        clips = counts(table, labelled)
+        print(f"{table.source['name']}: {clips['annotated']} clips annotated, {len(labelled)} cut, "
+              f"{len(table.dropped)} dropped, {len(clips['subjects'])} subjects")
+        print_counts(table, clips)
     print_rules(table)
-    if found:
-        print_pairs(found, unlabelled, pairs)
+    if search:
+        print_pairs(search, unlabelled, pairs)
     print(f"lists, images  {folder}\nmanifest       {folder / 'manifest.json'}\n"
           f"pictures       {folder / 'audit'}")
 
 
-def print_counts(table, found):
+def print_counts(table: Table, clips: dict) -> None:
+    """Prints the result of `counts`, class by class, beside the published counts."""
     print(f"{'class':12}{'here':>8}{'blank':>8}" + "".join(f"{n:>14}" for n in PUBLISHED))
     for name in table.classes:
-        print(f"{name:12}{found['classes'][name]:8}{found['blank'][name]:8}"
+        print(f"{name:12}{clips['classes'][name]:8}{clips['blank'][name]:8}"
               + "".join(f"{c.get(name, '-'):>14}" for c in PUBLISHED.values()))
-    empty = [name for name in table.classes if not found["classes"][name]]
+    empty = [name for name in table.classes if not clips["classes"][name]]
     if empty:
         print(f"no clip of {', '.join(empty)}: the training scripts take lists whose labels are "
               f"0 to C-1 without a gap")
 
 
-def print_rules(table):
+def print_rules(table: Table) -> None:
     """Repairs and drops, by rule; the manifest names every clip."""
     for rule, keys in sorted(table.repairs.items()):
         print(f"  repaired {len(keys):5}  {rule}")
@@ -218,11 +214,12 @@ def print_rules(table):
         print(f"    … and {len(table.dropped) - 10} more, named in manifest.json")
 
 
-def print_pairs(found, unlabelled, pairs):
+def print_pairs(search: dict, unlabelled: list, pairs: dict) -> None:
+    """Prints how many pairs the videos gave, and which videos gave none."""
     speech = sum(pairs[row.key].unit in ("AU25", "AU26") for row, _, _ in unlabelled)
-    print(f"unlabelled: {found['videos']} videos, {len(unlabelled)} pairs"
+    print(f"unlabelled: {search['videos']} videos, {len(unlabelled)} pairs"
           + (f", {speech} of them by the speech units AU25 and AU26" if speech else ""))
-    for name, reason in found["stopped"][:10]:
+    for name, reason in search["stopped"][:10]:
         print(f"  left out {name}: {reason}")
-    if len(found["stopped"]) > 10:
-        print(f"  left out … and {len(found['stopped']) - 10} more videos, see manifest.json")
+    if len(search["stopped"]) > 10:
+        print(f"  left out … and {len(search['stopped']) - 10} more videos, see manifest.json")

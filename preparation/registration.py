@@ -1,13 +1,13 @@
-"""Onset and apex frame → aligned crops → difference images. Arrays and plain numbers only.
+"""Onset and apex frame → aligned crops → their difference. Arrays and plain numbers only.
 
 Coordinates are pixels, x to the right and y down, the centre of the first pixel at (0, 0).
 Matrices are float64 `[2, 3]` and map a point of the crop to the frame it is cut from.
 """
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from images.decoding import NO_CHANGE
 from util import BadInput
 
 try:
@@ -33,7 +33,7 @@ class Box:
     height: float
     roll: float = 0.0
 
-    def lies_in(self, width, height):
+    def lies_in(self, width: int, height: int) -> bool:
         """Whether its middle is in a frame of this size, and it is no larger than the frame
         allows: a face may be cut off by the border."""
         x, y = self.x + self.width / 2, self.y + self.height / 2
@@ -42,8 +42,8 @@ class Box:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Aligned crops: onset, apex uint8 `[S, S, 3]`; depth in mm float32 `[S, S]`, 0 invalid, or
+class Crops:
+    """One aligned pair: onset, apex uint8 `[S, S, 3]`; depth in mm float32 `[S, S]`, 0 invalid, or
     None; shift: motion of the head that was removed, residual: what is left, pixels of the crop
     (nan where nothing could be followed); registered: whether the registration converged."""
     onset: np.ndarray
@@ -55,7 +55,7 @@ class Pair:
     registered: bool
 
 
-def require():
+def require() -> None:
     """Raises BadInput where OpenCV is missing."""
     if cv2 is None:
         raise BadInput("opencv-python-headless: not installed, it registers and warps the frames; "
@@ -64,7 +64,8 @@ def require():
 
 # ---------------------------------------------------------------- crop
 
-def crop_matrix(box, size, margin=MARGIN, scale=(1.0, 1.0)):
+def crop_matrix(box: Box, size: int, margin: float = MARGIN,
+                scale: tuple = (1.0, 1.0)) -> np.ndarray:
     """Matrix `[2, 3]` of the square crop around the face: its longer side fills 1/(1 + margin).
 
     size: side of the crop; scale: width and height of the frame to cut from, relative to the
@@ -81,13 +82,13 @@ def crop_matrix(box, size, margin=MARGIN, scale=(1.0, 1.0)):
     return np.concatenate([turn * scale[:, None], offset[:, None]], 1)
 
 
-def compose(outer, inner):
+def compose(outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
     """The matrix that applies `inner` first, then `outer`."""
     return np.concatenate([outer[:, :2] @ inner[:, :2],
                            outer[:, :2] @ inner[:, 2:] + outer[:, 2:]], 1)
 
 
-def cut(frame, matrix, size):
+def cut(frame: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray:
     """Crop uint8 `[S, S, 3]` of a frame uint8 `[H, W, 3]`: smoothed to the crop's resolution,
     bicubic, the border repeated."""
     part, matrix = _region(frame, matrix, size)
@@ -100,7 +101,7 @@ def cut(frame, matrix, size):
     return crop.round().clip(0, 255).astype(np.uint8)
 
 
-def cut_depth(depth, matrix, size):
+def cut_depth(depth: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray:
     """Crop float32 `[S, S]` of a depth frame `[H, W]` (mm, 0 invalid), bilinear; a pixel that
     would draw on an invalid one, or on what lies outside, is invalid."""
     part, matrix = _region(depth, matrix, size)
@@ -129,14 +130,14 @@ def _in_crop(box, size, margin):
     return (size - width) / 2, (size - height) / 2, width, height
 
 
-def face_mask(box, size, margin=MARGIN):
+def face_mask(box: Box, size: int, margin: float = MARGIN) -> np.ndarray:
     """bool `[S, S]`: the ellipse in the face box."""
     left, top, width, height = _in_crop(box, size, margin)
     y, x = np.mgrid[:size, :size] + 0.5
     return (((x - left) / width - 0.5) ** 2 + ((y - top) / height - 0.5) ** 2) < 0.25
 
 
-def stable_mask(box, size, margin=MARGIN):
+def stable_mask(box: Box, size: int, margin: float = MARGIN) -> np.ndarray:
     """bool `[S, S]`: forehead and nose bridge."""
     left, top, width, height = _in_crop(box, size, margin)
     mask = np.zeros((size, size), bool)
@@ -148,7 +149,8 @@ def stable_mask(box, size, margin=MARGIN):
 
 # ---------------------------------------------------------------- registration
 
-def register(onset, apex, masks, motion="translation"):
+def register(onset: np.ndarray, apex: np.ndarray, masks: Sequence[np.ndarray],
+             motion: str = "translation") -> tuple:
     """Motion from the onset crop to the apex crop, both uint8 `[S, S, 3]`.
 
     masks: bool `[S, S]` each, tried in turn; motion: translation or similarity. Returns (matrix
@@ -195,14 +197,14 @@ def _nearest_similarity(warp, mask):
     return np.concatenate([turn, offset[:, None]], 1)
 
 
-def moved(warp, size):
+def moved(warp: np.ndarray, size: int) -> float:
     """How far the motion carries the corners of a crop's central half, on average; pixels."""
     corners = np.array([[.25, .75, .25, .75], [.25, .25, .75, .75]]) * size
     shift = warp[:, :2] @ corners + warp[:, 2:] - corners
     return float(np.linalg.norm(shift, axis=0).mean())
 
 
-def residual_motion(onset, apex, mask):
+def residual_motion(onset: np.ndarray, apex: np.ndarray, mask: np.ndarray) -> float:
     """Median displacement in pixels of points that can be followed within `mask`; nan where fewer
     than five can. Both crops uint8 `[S, S, 3]`."""
     first, second = (cv2.GaussianBlur(cv2.cvtColor(i, cv2.COLOR_RGB2GRAY), (0, 0), 1)
@@ -210,17 +212,18 @@ def residual_motion(onset, apex, mask):
     points = cv2.goodFeaturesToTrack(first, 80, 0.02, 4, mask=mask.astype(np.uint8))
     if points is None or len(points) < 5:
         return float("nan")
-    found, status, _ = cv2.calcOpticalFlowPyrLK(first, second, points, None, winSize=(15, 15),
-                                                maxLevel=2)
+    places, status, _ = cv2.calcOpticalFlowPyrLK(first, second, points, None, winSize=(15, 15),
+                                                 maxLevel=2)
     good = status.ravel() == 1
     if good.sum() < 5:
         return float("nan")
-    shift = (found - points).reshape(-1, 2)[good]
+    shift = (places - points).reshape(-1, 2)[good]
     return float(np.median(np.linalg.norm(shift, axis=1)))
 
 
-def align(frames, depths, box, size=256, margin=MARGIN, motion="translation"):
-    """Cuts and aligns one pair of frames; returns a Pair.
+def align(frames: Sequence[np.ndarray], depths: Sequence, box: Box, size: int = 256,
+          margin: float = MARGIN, motion: str = "translation") -> Crops:
+    """Cuts and aligns one pair of frames.
 
     frames: onset and apex uint8 `[H, W, 3]`, the box found on the onset frame; depths: the same
     moments in mm `[H', W']`, 0 invalid, or (None, None); motion: translation, similarity or none.
@@ -240,42 +243,23 @@ def align(frames, depths, box, size=256, margin=MARGIN, motion="translation"):
     if depths[0] is not None:
         depth = [cut_depth(image, compose(matrix_for(image), by), size)
                  for image, by in zip(depths, (np.eye(2, 3), warp))]
-    return Pair(onset, apex, *depth, moved(warp, size), residual_motion(onset, apex, stable),
-                converged)
+    return Crops(onset, apex, *depth, moved(warp, size), residual_motion(onset, apex, stable),
+                 converged)
 
 
-# ---------------------------------------------------------------- differences
+# ---------------------------------------------------------------- difference
 
-def rgb_change(onset, apex, face):
+def rgb_change(onset: np.ndarray, apex: np.ndarray, face: np.ndarray) -> np.ndarray:
     """apex − onset in grey levels, int16 `[S, S, 3]`, minus its median per channel over the face
     (bool `[S, S]`): flicker and exposure."""
     change = apex.astype(np.int16) - onset
     return change - np.median(change[face], axis=0).round().astype(np.int16)
 
 
-def depth_change(onset, apex, face):
+def depth_change(onset: np.ndarray, apex: np.ndarray, face: np.ndarray) -> tuple:
     """apex − onset in mm, float32 `[S, S]`, minus its median over the face: motion of the head;
     and where both frames are valid, bool `[S, S]`. 0 where they are not."""
     valid = (onset > 0) & (apex > 0)
     inside = valid & face
     centre = np.median((apex - onset)[inside]) if inside.any() else 0
     return np.where(valid, apex - onset - centre, 0).astype(np.float32), valid
-
-
-def encode(change, difference):
-    """Grey levels uint8 of a change in levels (int16): signed, wrap or absolute."""
-    if difference == "signed":
-        return ((change + 256) // 2).clip(0, 255).astype(np.uint8)
-    return (change % 256 if difference == "wrap" else abs(change).clip(0, 255)).astype(np.uint8)
-
-
-def encode_depth(change, difference, range_mm=10.0):
-    """Grey levels uint8 of a change in mm: 127 levels are `range_mm`, beyond it is clipped.
-
-    "No change" is the level that the encoding has for it in both views: 128, or 0 for wrap
-    (steps modulo 256) and absolute.
-    """
-    steps = np.round(127 * change / range_mm).clip(-127, 127).astype(np.int16)
-    if difference == "signed":
-        return (NO_CHANGE["signed"] + steps).astype(np.uint8)
-    return encode(steps, difference)

@@ -1,10 +1,11 @@
 """A raw tree as a licence holder finds it, of drawn textures: small, quick, and known exactly."""
-import csv
 import zlib
 
 import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter, zoom
+
+from util import write_table
 
 SIZE = 160, 120  # width, height
 HEADER = ("Subject", "Filename", "Onset", "Apex", "Offset", "AU", "Objective class", "emotion")
@@ -53,9 +54,5 @@ def write_video(root, subject, video, numbers, level=lambda n: 0.1 * n, size=SIZ
 
 def write_csv(path, rows):
     """The annotation; rows: (subject, video, onset, apex, offset, AU, emotion)."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(HEADER)
-        for *rest, emotion in rows:
-            writer.writerow([*map(str, rest), "I", emotion])
+    write_table(path, HEADER, [[*rest, "I", emotion] for *rest, emotion in rows])
     return path

@@ -91,7 +91,7 @@ def test_preparation_leaves_what_others_are_writing(tmp_path):
 
     class Table:
         lists, source = None, {}
-    outputs.begin(argparse.Namespace(), None, Table, folder)
+    outputs.begin(argparse.Namespace(), Table, folder)
     assert mine.exists() and others.exists() and not dead.exists()
 
 
@@ -134,3 +134,13 @@ print(seen)"""
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, text=True,
                           capture_output=True, check=True).stdout
     assert "['passive']" in said
+
+
+def test_names_of_earlier_releases_say_what_they_are_called_now():
+    for old, new in (("render_CASME3.py", "python render.py casme3 (the same flags)"),
+                     ("prepare_CASME3.py", "python prepare.py casme3 (the same flags)"),
+                     ("predict_DVSCL.py", "python predict.py (the same flags)"),
+                     ("sweep_intensity.py", "python benchmarks/sweep_intensity.py")):
+        said = subprocess.run([sys.executable, ROOT / old, "--data_folder", "d"], text=True,
+                              capture_output=True, check=False)
+        assert (said.returncode, said.stderr) == (2, f"error: {old} is now: {new}\n")

@@ -386,8 +386,8 @@ def test_no_head_fits_more_and_tells_less_than_scikit_learns(tmp_path, layer):
     for seed in range(5):
         folder = tmp_path / str(seed)
         script("render").main([
-            "--data_folder", folder, "--subjects", 10, "--clips_per_subject", 8, "--size", 64,
-            "--num_workers", 2, "--seed", seed])
+            "casme3", "--data_folder", folder, "--subjects", 10, "--clips_per_subject", 8,
+            "--size", 64, "--num_workers", 2, "--seed", seed])
         clips = dataset.read_clips(folder)
         torch.manual_seed(0)
         classifier = Classifier(

@@ -97,8 +97,8 @@ def test_heads_of_all_folds_agree_with_scikit_learn(capsys, n, dim, views, loss,
 def rendered(tmp_path_factory):
     """(clips, images) of a small rendered set."""
     folder = tmp_path_factory.mktemp("rendered")
-    script("render").main(["--data_folder", folder, "--subjects", FOLDS, "--clips_per_subject", 6,
-                           "--size", 64, "--num_workers", 1])
+    script("render").main(["casme3", "--data_folder", folder, "--subjects", FOLDS,
+                           "--clips_per_subject", 6, "--size", 64, "--num_workers", 1])
     clips = dataset.read_clips(folder)
     return clips, dataset.load_images(clips)[0]
 

@@ -23,7 +23,7 @@ def no_pictures(monkeypatch):
 
 
 def prepare(*argv):
-    return script("prepare").main(list(argv))
+    return script("prepare").main(["casme3", *argv])
 
 
 def curves(n, **rises):

@@ -1,4 +1,5 @@
 """prepare.py on a raw tree with every known irregularity: rules, counts, bytes, resume."""
+import contextlib
 import csv
 import hashlib
 import json
@@ -9,6 +10,7 @@ import sys
 import tarfile
 import time
 
+import irregular
 import numpy as np
 import pytest
 import raw_tree
@@ -28,7 +30,12 @@ PLAIN = ("--crop", "none", "--depth_scale", 0.1, "--size", 64, "--num_workers", 
 
 def prepare(*argv):
     """prepare.py in this process."""
-    return script("prepare").main(list(argv))
+    return script("prepare").main(["casme3", *argv])
+
+
+def render(folder, *argv):
+    """Small raw frames by render.py, in this process."""
+    script("render").main(["casme3", "--data_folder", folder, "--raw_size", 96, 72, "--raw", *argv])
 
 
 def key(subject, video, onset, apex):
@@ -182,8 +189,8 @@ def test_names_folders_and_lists_are_as_published(cut):
     assert sorted(c.key for c in clips.clips) == sorted(KEPT)
     first = next(c for c in clips.clips if c.key == KEPT[0])
     name = "spNO.1-a-16-spNO.1-a-10_diff"
-    assert first.rgb == f"casme3_diff_me4/casme3_diff_imgs_all/negative/{name}.png"
-    assert first.second == f"casme3_diff_me4/casme3_diff_depth_all/negative/{name}_depth.png"
+    assert first.paths[0] == f"casme3_diff_me4/casme3_diff_imgs_all/negative/{name}.png"
+    assert first.paths[1] == f"casme3_diff_me4/casme3_diff_depth_all/negative/{name}_depth.png"
     assert clips.encoding["classes"] == ["negative", "others", "positive", "surprise"]
     assert clips.encoding["difference"] == "signed" and clips.encoding["depth_range_mm"] == 10
 
@@ -192,21 +199,22 @@ def test_difference_images_show_the_rise(cut):
     """40 levels and 4 mm per unit of level, 0.1 per frame: two levels of the frame are one."""
     for clip, frames in ((KEPT[0], 6), (KEPT[1], 8), (KEPT[9], 5)):
         (row,) = [c for c in dataset.read_clips(cut).clips if c.key == clip]
-        assert level_change(cut, row.rgb) == pytest.approx(40 * 0.1 * frames * 0.9 / 2, rel=0.1)
-        assert level_change(cut, row.second) == pytest.approx(-12.7 * 0.4 * frames, rel=0.06)
+        rgb, depth = (level_change(cut, path) for path in row.paths)
+        assert rgb == pytest.approx(40 * 0.1 * frames * 0.9 / 2, rel=0.1)
+        assert depth == pytest.approx(-12.7 * 0.4 * frames, rel=0.06)
 
 
 def test_a_missing_apex_is_replaced_by_its_neighbour(cut):
     """spNO.5 a: 17 for 18, so the change is that of 7 frames; b: 19 for 20, of 9."""
     for clip, frames in ((KEPT[10], 7), (KEPT[11], 9)):
         (row,) = [c for c in dataset.read_clips(cut).clips if c.key == clip]
-        assert level_change(cut, row.second) == pytest.approx(-12.7 * 0.4 * frames, rel=0.06)
+        assert level_change(cut, row.paths[1]) == pytest.approx(-12.7 * 0.4 * frames, rel=0.06)
 
 
 def test_blank_clips_are_no_change(cut):
     for row in dataset.read_clips(cut).clips:
         blank = row.key in (KEPT[2], KEPT[3], KEPT[5])
-        for name in (row.rgb, row.second):
+        for name in row.paths:
             assert (np.asarray(Image.open(cut / name)) == 128).all() == blank
 
 
@@ -216,7 +224,7 @@ def test_the_middle_frame_may_stand_in_for_a_blank_apex(raw, tmp_path):
     found = manifest(tmp_path / "set")
     rows = {c.key: c for c in dataset.read_clips(tmp_path / "set").clips}
     for clip, apex in ((KEPT[2], 16), (KEPT[3], 16)):
-        change = level_change(tmp_path / "set", rows[clip].second)
+        change = level_change(tmp_path / "set", rows[clip].paths[1])
         assert change == pytest.approx(-12.7 * 0.4 * (apex - 12), rel=0.06)
     reasons = {d["clip"]: d["reason"] for d in found["dropped"]}
     assert reasons[KEPT[5]] == "onset 0 is missing, the nearest frame is 8"
@@ -286,7 +294,7 @@ def test_raw_labels_are_seven_classes(raw, tmp_path):
     clips = dataset.read_clips(tmp_path / "set")
     assert clips.classes == ["anger", "disgust", "fear", "happy", "others", "sad", "surprise"]
     (happy,) = [c for c in clips.clips if c.key == KEPT[9]]
-    assert happy.label == 3 and "/happy/" in happy.rgb
+    assert happy.label == 3 and "/happy/" in happy.paths[0]
 
 
 def test_counts_are_printed_beside_the_published_ones(raw, tmp_path, capsys):
@@ -311,15 +319,49 @@ def test_counts_are_printed_beside_the_published_ones(raw, tmp_path, capsys):
     assert f"    {key('spNO.5', 'd', 10, 22)}: apex 22 is missing, the nearest frame is 19" in lines
 
 
+def test_every_irregularity_is_planted(tmp_path):
+    render(tmp_path, "--subjects", 4, "--clips_per_subject", 4)
+    was, root = irregular.plant(tmp_path), tmp_path / "part_A_split" / "part_A"
+    assert len(was) == len(irregular.IRREGULARITIES) == 13
+    with open(tmp_path / "annotation.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    key = ("Subject", "Filename", "Onset", "Apex", "Offset", "emotion")
+    rows = {tuple(row[k] for k in key) for row in rows}
+
+    def now(name, **changes):
+        """Whether the annotation holds the clip's row with `changes`."""
+        return tuple({**was[name], **changes}[k] for k in key) in rows
+
+    def files(name, view):
+        row = was[name]
+        return {int(p.stem) for p in (root / row["Subject"] / row["Filename"] / view).glob("*.*")}
+    assert (root / "spNO210").is_dir() and not list((root / "spNO.210").glob("*/depth"))
+    assert now("Others beside others", emotion="Others")
+    for name, color, depth in (("apex frame missing", False, False),
+                               ("apex frame missing in depth", True, False)):
+        apex = int(was[name]["Apex"])
+        assert ((apex in files(name, "color")), (apex in files(name, "depth"))) == (color, depth)
+        assert {apex - 1, apex + 1} <= files(name, "color") & files(name, "depth")
+    name = "apex frame and its neighbours missing"
+    assert not files(name, "color") & set(range(int(was[name]["Apex"]) - 2,
+                                                int(was[name]["Apex"]) + 3))
+    name = "depth folder without the inner depth/"
+    assert files(name, "") and not files(name, "depth") and files(name, "") == files(name, "color")
+    assert now("apex equal to onset", Apex=was["apex equal to onset"]["Onset"])
+    assert now("offset 0", Offset="0") and now("onset and apex 0", Onset="0", Apex="0")
+    name = "subject in another case"
+    assert now(name, Subject=was[name]["Subject"].replace("spNO", "spNo"))
+    name = "video letter in another case"
+    assert now(name, Filename=was[name]["Filename"].upper())
+
+
 @pytest.mark.slow
 def test_every_irregularity_of_rendered_frames(tmp_path):
     """Rendered faces with each irregularity planted in a clip that is named."""
-    script("render").main(["--data_folder", tmp_path / "raw", "--raw", "irregular",
-                                  "--subjects", 4, "--clips_per_subject", 6, "--raw_size", 96, 72])
+    render(tmp_path / "raw", "--subjects", 4, "--clips_per_subject", 6)
+    planted = irregular.plant(tmp_path / "raw")
     prepare("--raw", tmp_path / "raw", "--annotation", tmp_path / "raw" / "annotation.csv",
             "--data_folder", tmp_path / "set", "--crop", "none", "--size", 64)
-    with open(tmp_path / "raw" / "irregularities.csv", newline="") as file:
-        planted = {row.pop("irregularity"): row for row in csv.DictReader(file)}
     found = manifest(tmp_path / "set")
     reasons = {d["clip"]: d["reason"] for d in found["dropped"]}
 
@@ -356,8 +398,7 @@ def test_every_irregularity_of_rendered_frames(tmp_path):
 
 @pytest.mark.slow
 def test_rendered_clip_package(tmp_path):
-    script("render").main(["--data_folder", tmp_path / "raw", "--raw", "ME_clip",
-                                  "--subjects", 2, "--clips_per_subject", 4, "--raw_size", 96, 72])
+    render(tmp_path / "raw", "ME_clip", "--subjects", 2, "--clips_per_subject", 4)
     prepare("--raw", tmp_path / "raw", "--annotation", tmp_path / "raw" / "annotation.csv",
             "--data_folder", tmp_path / "set", "--crop", "none", "--size", 64)
     found = manifest(tmp_path / "set")
@@ -403,8 +444,8 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError("stopped before the file got its name")
     monkeypatch.setattr(os, "replace", stop)
     with pytest.raises(OSError, match="stopped"):
-        cutting.write_bytes(tmp_path / "a" / "x.png", b"content")
-    assert list((tmp_path / "a").iterdir()) == []
+        util.write_bytes(tmp_path / "x.png", b"content")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_stopped_run_goes_on(tmp_path):
@@ -419,8 +460,8 @@ def test_stopped_run_goes_on(tmp_path):
     argv = ["--raw", tmp_path / "raw", "--annotation", labels, *PLAIN[:4], "--num_workers", 2]
     prepare(*argv, "--data_folder", tmp_path / "whole")
     stopped = tmp_path / "stopped"
-    run = subprocess.Popen([sys.executable, ROOT / "prepare.py", "--data_folder", stopped,
-                            *map(str, argv)], start_new_session=True,
+    run = subprocess.Popen([sys.executable, ROOT / "prepare.py", "casme3", "--data_folder",
+                            stopped, *map(str, argv)], start_new_session=True,
                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while run.poll() is None and len(list((stopped / ".prepare").glob("*.json"))) < 3:
@@ -428,6 +469,10 @@ def test_stopped_run_goes_on(tmp_path):
     finally:
         os.killpg(run.pid, signal.SIGKILL)
         run.wait()
+    with contextlib.suppress(ProcessLookupError):  # its workers, that may be writing to the disk
+        for _ in range(1000):
+            os.killpg(run.pid, 0)
+            time.sleep(0.01)
     kept = {p: p.stat().st_mtime_ns for p in (stopped / ".prepare").glob("*.json")}
     assert 3 <= len(kept) < 24
     assert not (stopped / "v_rgb").exists()
@@ -581,7 +626,8 @@ def test_clips_of_other_sets(tmp_path):
         (2, s, i) for s in ("sub01", "sub02") for i in range(3)}
     assert not (tmp_path / "set" / "v_depth").exists()
     (row,) = [c for c in clips.clips if c.subject == "sub01" and c.label == 1]
-    assert level_change(tmp_path / "set", row.rgb) == pytest.approx(40 * 0.6 * 0.9 / 2, rel=0.1)
+    rgb = level_change(tmp_path / "set", row.paths[0])
+    assert rgb == pytest.approx(40 * 0.6 * 0.9 / 2, rel=0.1)
 
 
 @pytest.mark.parametrize("header, row, words", [

@@ -6,6 +6,7 @@ import pytest
 from scipy.ndimage import affine_transform, gaussian_filter
 from scipy.ndimage import shift as move
 
+from images import encoding
 from preparation import registration
 from preparation.registration import Box
 
@@ -169,7 +170,7 @@ def test_depth_recovers_a_known_displacement():
     assert valid[face].all()
     assert change[row - 5:row + 6, column - 5:column + 6] == pytest.approx(-3.0, abs=0.15)
     assert abs(np.median(change[face])) < 1e-3
-    levels = registration.encode_depth(change, "signed", 10.0)
+    levels = encoding.encode_depth(change, "signed", 10.0)
     assert levels[row, column] == 128 + round(127 * -3 / 10)
 
 
@@ -206,16 +207,16 @@ def test_flicker_is_taken_off_per_channel():
 
 def test_encodings():
     change = np.array([-300, -255, -3, -2, -1, 0, 1, 2, 255, 300], np.int16)
-    assert registration.encode(change, "signed").tolist() == [0, 0, 126, 127, 127, 128, 128, 129,
+    assert encoding.encode(change, "signed").tolist() == [0, 0, 126, 127, 127, 128, 128, 129,
                                                               255, 255]
-    assert registration.encode(change, "wrap").tolist() == [212, 1, 253, 254, 255, 0, 1, 2, 255,
+    assert encoding.encode(change, "wrap").tolist() == [212, 1, 253, 254, 255, 0, 1, 2, 255,
                                                             44]
-    assert registration.encode(change, "absolute").tolist() == [255, 255, 3, 2, 1, 0, 1, 2, 255,
+    assert encoding.encode(change, "absolute").tolist() == [255, 255, 3, 2, 1, 0, 1, 2, 255,
                                                                 255]
     mm = np.array([-30, -10, -0.04, 0, 0.04, 5, 10, 30], np.float32)
-    assert registration.encode_depth(mm, "signed").tolist() == [1, 1, 127, 128, 129, 192, 255, 255]
-    assert registration.encode_depth(mm, "wrap").tolist() == [129, 129, 255, 0, 1, 64, 127, 127]
-    assert registration.encode_depth(mm, "absolute", 20).tolist() == [127, 64, 0, 0, 0, 32, 64,
+    assert encoding.encode_depth(mm, "signed").tolist() == [1, 1, 127, 128, 129, 192, 255, 255]
+    assert encoding.encode_depth(mm, "wrap").tolist() == [129, 129, 255, 0, 1, 64, 127, 127]
+    assert encoding.encode_depth(mm, "absolute", 20).tolist() == [127, 64, 0, 0, 0, 32, 64,
                                                                       127]
 
 

@@ -3,6 +3,7 @@ import csv
 import hashlib
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -11,15 +12,18 @@ from conftest import script
 from PIL import Image
 
 import dataset
+from rendering import casme3, expression
+from rendering import clips as filming
 from rendering import face as model
-from rendering.face import Job, Light, Pose
+from rendering.expression import Job
+from rendering.face import Light, Pose
 
 REST = Pose()
 SMALL = ["--subjects", 4, "--clips_per_subject", 6, "--size", 48, "--unlabelled", 6]
 
 
 def render(*argv):
-    return script("render").main(list(argv))
+    return script("render").main(["casme3", *argv])
 
 
 def refused(capsys, *argv):
@@ -83,14 +87,14 @@ def test_the_difference_of_two_frames_is_what_the_encoding_says():
     apex = onset + np.uint8(7)  # the whole face brighter: not a change
     apex[0, 0] += 10
     apex[7, 7] -= 5
-    found = model.rgb_difference(onset, apex)
+    found = filming.rgb_difference(onset, apex)
     assert (found[0, 0] == 133).all() and (found[7, 7] == 125).all() and found[3, 3, 0] == 128
     near = np.full((8, 8), 600.0)
     far = near + 3  # the head moved back by 3 mm
     far[0, 0] += 4
     far[7, 7] -= 25
     far[1, 1] = near[2, 2] = 0
-    found = model.depth_difference(near, far)
+    found = filming.depth_difference(near, far)
     assert found[0, 0] == 128 + 51 and found[7, 7] == 1 and (found == 128).sum() == 62
 
 
@@ -140,7 +144,7 @@ def test_a_unit_changes_both_views_at_the_same_place(face):
 
 
 def test_head_motion_is_the_mean_shift_of_the_face():
-    act = model.perform(Job("k", "spNO1", "happy"))
+    act = expression.perform(Job("k", "spNO1", "happy"))
     act = replace(act, pose=Pose(), motion=Pose(x=0.3, y=0.4))
     assert act.head_motion() == pytest.approx(0.5)
     assert replace(act, motion=Pose()).head_motion() == 0
@@ -148,30 +152,30 @@ def test_head_motion_is_the_mean_shift_of_the_face():
 
 def test_draws_follow_from_seed_and_key_alone():
     job = Job("spNO.1-a-9-spNO.1-a-3", "spNO1", "surprise")
-    act = model.perform(job)
-    assert act == model.perform(job) and act != model.perform(replace(job, seed=1))
-    none = model.perform(replace(job, amplitude=0))
+    act = expression.perform(job)
+    assert act == expression.perform(job) and act != expression.perform(replace(job, seed=1))
+    none = expression.perform(replace(job, amplitude=0))
     assert none.motion == act.motion and none.light == act.light and none.blink == act.blink
     assert not any(none.units.values()) and not any(none.unrelated.values())
-    double = model.perform(replace(job, amplitude=2))
+    double = expression.perform(replace(job, amplitude=2))
     assert double.strongest[1] == pytest.approx(2 * act.strongest[1])
 
 
 def test_nuisances_are_as_frequent_as_they_say():
-    acts = [model.perform(Job(f"k{i}", f"spNO{i % 50}", "negative")) for i in range(600)]
+    acts = [expression.perform(Job(f"k{i}", f"spNO{i % 50}", "negative")) for i in range(600)]
     sizes = np.array([act.strongest[1] for act in acts])
     assert sizes.max() <= 2.5 and 0.2 < np.median(sizes) < 0.6 and (sizes > 1).mean() > 0.05
     assert np.mean([bool(act.unrelated) for act in acts]) == pytest.approx(0.5, abs=0.07)
     assert np.mean([act.blink != 0 for act in acts]) == pytest.approx(0.12, abs=0.05)
     assert 0.1 < np.median([act.head_motion() for act in acts]) < 0.5
-    assert {model.CLASS_OF[act.emotion] for act in acts} == {0}
+    assert {expression.CLASS_OF[act.emotion] for act in acts} == {0}
 
 
 # ---------------------------------------------------------------- the data set
 
 def test_the_set_reads_as_any_other(rendered):
     clips = dataset.read_clips(rendered)
-    assert len(clips) == 24 and clips.n_label == 4 and clips.classes == list(model.CLASSES)
+    assert len(clips) == 24 and clips.n_label == 4 and clips.classes == list(expression.CLASSES)
     assert clips.encoding["difference"] == "signed" and clips.encoding["depth_range_mm"] == 10
     assert clips.encoding["rendered"] is True and clips.encoding["size"] == 48
     for label in range(4):
@@ -179,13 +183,13 @@ def test_the_set_reads_as_any_other(rendered):
     pattern = (r"casme3_diff_me4/casme3_diff_%s_all/(\w+)/"
                r"spNO\.(\d+)-(\w)-(\d+)-spNO\.\2-\3-(\d+)_diff%s\.png")
     for clip in clips.clips:
-        rgb = re.fullmatch(pattern % ("imgs", ""), clip.rgb)
-        depth = re.fullmatch(pattern % ("depth", "_depth"), clip.second)
+        rgb = re.fullmatch(pattern % ("imgs", ""), clip.paths[0])
+        depth = re.fullmatch(pattern % ("depth", "_depth"), clip.paths[1])
         assert rgb.groups() == depth.groups()
-        assert rgb[1] == model.CLASSES[clip.label] and clip.subject == f"spNO{rgb[2]}"
-        assert Image.open(rendered / clip.rgb).mode == "RGB"
-        assert Image.open(rendered / clip.second).mode == "L"
-        assert Image.open(rendered / clip.rgb).size == (48, 48)
+        assert rgb[1] == expression.CLASSES[clip.label] and clip.subject == f"spNO{rgb[2]}"
+        assert Image.open(rendered / clip.paths[0]).mode == "RGB"
+        assert Image.open(rendered / clip.paths[1]).mode == "L"
+        assert Image.open(rendered / clip.paths[0]).size == (48, 48)
 
 
 def test_truth_says_what_the_images_show(rendered):
@@ -194,11 +198,11 @@ def test_truth_says_what_the_images_show(rendered):
     assert {row["key"] for row in truth} == set(clips)
     for row in truth:
         clip, units = clips[row["key"]], tuple(map(int, row["action_units"].split("+")))
-        assert int(row["label"]) == clip.label == model.CLASS_OF[row["emotion"]]
+        assert int(row["label"]) == clip.label == expression.CLASS_OF[row["emotion"]]
         assert row["subject"] == clip.subject
-        assert units in [tuple(sorted(c)) for c in model.EMOTIONS[row["emotion"]]]
+        assert units in [tuple(sorted(c)) for c in expression.EMOTIONS[row["emotion"]]]
         apex, onset = re.search(r"-(\d+)-[^-]+-\w-(\d+)$", clip.key).groups()
-        pictures = [np.asarray(Image.open(rendered / p)) for p in (clip.rgb, clip.second)]
+        pictures = [np.asarray(Image.open(rendered / p)) for p in clip.paths]
         assert (row["blank"] == "1") == (apex == onset)
         if row["blank"] == "1":
             assert all((p == 128).all() for p in pictures) and float(row["amplitude_px"]) == 0
@@ -238,11 +242,9 @@ def test_a_finished_folder_is_reused_or_refused(rendered, tmp_path, capsys):
 
 
 def test_classes_are_uneven_over_subjects_and_rare_ones_there():
-    module = script("render")
-    opt = module.parse_option(["--data_folder", "x", "--subjects", "40"])
-    labels = module.draw_labels(opt)
+    labels = casme3.draw_labels(40, 8, 0)
     total = np.bincount(labels.ravel(), minlength=4) / labels.size
-    assert np.abs(total - module.CLASS_SHARE).max() < 0.01
+    assert np.abs(total - casme3.CLASS_SHARE).max() < 0.01
     counts = np.stack([(labels == c).sum(1) for c in range(4)], 1)
     even = 8 * total * (1 - total)  # variance if every subject had the same shares
     assert (counts.var(0) > 1.2 * even).sum() >= 3
@@ -274,8 +276,12 @@ def test_existing_lists_get_an_image_for_every_path(tmp_path):
     clips = dataset.read_clips(tmp_path / "out")
     assert {c.key for c in clips.clips} == {key for s in rows for _, key in rows[s]}
     for clip in clips.clips:
-        flat = (np.asarray(Image.open(tmp_path / "out" / clip.rgb)) == 128).all()
+        flat = (np.asarray(Image.open(tmp_path / "out" / clip.paths[0])) == 128).all()
         assert flat == (clip.label == 0)
+
+
+def change(path, how):
+    path.write_bytes(how(path.read_bytes().decode()).encode())
 
 
 def test_bad_input(tmp_path, capsys):
@@ -283,10 +289,21 @@ def test_bad_input(tmp_path, capsys):
     lists_of(tmp_path / "lists")
     row = tmp_path / "lists" / "v_depth" / "spNO3_test.txt"
     kept = row.read_bytes()
-    row.write_bytes(kept + b"a/b.png 9 0\n")
+    row.write_bytes(kept + b"a/b.png x 0\n")
     assert f"{row}:5" in refused(capsys, "--data_folder", out, "--lists", tmp_path / "lists")
-    row.write_bytes(kept.split(b"\r\n", 1)[1])
-    assert "1 clips" in refused(capsys, "--data_folder", out, "--lists", tmp_path / "lists")
+    row.write_bytes(kept + b"../b.png 0 0\n")
+    for train in ("spNO7", "spNO11"):
+        change(tmp_path / "lists" / "v_depth" / f"{train}_train.txt",
+               lambda text: text + "../b.png 0 0\n")
+    assert "1 clips of v_depth lack a partner in v_rgb" in refused(
+        capsys, "--data_folder", out, "--lists", tmp_path / "lists")
+    for old, new, words in ((" 3 0", " 9 0", "spNO3_test.txt:4: label 9 is not one of 0 to 3"),
+                            ("casme3_diff_me4", "..", "spNO3_test.txt:1: ../casme3_diff")):
+        shutil.rmtree(tmp_path / "lists")
+        lists_of(tmp_path / "lists")
+        for path in (tmp_path / "lists").glob("v_*/*_t*.txt"):
+            change(path, lambda text, old=old, new=new: text.replace(old, new))
+        assert words in refused(capsys, "--data_folder", out, "--lists", tmp_path / "lists")
     assert "subName.txt" in refused(capsys, "--data_folder", out, "--lists", tmp_path / "none")
     assert "--subjects" in refused(capsys, "--data_folder", out, "--subjects", 2,
                                    "--clips_per_subject", 3)
@@ -368,46 +385,6 @@ def test_the_clips_package(tmp_path):
         found = sorted(int(p.stem) for p in (package / "frame" / name).glob("*.jpg"))
         assert found == list(range(int(row["Onset"]), int(row["Offset"]) + 1))
     assert not (tmp_path / "set" / "part_A").exists()
-
-
-def test_every_irregularity_is_planted(tmp_path, capsys):
-    render("--data_folder", tmp_path / "set", "--raw", "irregular", "--subjects", 4,
-           "--clips_per_subject", 4, *RAW)
-    root = tmp_path / "set" / "part_A_split" / "part_A"
-    was = {row["irregularity"]: row for row in table(tmp_path / "set" / "irregularities.csv")}
-    assert len(was) == len(script("render").IRREGULARITIES) == 13
-    rows = table(tmp_path / "set" / "annotation.csv")
-    key = ("Subject", "Filename", "Onset", "Apex", "Offset", "emotion")
-    rows = {tuple(row[k] for k in key) for row in rows}
-
-    def now(name, **changes):
-        """Whether the annotation holds the clip's row with `changes`."""
-        return tuple({**was[name], **changes}[k] for k in key) in rows
-
-    def files(name, view):
-        row = was[name]
-        return {int(p.stem) for p in (root / row["Subject"] / row["Filename"] / view).glob("*.*")}
-    assert (root / "spNO210").is_dir() and not list((root / "spNO.210").glob("*/depth"))
-    assert now("Others beside others", emotion="Others")
-    for name, color, depth in (("apex frame missing", False, False),
-                               ("apex frame missing in depth", True, False)):
-        apex = int(was[name]["Apex"])
-        assert ((apex in files(name, "color")), (apex in files(name, "depth"))) == (color, depth)
-        assert {apex - 1, apex + 1} <= files(name, "color") & files(name, "depth")
-    name = "apex frame and its neighbours missing"
-    assert not files(name, "color") & set(range(int(was[name]["Apex"]) - 2,
-                                                int(was[name]["Apex"]) + 3))
-    name = "depth folder without the inner depth/"
-    assert files(name, "") and not files(name, "depth") and files(name, "") == files(name, "color")
-    assert now("apex equal to onset", Apex=was["apex equal to onset"]["Onset"])
-    assert now("offset 0", Offset="0") and now("onset and apex 0", Onset="0", Apex="0")
-    name = "subject in another case"
-    assert now(name, Subject=was[name]["Subject"].replace("spNO", "spNo"))
-    name = "video letter in another case"
-    assert now(name, Filename=was[name]["Filename"].upper())
-    assert "ask for more" in refused(capsys, "--data_folder", tmp_path / "few", "--raw",
-                                     "irregular", "--subjects", 2, "--clips_per_subject", 4, *RAW)
-    assert [p.name for p in tmp_path.iterdir()] == ["set"]
 
 
 def test_raw_and_difference_options_are_kept_apart(raw, capsys):

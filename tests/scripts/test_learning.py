@@ -114,8 +114,8 @@ def test_nce_stays_finite(small_crops, drawn, cache, tmp_path, rate):
 def test_the_demos_settings_learn_from_rendered_faces(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(transforms, "CROP", 224)  # the module's other tests crop 64 pixels
     render = script("render").main
-    render(["--data_folder", tmp_path / "seen"])
-    render(["--data_folder", tmp_path / "unseen", "--subjects", 6, "--seed", 1])
+    render(["casme3", "--data_folder", tmp_path / "seen"])
+    render(["casme3", "--data_folder", tmp_path / "unseen", "--subjects", 6, "--seed", 1])
     state, lines = train(tmp_path / "seen", tmp_path / "runs", cache, "alexnet",
                          "--batch_size", 32, "--epochs", 60)
     chance = math.log(state["seen"]["clips"])

@@ -59,9 +59,9 @@ def made(raw, tmp_path_factory):
             folder = tmp_path_factory.mktemp("made")
             data = folder / "data"
             script("prepare").main([
-                "--raw", raw, "--annotation", raw / "labels.csv", "--data_folder", data, "--size",
-                "64", "--classes", "3", "--depth_scale", "0.1", "--num_workers", "0", "--crop",
-                *map(str, crop), *(["--roll"] if crop[0] == "boxes" else [])])
+                "casme3", "--raw", raw, "--annotation", raw / "labels.csv", "--data_folder", data,
+                "--size", "64", "--classes", "3", "--depth_scale", "0.1", "--num_workers", "0",
+                "--crop", *map(str, crop), *(["--roll"] if crop[0] == "boxes" else [])])
             finetune("--data_folder", data, "--cache", "off", "--model_path", "random", "--model",
                      "resnet18v1", "--epochs", 2, "--batch_size", 4, "--subject", "all",
                      "--save_path", folder, "--freeze_encoder", *flags)

@@ -1,0 +1,119 @@
+"""A video as raw frames: expressions with rest between, and OpenFace's table of them."""
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+
+from rendering.clips import truth
+from rendering.expression import Job, perform
+from rendering.face import Pose, face_of, measure_depth, noise, photograph, rng_of, shade
+from util import write_text
+
+OPENFACE_UNITS = (1, 2, 4, 5, 6, 7, 9, 10, 12, 14, 15, 17, 20, 23, 25, 26, 45)
+OPENFACE_COLUMNS = ("frame", "confidence", "success", "pose_Rx", "pose_Ry", "pose_Rz",
+                    *(f"AU{unit:02d}_r" for unit in OPENFACE_UNITS))
+
+
+@dataclass(frozen=True)
+class Event:
+    """One expression of a video: its frame numbers, and the clip (Job) that names it."""
+    onset: int
+    apex: int
+    offset: int
+    job: Job
+
+    def level(self, frame: int) -> float:
+        """Share of the full expression, 0 at onset and offset, 1 at the apex."""
+        if not self.onset < frame < self.offset:
+            return 0.0
+        first, last = ((self.onset, self.apex) if frame <= self.apex
+                       else (self.offset, self.apex))
+        return float(np.sin(np.pi / 2 * (frame - first) / (last - first)) ** 2)
+
+
+@dataclass(frozen=True)
+class Video:
+    """Raw frames to render: numbers `first` to `last` into two existing folders."""
+    subject: str
+    name: str
+    color: str
+    depth: str
+    openface: str
+    first: int
+    last: int
+    events: tuple
+    size: tuple = (320, 240)
+    seed: int = 0
+
+
+def render_video(video: Video) -> tuple:
+    """Writes the frames of one video and its OpenFace table. Returns the rows of truth.csv, one
+    per event, and the box of the face in the first frame (x, y, width, height in pixels)."""
+    rng = rng_of(video.seed, "video", video.subject, video.name)
+    numbers = range(video.first, video.last + 1)
+    acts = [perform(event.job) for event in video.events]
+    poses, lights, blinks = _course(rng, acts[0], video)
+    width, height = video.size
+    mm_per_px = 290 / height  # the head fills two thirds of the height
+    face = face_of(video.subject, video.seed, mm_per_px)
+    holes, table = noise(rng, (height, width), 2.5), {}
+    for i, number in enumerate(numbers):
+        units = {45: (blinks[i], blinks[i])} if blinks[i] > 0.05 else {}
+        for event, act in zip(video.events, acts):
+            level = event.level(number)
+            units.update(act.sides(level) if level else {})
+        image, z, body, absorb = shade(face, poses[i], lights[i], units, width, height, mm_per_px)
+        _, jpeg = photograph(image, rng, 1.2, 95)
+        with open(f"{video.color}/{number}.jpg", "wb") as file:
+            file.write(jpeg)
+        depth = measure_depth(z, body, absorb, rng, holes, step=1.0)
+        Image.fromarray(depth.astype(np.uint16)).save(f"{video.depth}/{number}.png",
+                                                      compress_level=3)
+        table[number] = _openface(rng, units, poses[i])
+    _write_openface(video.openface, table)
+    rows = []
+    for event, act in zip(video.events, acts):
+        a, b = event.onset - video.first, event.apex - video.first
+        rows.append(truth(event.job, replace(
+            act, pose=poses[a], motion=poses[a].to(poses[b]), blink=blinks[b] - blinks[a],
+            light_gain=lights[b].key / lights[a].key - 1, light_turn=0.0)))
+    first, px = poses[0], 1 / mm_per_px
+    box = ((width - 1) / 2 + (first.x - 75) * px, (height - 1) / 2 + (first.y + 13 - 95) * px,
+           150 * px, 185 * px)
+    return rows, dict(zip(("x", "y", "width", "height"), (round(v, 1) for v in box)))
+
+
+def _course(rng, act, video):
+    """Pose, light and blink (mm) of every frame: slow drift, flicker, blinks between events."""
+    n = video.last - video.first + 1
+    drift = noise(rng, (6, n), (0, 10)).astype(float)
+    x, y, roll, yaw, pitch, scale = drift * np.array([[1, 1, 0.006, 0.01, 0.01, 0.002]]).T
+    poses = [act.pose.moved(Pose(*change, 1 + s))
+             for *change, s in zip(x, y, roll, yaw, pitch, scale)]
+    lights = [act.light.changed(float(gain), 0.0) for gain in 0.008 * noise(rng, (n,), 1.5)]
+    blinks = np.zeros(n)
+    for event in video.events:
+        middle = event.offset + 4 - video.first
+        blinks += 6 * np.exp(-0.5 * ((np.arange(n) - middle) / 1.2) ** 2) * (rng.random() < 0.5)
+    return poses, lights, blinks.tolist()
+
+
+def _openface(rng, units, pose):
+    """One row of OpenFace's output: 0-5 per unit, one level per mm, a little noise."""
+    level = {unit: sum(sides) / 2 for unit, sides in units.items()}
+    level[23] = level.get(24, 0)  # OpenFace knows the lip tightener, not the lip presser
+    values = [level.get(unit, 0) + 0.04 * rng.standard_normal() for unit in OPENFACE_UNITS]
+    return [0.98, 1, round(pose.pitch, 4), round(pose.yaw, 4), round(pose.roll, 4),
+            *(round(float(np.clip(v, 0, 5)), 2) for v in values)]
+
+
+def _write_openface(path, table):
+    """The table as OpenFace writes it: rows follow the file names sorted as strings (1, 10, 2),
+    `frame` counts them from 1, and the header carries spaces."""
+    rows = [[count, *table[number]] for count, number in enumerate(sorted(table, key=str), 1)]
+    write_text(path, "".join(", ".join(map(str, row)) + "\n" for row in (OPENFACE_COLUMNS, *rows)))
+
+
+def render_videos(videos: list) -> list:
+    """What render_video returns, for all videos of one subject."""
+    return [render_video(video) for video in videos]
