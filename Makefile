@@ -12,7 +12,7 @@ HEADS = $(SHARED) --save_path $(DEMO)/results
 RESULTS = $(DEMO)/results/probe_random*/results.json $(DEMO)/results/probe_batch*/results.json \
           $(DEMO)/results/finetune*/results.json
 
-.PHONY: demo test test-slow faces clean-demo
+.PHONY: demo test lint check test-slow faces clean-demo
 
 # 24 labelled people, held out in turn; 600 unlabelled pairs of 60 others to pre-train on
 demo: .venv/ready
@@ -32,6 +32,12 @@ demo: .venv/ready
 
 test: .venv/test-ready
 	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+lint: .venv/test-ready
+	.venv/bin/ruff check
+
+# what must hold before a change lands
+check: lint test
 
 test-slow: .venv/test-ready
 	$(PY) -m pytest -m slow -n auto --maxprocesses 8 --dist worksteal

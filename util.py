@@ -189,7 +189,7 @@ def number(kind, low=None, high=None, low_open=False):
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number of type {kind.__name__}")
         if (not math.isfinite(value)
-                or (low is not None and (value < low or low_open and value == low))
+                or (low is not None and (value < low or (low_open and value == low)))
                 or (high is not None and value > high)):
             wanted = " and ".join(
                 ([f"{'above' if low_open else 'at least'} {low}"] if low is not None else [])

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from NCE.NCEAverage import NCEAverage  # noqa: E402
-from NCE.NCECriterion import NCECriterion, NCESoftmaxLoss  # noqa: E402
+from NCE.NCEAverage import NCEAverage
+from NCE.NCECriterion import NCECriterion, NCESoftmaxLoss
 
 
 class TextbookBank(NCEAverage):

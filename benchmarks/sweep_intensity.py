@@ -127,7 +127,8 @@ def main(argv=None):
             continue
         parts = [run_fold(opt, more, shared, threshold, fold)
                  for fold in zip(folds.names, people)]
-        scores = measures.evaluate(*(sum(part, []) for part in zip(*parts)), clips.n_label)
+        labels, said = (list(itertools.chain(*part)) for part in zip(*parts))
+        scores = measures.evaluate(labels, said, clips.n_label)
         rows.append(dict(zip(COLUMNS, (threshold, len(left), scores["uf1"], scores["uar"]))))
     if not rows:
         raise util.BadInput(f"{opt.pairs}: no threshold leaves two pairs in every inner fold; "

@@ -35,6 +35,7 @@ from training import record, supervised
 from models import create_classifier, create_model
 from models.alexnet import ConvBlock
 from NCE.NCECriterion import NCESoftmaxLoss
+import itertools
 
 PARTS = ("pretrain", "probe", "finetune", "start", "growth")
 BATCH, K = 256, 4096
@@ -278,7 +279,7 @@ def growth(opt):
         for epoch in range(1, run.epochs + 1):
             descent.epoch(epoch)
             times.append(time.perf_counter())
-        least = min(b - a for a, b in zip(times, times[1:]))
+        least = min(b - a for a, b in itertools.pairwise(times))
         print(f"  {people:8d} {dim:9d} {1000 * least:9.1f}")
 
 

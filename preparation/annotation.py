@@ -203,7 +203,7 @@ def _add_row(table, values, where, clips):
 
 def _blank_checked(table, row):
     """The row, marked blank where its apex is its onset, or lies outside onset to offset."""
-    outside = row.apex < row.onset or row.offset is not None and row.apex > row.offset
+    outside = row.apex < row.onset or (row.offset is not None and row.apex > row.offset)
     if outside:
         table.repaired("apex outside onset to offset: blank", row.key)
     elif row.apex == row.onset:

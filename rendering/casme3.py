@@ -405,7 +405,7 @@ def asked_for(opt: argparse.Namespace) -> dict:
 def find_finished(folder: Path, asked: dict) -> dict | None:
     """rendered.json of a folder that holds what is asked for; None for no folder or an empty one.
     Raises BadInput for anything else."""
-    if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     try:
         record = json.loads((folder / "rendered.json").read_text(encoding="utf-8"))

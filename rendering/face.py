@@ -278,7 +278,7 @@ class Face:
 
         def disc(r):
             return np.clip((r - radius) / 0.8 + 0.5, 0, 1)[..., None]
-        ball = np.ones(radius.shape + (1,)) * np.array([0.68, 0.64, 0.6])
+        ball = np.ones((*radius.shape, 1)) * np.array([0.68, 0.64, 0.6])
         ball *= (1 - 0.5 * np.clip(np.abs(x) / s["eye_w"], 0, 1) ** 2)[..., None]
         ball += disc(6.0) * (s["iris"] * 0.45 - ball)
         ball += disc(5.0) * (s["iris"] - ball)

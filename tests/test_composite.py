@@ -62,10 +62,10 @@ def megc_rows():
 def test_442_clips_of_68_subjects(megc_rows, tmp_path):
     people = {(r["database"], r["subject"]) for r in megc_rows}
     assert (len(megc_rows), len(people), len({p[1] for p in people})) == (442, 68, 28)
-    for person in people:
-        result_files.write_subject(
-            tmp_path, "_".join(person), transductive=False, checkpoint="x", sha256="1",
-            rows=[r for r in megc_rows if (r["database"], r["subject"]) == person])
+    result_files.write_subjects(tmp_path, {"_".join(person): {
+        "transductive": False, "checkpoint": "x", "sha256": "1",
+        "rows": [r for r in megc_rows if (r["database"], r["subject"]) == person]}
+        for person in people})
     found = result_files.write_results(tmp_path, {"protocol": "loso"}, 3, list("nps"))
     assert (found["n"], found["n_subjects"]) == (442, 68)
     assert [found["uf1"], found["uar"]] == pytest.approx(figures(megc_rows))
@@ -102,8 +102,8 @@ def test_a_database_without_a_class_is_averaged_over_all(megc_rows):
 
 def test_one_database_leaves_no_challenge_log(megc_rows, tmp_path):
     rows = [r for r in megc_rows if r["database"] == "smic"][::16]
-    result_files.write_subject(tmp_path, "s01", rows, transductive=False, checkpoint="x",
-                               sha256="1")
+    result_files.write_subjects(tmp_path, {"s01": {
+        "rows": rows, "transductive": False, "checkpoint": "x", "sha256": "1"}})
     found = result_files.write_results(tmp_path, {}, 3, list("nps"))
     assert not (tmp_path / "megc2019.log").exists() and list(found["per_database"]) == ["smic"]
     assert "smic" not in result_files.describe(found)
@@ -182,7 +182,7 @@ def test_full_and_per_database_figures_and_the_log(probed):
 
 def test_a_person_is_held_out_alone_and_its_namesakes_train(composite, flags, probed, tmp_path):
     # another label of a namesake's clips changes the prediction, one's own does not
-    folder, clips = composite
+    _folder, clips = composite
     lists = {}
     for name, database in (("own", 2), ("namesake", 1)):
         lists[name] = tmp_path / name
@@ -206,7 +206,7 @@ def test_ten_folds_never_part_a_person_and_one_database_can_be_taken(flags, tmp_
     assert "MEGC2019" in capsys.readouterr().out
     assert results(tmp_path / "all")[1]["n"] == 15
     probe(*flags, "--dataset", "casme2", "--protocol", "loso", "--save_path", tmp_path / "one")
-    folder, found, rows = results(tmp_path / "one")
+    folder, found, _rows = results(tmp_path / "one")
     assert (found["n"], found["n_subjects"]) == (6, 2)
     assert not (folder / "megc2019.log").exists()
     assert "MEGC2019" not in capsys.readouterr().out
@@ -215,7 +215,7 @@ def test_ten_folds_never_part_a_person_and_one_database_can_be_taken(flags, tmp_
 def test_fine_tuning_writes_the_same_kind_of_files(flags, tmp_path):
     finetune(*flags, "--epochs", 1, "--subject", "smic/sub01", "samm/sub01",
              "--save_path", tmp_path)
-    folder, found, rows = results(tmp_path)
+    folder, found, _rows = results(tmp_path)
     assert {k: v["n"] for k, v in found["per_database"].items()} == {"smic": 3, "samm": 3}
     assert {k: len(v) for k, v in read_log(folder / "megc2019.log").items()} \
         == {("smic", "sub01"): 3, ("samm", "sub01"): 3}

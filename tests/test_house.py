@@ -14,7 +14,7 @@ from conftest import ROOT, finetune, script
 import dataset
 import util
 from evaluation import heldout
-from images import decoding
+from images import encoding
 from preparation import outputs
 from training import checkpoint, distributed
 
@@ -33,7 +33,7 @@ def test_input_is_checked_without_assert_statements(tmp_path):
     (tmp_path / "predictions.csv").write_text("database,subject,key,label,prediction,p_0\n"
                                               "casme3,s1,a,9,0,1.0\n")
     path = str(tmp_path / "predictions.csv")
-    code = (f"import util\nfrom evaluation import measures\n"
+    code = (f"import util\nfrom evaluation import result_files\n"
             f"try: result_files.read_predictions({path!r}, 4)\n"
             f"except util.BadInput as error: print('refused', error)")
     for flags in ((), ("-O",)):
@@ -72,11 +72,12 @@ def test_persons_and_labels_are_collected_once():
 def test_images_are_searched_for_blanks_by_the_writer_alone(monkeypatch):
     def refuse(*_):
         raise AssertionError("images were read")
-    monkeypatch.setattr(decoding, "blank", refuse)
+    monkeypatch.setattr(encoding, "blank", refuse)
     monkeypatch.setattr(distributed, "first", lambda: False)
-    run = object.__new__(heldout.HeldOut)
-    run.clips = dataset.ClipSet([], None, ("rgb", "depth"), (3, 1), {"difference": "signed"})
-    assert run.finish(np.zeros((0, 4, 8, 8), np.uint8)) is None
+    held = object.__new__(heldout.HeldOut)
+    clips = dataset.ClipSet([], None, ("rgb", "depth"), (3, 1), {"difference": "signed"})
+    held.run, held.data = None, dataset.Data(clips, np.zeros((0, 4, 8, 8), np.uint8), "")
+    assert held.finish() is None
 
 
 def test_preparation_leaves_what_others_are_writing(tmp_path):

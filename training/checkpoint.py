@@ -41,7 +41,7 @@ def _reason(error: Exception, path: Path) -> str:
     cause = error
     while cause and not isinstance(cause, OSError):  # torch.save hides it behind a RuntimeError
         cause = cause.__cause__ or cause.__context__
-    said = cause and cause.strerror or str(cause or error).partition("\n")[0]
+    said = (cause and cause.strerror) or str(cause or error).partition("\n")[0]
     if not cause or cause.errno not in (errno.ENOSPC, errno.EDQUOT):
         return f"{said}; put that right"
     return f"{said} ({shutil.disk_usage(path.parent).free / 2 ** 20:.0f} MiB free); make room"

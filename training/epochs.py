@@ -256,7 +256,7 @@ class Loop:
                 within = {}
                 self.log.epoch(epoch, means, self.unit)
                 last = epoch == opt.epochs
-                if last or epoch % opt.print_freq == 0 or epoch == done + 1 and not self.unit:
+                if last or epoch % opt.print_freq == 0 or (epoch == done + 1 and not self.unit):
                     tqdm.write(f"{self.unit}  " * bool(self.unit) + f"epoch {epoch}/{opt.epochs}  "
                                + "  ".join(f"{k} {v:.4g}" for k, v in means.items()))
                 if save and (last or epoch % opt.save_freq == 0):

@@ -12,6 +12,7 @@ from evaluation import logistic, probing
 from images import encoding
 from models import create_classifier, create_model
 from models.classifier import Classifier
+from training.options import PENALTIES
 
 FOLDS, CLASSES = 6, 4
 L2 = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
@@ -189,7 +190,7 @@ def choose(data, groups, fold):
     """(l2, inner UF1) of a fold by a loop over penalties and inner folds; the UF1 of each."""
     features, labels, fold_of = data
     train, tried = fold_of != fold, []
-    for l2 in probing.GRID:
+    for l2 in L2:
         said = np.full(len(labels), -1)
         for group in range(groups.max() + 1):
             left = train & (groups == group)
@@ -199,7 +200,7 @@ def choose(data, groups, fold):
         tried.append(f1_score(labels[train], said[train], average="macro", labels=range(CLASSES),
                               zero_division=0))
     best = max(range(len(tried)), key=lambda i: (round(tried[i], 9), -i))  # the stronger on ties
-    return probing.GRID[best], tried[best], tried
+    return L2[best], tried[best], tried
 
 
 @pytest.mark.parametrize("n, dim, told, seed, ties", [(60, 40, 0.8, 0, False),
@@ -212,7 +213,7 @@ def test_the_penalty_is_that_of_a_loop_over_outer_and_inner_folds(n, dim, told, 
     assert choice.l2 == [l2 for l2, _, _ in expected]
     assert choice.uf1 == pytest.approx([uf1 for _, uf1, _ in expected], abs=1e-9)
     assert len(set(choice.l2)) > 1
-    assert probing.GRID == tuple(sorted(probing.GRID, reverse=True)) == L2
+    assert tuple(sorted(PENALTIES, reverse=True)) == PENALTIES == L2
     assert [line["l2"] for line in choice.tried] == list(L2)
     each = np.array([tried for _, _, tried in expected])
     assert [line["inner_uf1"] for line in choice.tried] == pytest.approx(each.mean(0), abs=1e-9)

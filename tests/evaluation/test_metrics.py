@@ -207,10 +207,10 @@ ROWS = [row("smic", "a", "k1", 0, [0.25, 0.75]), row("casme3", "b", "k3", 1, [0.
 
 
 def write(folder, rows=ROWS, blank_keys=(), **about):
-    for name in ("smic_a", "casme3_b", "casme3_a"):
-        mine = [r for r in rows if f"{r['database']}_{r['subject']}" == name]
-        result_files.write_subject(folder, name, mine, **{
-            "transductive": False, "checkpoint": "x.pth", "sha256": "1", **about.get(name, {})})
+    result_files.write_subjects(folder, {name: {
+        "transductive": False, "checkpoint": "x.pth", "sha256": "1", **about.get(name, {}),
+        "rows": [r for r in rows if f"{r['database']}_{r['subject']}" == name]}
+        for name in ("smic_a", "casme3_b", "casme3_a")})
     return result_files.write_results(folder, {"protocol": "loso"}, 2, ["no", "yes"], blank_keys)
 
 
@@ -280,8 +280,9 @@ def test_a_subject_that_another_job_finishes_meanwhile_is_in_the_results(tmp_pat
     write_predictions = result_files.write_predictions
 
     def slow(*args):
-        result_files.write_subject(tmp_path, "smic_b", [row("smic", "b", "k7", 1, [0.0, 1.0])],
-                                   transductive=False, checkpoint="x.pth", sha256="1")
+        result_files.write_subjects(tmp_path, {"smic_b": {
+            "rows": [row("smic", "b", "k7", 1, [0.0, 1.0])], "transductive": False,
+            "checkpoint": "x.pth", "sha256": "1"}})
         write_predictions(*args)
     monkeypatch.setattr(result_files, "write_predictions", slow)
     assert write(tmp_path)["n"] == len(ROWS) + 1
@@ -293,5 +294,5 @@ def test_half_a_subject_file_is_refused_by_name(tmp_path):
     write(tmp_path)
     path = tmp_path / "subjects" / "smic_a.json"
     path.write_text(path.read_text()[:40])
-    with pytest.raises(util.BadInput, match="smic_a.json: not a subject's predictions"):
+    with pytest.raises(util.BadInput, match=r"smic_a\.json: not a subject's predictions"):
         result_files.write_results(tmp_path, {}, 2, ["no", "yes"])

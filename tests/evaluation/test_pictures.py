@@ -123,11 +123,12 @@ def test_groups_that_keep_their_own_mistakes_hold_those_of_all(tmp_path):
                 for i in measures.most_wrong(labels[members], p[members])}
         for person in set(people[members]):
             mine = [i for i in members if people[i] == person]
-            result_files.write_subject(tmp_path, f"s{person}", [
+            result_files.write_subjects(tmp_path, {f"s{person}": {"rows": [
                 {"database": "casme3", "subject": f"s{person}", "key": f"k{i:03}",
                  "label": int(labels[i]), "prediction": int(p[i].argmax()),
-                 "probabilities": p[i].tolist()} for i in mine],
-                maps={f"k{i:03}": maps[i] for i in mine if i in maps})
+                 "probabilities": p[i].tolist()} for i in mine]}})
+            result_files.add_maps(tmp_path, {f"s{person}": {
+                f"k{i:03}": maps[i] for i in mine if i in maps}})
     found, (wrong, n) = result_files.read_mistakes(tmp_path)
     assert n == 150 and wrong == int((p.argmax(1) != labels).sum())
     expected = [i for i in clips if p[i].argmax() != labels[i]]
@@ -140,7 +141,7 @@ def test_maps_that_cannot_be_read_are_refused_by_name(tmp_path):
     row = {"database": "casme3", "subject": "s", "key": "k", "label": 0, "prediction": 1,
            "probabilities": [0.2, 0.8]}
     for maps in ({"k": [1, 2, 3]}, {"k": ["x", None]}, [1], {"k": [[[1], [2, 3]], None]}):
-        result_files.write_subject(tmp_path, "s", [row], maps=maps)
+        result_files.write_subjects(tmp_path, {"s": {"rows": [row], "maps": maps}})
         with pytest.raises(util.BadInput, match=r"s\.json: its 'maps' cannot be read"):
             result_files.read_mistakes(tmp_path)
 

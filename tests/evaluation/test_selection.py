@@ -17,6 +17,7 @@ from dataset import Clip, ClipSet, read_clips
 from evaluation import heldout, logistic, measures, pictures, probing, result_files, shortcuts
 from images.lists import write_lists
 from training import record
+from training.options import PENALTIES
 
 N, DIM, CLASSES, FOLDS = 48, 12, 3, 6
 RATES = [0.01, 0.3]
@@ -131,14 +132,14 @@ def test_solved_heads_choose_a_penalty_and_follow_no_epochs(drawn, cache, pretra
         folder.name
     results = json.loads((folder / "results.json").read_text())
     assert results["choices"].keys() == {"s1", "s2", "s3", "s4"}
-    assert all(c["l2"] in probing.GRID and 0 <= c["inner_uf1"] <= 1 and len(c) == 2
+    assert all(c["l2"] in PENALTIES and 0 <= c["inner_uf1"] <= 1 and len(c) == 2
                for c in results["choices"].values())
     assert "oracle_best_epoch" not in results and results["opt"]["solver"] == "lbfgs"
     chosen = [c["l2"] for c in results["choices"].values()]
     assert f"chosen by inner folds: penalty (--l2) {min(chosen):g} to {max(chosen):g}" in \
         capsys.readouterr().out
     lines = record.read_log(folder)[1:]
-    assert [line["l2"] for line in lines] == list(probing.GRID)
+    assert [line["l2"] for line in lines] == list(PENALTIES)
     assert all(0 <= line["inner_uf1"] <= 1 and 0 <= line["train_accuracy"] <= 1 for line in lines)
     probe(*flags, "--save_path", tmp_path / "fixed", "--l2", 0.003)
     folder = only(tmp_path / "fixed")

@@ -20,7 +20,7 @@ from NCE.NCEAverage import NCEAverage
 from NCE.NCECriterion import NCECriterion, NCESoftmaxLoss
 
 PARITY = Path(__file__).resolve().parents[3] / "shared" / "parity" / "encoders.json"
-RandomState = np.random.RandomState  # noqa: NPY002 (the fixture was made with it)
+RandomState = np.random.RandomState
 ALIASES = {"resnets18": "resnet18v1", "resnets50": "resnet50v1", "resnets101": "resnet101v1"}
 
 
@@ -278,7 +278,7 @@ def test_what_does_not_exist_is_refused_with_the_choices():
     for name, layer, last in (("alexnet", 6, 5), ("alexnet", 0, 5), ("resnet50v1", 7, 6)):
         with pytest.raises(ValueError, match=f"layer {layer}.*1 to {last}"):
             create_classifier(name, layer, 2)
-    with pytest.raises(ValueError, match="left.*both, rgb, depth"):
+    with pytest.raises(ValueError, match=r"left.*both, rgb, depth"):
         create_classifier("alexnet", 5, 2, encoder="left")
     model, x = create_model("resnet18v1").eval(), torch.randn(1, 4, 32, 32)
     for layer in (0, 8, -1):

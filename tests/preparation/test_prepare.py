@@ -20,6 +20,7 @@ from PIL import Image
 import dataset
 import util
 from preparation import annotation, audit, cutting, detection
+from training import record
 
 BLANK = "apex equal to onset: blank"
 OUTSIDE = "apex outside onset to offset: blank"
@@ -761,4 +762,4 @@ def test_the_training_scripts_run_on_the_set(cut, tmp_path, monkeypatch):
     finetune(*common, *heads, "--subject", "spNO1")
     counts = [json.loads(p.read_text())["n"] for p in (tmp_path / "results").glob("*/results.json")]
     assert sorted(counts) == [4, 12]
-    assert util.read_log(last.parent)[-1]["epoch"] == 1
+    assert record.read_log(last.parent)[-1]["epoch"] == 1

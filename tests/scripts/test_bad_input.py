@@ -638,7 +638,7 @@ def test_an_interrupted_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
         file.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(util.RunFailed, match="last.pth: cannot be written"):
+    with pytest.raises(util.RunFailed, match=r"last\.pth: cannot be written"):
         checkpoint.save(tmp_path / "last.pth", {"model": {}, "epoch": 2})
     monkeypatch.undo()
     assert checkpoint.load(tmp_path / "last.pth")["epoch"] == 1

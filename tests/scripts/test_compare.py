@@ -135,11 +135,10 @@ def make(tmp_path):
             rows.append({"database": databases[i % len(databases)], "subject": f"s{i // 5}",
                          "key": f"k{i}", "label": int(label), "prediction": guess,
                          "probabilities": np.eye(3)[guess].tolist()})
-        for person in {(r["database"], r["subject"]) for r in rows}:
-            result_files.write_subject(
-                tmp_path / name, "_".join(person), transductive=transductive, checkpoint=None,
-                sha256=None,
-                rows=[r for r in rows if (r["database"], r["subject"]) == person])
+        result_files.write_subjects(tmp_path / name, {"_".join(person): {
+            "transductive": transductive, "checkpoint": None, "sha256": None,
+            "rows": [r for r in rows if (r["database"], r["subject"]) == person]}
+            for person in {(r["database"], r["subject"]) for r in rows}})
         result_files.write_results(tmp_path / name, {
             "opt": {**OPTIONS, **options}, "protocol": "loso", "data_digest": "d" * 64,
             **(about or {})}, 3, list("abc"))

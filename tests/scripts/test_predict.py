@@ -1,5 +1,6 @@
 """predict.py: raw frames and prepared lists give the same numbers; what does not fit is
 refused in one line."""
+import itertools
 import json
 import math
 import re
@@ -319,7 +320,7 @@ def test_frames_that_do_not_fit(raw, made, tmp_path, capsys):
 
     def with_(**other):
         flags = {**right, **{f"--{k}": v for k, v in other.items()}}
-        return refused(capsys, "--model_path", path, *sum(map(list, flags.items()), []))
+        return refused(capsys, "--model_path", path, *itertools.chain(*flags.items()))
     assert "sees depth too; give --depth_onset" in refused(
         capsys, "--model_path", path, *frames(raw, ROWS[0], depth=False))
     (tmp_path / "text.jpg").write_text("no image")

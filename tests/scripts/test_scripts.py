@@ -205,10 +205,10 @@ def test_alexnet_from_pretraining_to_fine_tuning(drawn, cache, tmp_path, monkeyp
 def test_the_steps_of_the_published_recipe_are_announced(capsys):
     opt = script("pre-train_DVSCL").parse_option(
         [str(part) for part in published("--data_folder", "d", "--model_path", "m")])
-    assert script("pre-train_DVSCL").announce(opt, 943) == 4
+    assert epochs.announce(opt, 943) == 4
     printed = capsys.readouterr().out
     assert "960 in all" in printed and "160 (step 640), 200 (step 800)" in printed
-    assert script("pre-train_DVSCL").announce(opt, 513) == 2
+    assert epochs.announce(opt, 513) == 2
     assert "dropped" in capsys.readouterr().out
 
 

@@ -5,11 +5,9 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import script
 
 import util
 from evaluation import result_files
@@ -153,13 +151,11 @@ def test_a_batch_that_leaves_a_device_too_few_clips_is_refused_before_training(
         norm, n_data, fits, monkeypatch):
     # on eight devices 50 clips make seven slices of 7 and one of 1, and 49 seven of 7
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    opt = SimpleNamespace(batch_size=64, seed=0, model="alexnet")
-    check = script("pre-train_DVSCL").check_slices
     if fits:
-        check(opt, n_data, norm(4), CUDA)
+        epochs.check_slices(n_data, 64, norm(4), CUDA)
     else:
         with pytest.raises(util.BadInput, match="a batch of 50, and a device 1 of them"):
-            check(opt, n_data, norm(4), CUDA)
+            epochs.check_slices(n_data, 64, norm(4), CUDA)
 
 
 def test_replicas_in_threads_of_their_own_compute_in_bfloat16(monkeypatch):

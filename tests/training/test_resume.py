@@ -172,7 +172,7 @@ def test_subjects_that_another_machine_kept_to_itself_are_missed(drawn, quick, p
 
 
 @pytest.mark.parametrize("place, name", [(shortcuts, "subject_probe"),
-                                         (result_files, "write_subject")])
+                                         (result_files, "write_json")])
 def test_finished_subjects_are_not_trained_again_after_a_stop(
         drawn, quick, pretrained, tmp_path, monkeypatch, place, name):
     """Stopped when all heads were trained: before anybody was kept, and after one was."""
@@ -211,7 +211,7 @@ def test_solving_that_was_stopped_goes_on_to_the_same_result(drawn, cache, pretr
     flags = ["--data_folder", drawn, "--cache", cache, "--model", "resnet18v1", "--model_path",
              pretrained, "--protocol", "loso"]
     probe(*flags, "--save_path", tmp_path / "whole")
-    write, count = result_files.write_subject, []
+    write, count = result_files.write_json, []
 
     def struck(*given, **more):
         count.append(1)
@@ -219,7 +219,7 @@ def test_solving_that_was_stopped_goes_on_to_the_same_result(drawn, cache, pretr
             os.kill(os.getpid(), signal.SIGTERM)
         return write(*given, **more)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(result_files, "write_subject", struck)
+        patch.setattr(result_files, "write_json", struck)
         probe(*flags, "--save_path", tmp_path / "part")
     whole, part = only(tmp_path / "whole"), only(tmp_path / "part")
     assert end.value.code == 143 and len(list(part.glob("subjects/*"))) == 2
