@@ -94,7 +94,7 @@ def evaluate(opt, argv, device, data, folds):
         classifier = held.encoders.load(group.path).to(device)
         held_out = sorted(set(folds.of[data.clips.members(group.people)].tolist()))
         trained = probing.train_frozen(opt, classifier, data, folds, held_out, recipe, held.log,
-                                       group.unit)
+                                       group.name)
         # before anybody counts as finished: what is finished is not run again
         if group.path == opt.model_path and distributed.first():
             util.write_json(run.folder / "shortcuts.json",

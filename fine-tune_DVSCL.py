@@ -109,10 +109,10 @@ def set_loader(opt):
     return data, folds
 
 
-def set_model(opt, encoders, path, unit, device):
-    """A fresh copy of the pre-trained encoder with a fresh head of the unit's own seed."""
+def set_model(opt, encoders, path, name, device):
+    """A fresh copy of the pre-trained encoder with a fresh head of the training's own seed."""
     torch.manual_seed(int(np.random.SeedSequence(
-        (opt.seed, zlib.crc32(unit.encode()))).generate_state(1)[0]))
+        (opt.seed, zlib.crc32(name.encode()))).generate_state(1)[0]))
     classifier = encoders.load(path, encoders.create_head())
     classifier.encoder.to(memory_format=torch.channels_last)
     return classifier.to(device)
@@ -178,9 +178,9 @@ def set_optimizer(opt, classifier, scale, penalty):
 
 # ---------------------------------------------------------------- training
 
-def tune(opt, place, path, unit, out, start, device):
-    """Trains the unit from its pre-trained encoder on all clips but those `out`, going on from its
-    checkpoint where there is one.
+def tune(opt, place, path, name, out, start, device):
+    """Trains from a pre-trained encoder on all clips but those `out`, under a name, going on from
+    its checkpoint where there is one.
 
     place: gives run, log, encoders, states and header. Returns (classifier, probabilities
     `[len(out), C]` of the held-out clips, their predictions after each epoch `[len(out), E]`).
@@ -188,20 +188,20 @@ def tune(opt, place, path, unit, out, start, device):
     data = start.data
     members = np.setdiff1d(np.arange(len(data.clips)), out)
     precision = epochs.mixed_precision(opt.amp, device)
-    classifier, source = set_model(opt, place.encoders, path, unit, device), path
-    if opt.train_bn:  # the held-out clips never enter: another encoder for each unit
-        source = path, unit
+    classifier, source = set_model(opt, place.encoders, path, name, device), path
+    if opt.train_bn:  # the held-out clips never enter: another encoder for each
+        source = path, name
         supervised.set_norms(classifier, data.images, members, opt.batch_size)
     start.encode(source, classifier)
     length, l2 = start.fit(classifier.head, out)
     scale = probing.rate_scale(length, start.encoded.positions)
     epochs.announce_dropped(len(members), opt.batch_size)
-    print(f"{unit}: learning rate of the head {opt.learning_rate:g} x {scale:.3g}, of the "
+    print(f"{name}: learning rate of the head {opt.learning_rate:g} x {scale:.3g}, of the "
           f"encoder {opt.encoder_lr:g}")
     optimizer = set_optimizer(opt, classifier, scale, None if l2 is None else l2 * length)
-    state, history = place.states.pop(unit, None) or {"epoch": 0}, []
+    state, history = place.states.pop(name, None) or {"epoch": 0}, []
     if state["epoch"] or state.get("within"):
-        print(f"{unit}: goes on after epoch {state['epoch']}")
+        print(f"{name}: goes on after epoch {state['epoch']}")
         classifier.restore(state)
         optimizer.load_state_dict(state["optimizer"])
         precision.scaler.load_state_dict(state["scaler"])
@@ -221,24 +221,24 @@ def tune(opt, place, path, unit, out, start, device):
         return means | {"learning_rate": optimizer.param_groups[1]["lr"] / scale}
 
     def keep(epoch, within):
-        save(opt, place, path, unit, job, epoch=epoch, within=within, history=history,
+        save(opt, place, path, name, job, epoch=epoch, within=within, history=history,
              optimizer=optimizer.state_dict(), scaler=precision.scaler.state_dict())
 
     said = None
-    loop = epochs.Loop(opt, place.log, unit, epochs.per_epoch(len(members), opt.batch_size))
+    loop = epochs.Loop(opt, place.log, name, epochs.per_epoch(len(members), opt.batch_size))
     loop.run(train, keep, state["epoch"], state.get("within"))
     if said is None and len(out):  # stopped between the last epoch and its predictions
         said = predict()
     return classifier, said, np.array(history).T
 
 
-def save(opt, place, path, unit, job, **progress):
-    """The unit's checkpoint: all that prediction and --resume need."""
+def save(opt, place, path, name, job, **progress):
+    """The training's checkpoint: all that prediction and --resume need."""
     clips, seen = job.clips, place.encoders.seen[path]  # whom the encoder saw before
     people = [list(p) for p in
               sorted({clips.clips[i].person for i in job.members} | seen.people)]
-    checkpoint.save(place.run.last(unit), {
-        "opt": vars(opt), "unit": unit, **job.classifier.state(), "classes": clips.classes,
+    checkpoint.save(place.run.last(name), {
+        "opt": vars(opt), "unit": name, **job.classifier.state(), "classes": clips.classes,
         "view": opt.view, "channels": list(clips.channels), "encoding": clips.encoding,
         "data_digest": place.header["data_digest"],
         "encoder_sha256": place.encoders.sha256[path],
@@ -259,15 +259,15 @@ def evaluate(opt, argv, device, data, folds):
             classifier = held.encoders.load(group.path).to(device)
             held_out = sorted(set(folds.of[data.clips.members(group.people)].tolist()))
             trained = probing.train_frozen(opt, classifier, data, folds, held_out, recipe(opt),
-                                           held.log, group.unit)
+                                           held.log, group.name)
             heldout.keep_frozen(held, group, classifier, trained)
             continue
         out = data.clips.members(group.out)
-        classifier, said, history = tune(opt, held, group.path, group.unit, out, start, device)
+        classifier, said, history = tune(opt, held, group.path, group.name, out, start, device)
         weight = classifier.head.plain_weight().detach()
         held.keep(group, out, said, lambda mine, of=history: {"history": of[mine].tolist()})
         held.keep_maps(group, classifier, out, said, lambda _, c, of=weight: of[c])
-        run.finished(group.unit)
+        run.finished(group.name)
     return run.folder, held.finish(protocol=opt.protocol)
 
 
@@ -287,7 +287,7 @@ class Everybody:
         self.encoders.check(run.opt.model_path)  # a wrong one leaves no run folder behind
         self.states = heldout.checked_states(run, self.header, self.encoders, {"all"})
         self.log = heldout.open_log(run, self.header, {"all"}, {
-            unit: state["epoch"] for unit, state in self.states.items()})
+            name: state["epoch"] for name, state in self.states.items()})
 
 
 def train_everybody(opt, argv, device, data, folds, run):

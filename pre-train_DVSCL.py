@@ -174,7 +174,7 @@ def exclusions(opt, clips):
         lists = dataset.read_clips(opt.data_folder, opt.list_folder, opt.view, opt.encoding)
         everyone = replace(lists, clips=lists.clips + clips.clips)
     runs = dataset.left_out(everyone, opt.subject, opt.fold, opt.without)
-    return distributed.share(runs) if opt.subject == "each" else runs
+    return distributed.deal(runs) if opt.subject == "each" else runs
 
 
 # ---------------------------------------------------------------- model

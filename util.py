@@ -250,7 +250,7 @@ def replacing(path, flush=True):
             shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
-def sweep(folder):
+def remove_leftovers(folder):
     """Removes what killed processes of this machine left half-written below `folder`; others may
     be writing there now."""
     for part in Path(folder).rglob(f".*.{platform.node()}.*.part"):

@@ -12,6 +12,7 @@ threshold.csv and threshold.png. Expect thresholds x folds pre-trainings; finish
 again.
 """
 import importlib
+import itertools
 import math
 import sys
 from pathlib import Path

@@ -74,11 +74,11 @@ def penalty_name(l2: float | None) -> str:
 
 class Group(NamedTuple):
     """What is trained in one go: from the checkpoint `path`, for the results of `people`, under
-    the name `unit` in the log; `out`: who is held out, those of `people` and who shares their
+    their `name` in the log; `out`: who is held out, those of `people` and who shares their
     fold and is finished."""
     path: str
     people: list
-    unit: str | None
+    name: str | None
     out: list
 
 
@@ -118,10 +118,10 @@ def open_run(run: Run, header: dict, sha256: dict) -> set[str]:
 
 
 def checked_states(run: Run, header: dict, encoders: Encoders,
-                   units: Iterable[str | None]) -> dict:
-    """unit → checkpoint of the trainings that --resume goes on with; raises BadInput."""
+                   names: Iterable[str | None]) -> dict:
+    """name → checkpoint of the trainings that --resume goes on with; raises BadInput."""
     states = {}
-    for path, state in run.states(units):
+    for path, state in run.states(names):
         run.check_resumable(path, state, data_digest=header["data_digest"])
         if "classifier" not in state:  # of heads, from an earlier release: they start anew
             continue
@@ -135,15 +135,15 @@ def checked_states(run: Run, header: dict, encoders: Encoders,
     return states
 
 
-def open_log(run: Run, header: dict, units: set, done: dict) -> record.Log:
+def open_log(run: Run, header: dict, names: set, done: dict) -> record.Log:
     """The run's log, cut back to what finished subjects and checkpoints account for.
 
-    units: what is still to be trained; done: unit → epochs in its checkpoint. Rank 0 writes the
+    names: what is still to be trained; done: name → epochs in its checkpoint. Rank 0 writes the
     file, the others append.
     """
     log = None
     if distributed.first():
-        log = run.log(header, lambda line: line.get("subject") not in units
+        log = run.log(header, lambda line: line.get("subject") not in names
                       or line["epoch"] <= done.get(line.get("subject"), 0))
     distributed.barrier()
     return log or run.log(None)
@@ -172,15 +172,15 @@ class HeldOut:
         if len(todo) < len(wanted):
             print(f"{len(wanted) - len(todo)} of {len(wanted)} held-out subjects are finished")
         everyone = self._groups(todo)
-        self.groups = distributed.share(everyone) if folds else \
-            self._groups(distributed.share(todo))
+        self.groups = distributed.deal(everyone) if folds else \
+            self._groups(distributed.deal(todo))
         if self.groups:
             self.encoders.check(self.groups[0].path)  # a wrong one leaves no run folder behind
         distributed.barrier()
-        units = {group.unit for group in everyone} or {None}
-        self.states = checked_states(run, self.header, self.encoders, units) if folds else {}
-        self.log = open_log(run, self.header, units, {
-            unit: state["epoch"] for unit, state in self.states.items()}) if todo else None
+        names = {group.name for group in everyone} or {None}
+        self.states = checked_states(run, self.header, self.encoders, names) if folds else {}
+        self.log = open_log(run, self.header, names, {
+            name: state["epoch"] for name, state in self.states.items()}) if todo else None
 
     def _groups(self, todo):
         """The Groups that train for the persons in `todo`."""
@@ -296,7 +296,7 @@ def keep_frozen(held: HeldOut, group: Group, classifier: Classifier,
     probabilities = trained.probabilities[members]
     held.keep(group, members, probabilities, lambda mine: trained.notes(members[mine]))
     held.keep_maps(group, classifier, members, probabilities, trained.weights_of)
-    held.run.finished(group.unit)
+    held.run.finished(group.name)
 
 
 def over_seeds(opt: argparse.Namespace, evaluate: Callable) -> None:

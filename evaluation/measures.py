@@ -158,19 +158,19 @@ def summarise(rows: list[dict], n_label: int, blank_keys: Collection[tuple] = ()
     labels = np.array([row["label"] for row in rows])
     predictions = np.array([row["prediction"] for row in rows])
     named = any(row["subject"] for row in rows)
-    units = [(row["database"], row["subject"] if named else row["key"]) for row in rows]
+    people = [(row["database"], row["subject"] if named else row["key"]) for row in rows]
     databases = np.array([row["database"] for row in rows])
 
-    def count(units):
-        return len(set(units)) if named else None
-    figures = {"n": len(rows), "n_label": n_label, "n_subjects": count(units),
+    def count(people):
+        return len(set(people)) if named else None
+    figures = {"n": len(rows), "n_label": n_label, "n_subjects": count(people),
                "resampled": "subjects" if named else "images",
                **evaluate(labels, predictions, n_label),
-               "ci95": intervals(labels, predictions, units, n_label),
+               "ci95": intervals(labels, predictions, people, n_label),
                "baselines": baselines(labels, n_label)}
     figures["per_database"] = {  # over all C classes, whether the database holds them or not
         name: {"n": int((databases == name).sum()),
-               "n_subjects": count([unit for unit in units if unit[0] == name]),
+               "n_subjects": count([person for person in people if person[0] == name]),
                **evaluate(labels[databases == name], predictions[databases == name], n_label)}
         for name in dict.fromkeys(databases.tolist())}
     seen = np.array([(r["database"], r["subject"], r["key"]) not in blank_keys for r in rows])

@@ -105,10 +105,10 @@ def draw_curves(folder: Path, held_out: dict | None = None, panels: tuple = PANE
     lines += [{"epoch": epoch, name: value} for name, curve in (held_out or {}).items()
               for epoch, value in enumerate(curve, 1)]
     second = lists.view_names(header["opt"].get("view", "RGB_D"))[1]
-    panels = [(title, unit, {name: (second if label is None else label, colour)
+    panels = [(title, quantity, {name: (second if label is None else label, colour)
                              for name, (label, colour) in fields.items()
                              if any(name in line for line in lines)})
-              for title, unit, fields in panels]
+              for title, quantity, fields in panels]
     panels += [("oracle: sees the held-out subjects", "", {
         name: (name.removeprefix(ORACLE), (PURPLE, GREEN, ORANGE, BLUE)[i % 4])
         for i, name in enumerate(held_out or {})})]
@@ -116,7 +116,7 @@ def draw_curves(folder: Path, held_out: dict | None = None, panels: tuple = PANE
     figure = Figure(figsize=(3.9 * max(len(panels), 1), 3.3), layout="constrained")
     figure.suptitle(shorten(Path(folder).resolve().name, 44 * max(len(panels), 1)),
                     fontsize="medium", parse_math=False)
-    for place, (title, unit, fields) in enumerate(panels, 1):
+    for place, (title, quantity, fields) in enumerate(panels, 1):
         axes = figure.add_subplot(1, len(panels), place)
         for name, (label, colour) in fields.items():
             _draw_curve(axes, _series(lines, name), label, colour)
@@ -127,7 +127,7 @@ def draw_curves(folder: Path, held_out: dict | None = None, panels: tuple = PANE
         else:
             axes.set_xlabel("epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
-        axes.set_ylabel(unit)
+        axes.set_ylabel(quantity)
         axes.grid(alpha=0.3)
         if title == "learning rate":
             _scale_rate(axes, [line["learning_rate"] for line in lines if "learning_rate" in line])

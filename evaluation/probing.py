@@ -437,9 +437,9 @@ class Frozen(NamedTuple):
 
 
 def train_frozen(opt: argparse.Namespace, classifier: Classifier, data: Data, folds: Folds,
-                 held_out: list, recipe: Recipe, log: Log, unit: str | None) -> Frozen:
+                 held_out: list, recipe: Recipe, log: Log, name: str | None) -> Frozen:
     """Encodes every clip with a classifier's encoder and trains the heads of the folds `held_out`;
-    one that no clip has holds nothing out. log, unit: where epochs or penalties are written."""
+    one that no clip has holds nothing out. log, name: where epochs or penalties are written."""
     clips = data.clips
     autocast = epochs.mixed_precision(opt.amp, classifier.device).autocast
     with checkpoint.frozen(classifier.encoder):
@@ -452,7 +452,7 @@ def train_frozen(opt: argparse.Namespace, classifier: Classifier, data: Data, fo
         print(choice.describe(opt.l2 is not None))
     if recipe.solver == "lbfgs":
         for number, tried in enumerate(choice.tried, 1):
-            log.epoch(number, tried, unit)
+            log.epoch(number, tried, name)
         choices = {fold: {"l2": l2, **({} if uf1 is None else {"inner_uf1": uf1})}
                    for fold, l2, uf1 in zip(held_out, choice.l2, choice.uf1)}
     else:
@@ -464,7 +464,7 @@ def train_frozen(opt: argparse.Namespace, classifier: Classifier, data: Data, fo
         inner = InnerFolds(names, task, inner_groups(clips), recipe.rates) if recipe.rates else None
         descent = start_descent(opt, task, encoded.positions, names, recipe.loss, inner, initial,
                                 choice and choice.l2)
-        heads, history = descend(descent, log, unit, inner)
+        heads, history = descend(descent, log, name, inner)
         if inner:
             choices = {fold: inner.chosen(fold) for fold in held_out}
     return Frozen(heads, task, encoded, predict(heads, task), choice and choice.l2, choices,
@@ -483,7 +483,7 @@ def start_descent(opt: argparse.Namespace, task: Task, positions: int, names: li
     return Descent(heads, wanted, positions, opt, loss, inner, l2)
 
 
-def descend(descent: Descent, log: Log, unit: str | None,
+def descend(descent: Descent, log: Log, name: str | None,
             inner: InnerFolds | None) -> tuple[FoldHeads, Tensor | None]:
     """Runs a Descent to its end: the heads, and the predictions int16 `[E, N]` of held-out clips
     after each epoch, to know what picking an epoch by them would add; None with inner folds."""
@@ -494,12 +494,12 @@ def descend(descent: Descent, log: Log, unit: str | None,
         means = descent.epoch(epoch)
         on_step({})
         if inner:
-            inner.look(epoch, heads)
+            inner.follow(epoch, heads)
             return means
         said = predict(heads, task)
         history[epoch - 1] = torch.from_numpy(np.where(np.isnan(said[:, 0]), -1, said.argmax(1)))
         return means | {"learning_rate": epochs.scheduled(opt, opt.learning_rate, epoch, 1, 1)}
-    epochs.Loop(opt, log, unit).run(train)
+    epochs.Loop(opt, log, name).run(train)
     if inner:
         inner.keep_best(heads)
     return heads, None if inner else history

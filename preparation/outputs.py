@@ -14,7 +14,7 @@ from preparation.annotation import Row, Table, copy_lists
 from preparation.cutting import RECORDS, record_path
 from preparation.detection import BOX_COLUMNS
 from preparation.intensity import Pair
-from util import BadInput, sweep, write_json, write_table, write_text
+from util import BadInput, remove_leftovers, write_json, write_table, write_text
 
 # Clips per class of the published lists and of the two workbooks, to compare with.
 PUBLISHED = {"lists (943)": {"negative": 508, "positive": 64, "surprise": 201, "others": 170},
@@ -45,7 +45,7 @@ def begin(opt: argparse.Namespace, table: Table, folder: Path) -> None:
         raise BadInput(f"{folder}: holds lists that this script did not write; name another "
                        f"--data_folder")
     (folder / RECORDS).mkdir(parents=True, exist_ok=True)
-    sweep(folder)
+    remove_leftovers(folder)
     try:
         old = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         same = old["options"] == _options(opt) and old["annotation"] == table.source

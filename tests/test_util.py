@@ -113,7 +113,7 @@ def test_only_what_a_killed_process_left_half_written_is_removed(tmp_path):
         f"{platform.node()}.{dead.pid}", f"{platform.node()}.{os.getppid()}", "elsewhere.1")}
     for part in parts.values():
         part.write_text("half")
-    util.sweep(tmp_path)
+    util.remove_leftovers(tmp_path)
     assert [part.exists() for part in parts.values()] == [False, True, True]
 
 

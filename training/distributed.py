@@ -36,7 +36,7 @@ def local_device(device):
     return device
 
 
-def share(items):
+def deal(items):
     """The items dealt to this rank, in turn."""
     number, size = rank()
     return items[number::size]

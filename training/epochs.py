@@ -223,13 +223,13 @@ class Loop:
     """Epochs one after another: a line in the log and now and then in the terminal, checkpoints
     between epochs and between steps, a bar that counts steps.
 
-    opt: gives epochs, print_freq, save_freq and save_minutes; unit: the training's name, where a
+    opt: gives epochs, print_freq, save_freq and save_minutes; name: the training's name, where a
     run has several; steps: in an epoch; together: the ranks step in unison.
     """
 
-    def __init__(self, opt: argparse.Namespace, log: Log, unit: str | None = None, steps: int = 1,
+    def __init__(self, opt: argparse.Namespace, log: Log, name: str | None = None, steps: int = 1,
                  together: bool = False):
-        self.opt, self.log, self.unit, self.steps = opt, log, unit, steps
+        self.opt, self.log, self.name, self.steps = opt, log, name, steps
         self.together = together
 
     def run(self, train: Callable, save: Callable | None = None, done: int = 0,
@@ -243,7 +243,7 @@ class Loop:
         """
         opt, within = self.opt, within or {}
         with tqdm(total=self.steps * (opt.epochs - done), initial=within.get("step", 0),
-                  desc=(self.unit or "training")[:40], disable=None) as bar, \
+                  desc=(self.name or "training")[:40], disable=None) as bar, \
                 Keeper(opt.save_minutes, self.together) if save else contextlib.nullcontext() as \
                 keeper:
             for epoch in range(done + 1, opt.epochs + 1):
@@ -254,10 +254,10 @@ class Loop:
 
                 means = train(epoch, within, on_step)
                 within = {}
-                self.log.epoch(epoch, means, self.unit)
+                self.log.epoch(epoch, means, self.name)
                 last = epoch == opt.epochs
-                if last or epoch % opt.print_freq == 0 or (epoch == done + 1 and not self.unit):
-                    tqdm.write(f"{self.unit}  " * bool(self.unit) + f"epoch {epoch}/{opt.epochs}  "
+                if last or epoch % opt.print_freq == 0 or (epoch == done + 1 and not self.name):
+                    tqdm.write(f"{self.name}  " * bool(self.name) + f"epoch {epoch}/{opt.epochs}  "
                                + "  ".join(f"{k} {v:.4g}" for k, v in means.items()))
                 if save and (last or epoch % opt.save_freq == 0):
                     save(epoch, {})

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from training import checkpoint
-from util import BadInput, sweep, write_text
+from util import BadInput, remove_leftovers, write_text
 
 # what runs did from before there was an option for it
 BEFORE = {"lr_schedule": "step", "warmup_epochs": 0, "size": 224, "contrast": "bank",
@@ -50,22 +50,21 @@ class Run:
     """The folder of one run: its log, its checkpoints, and whether it goes on.
 
     root: folder of the runs; its curves lie below --tb_path, or in tensorboard/ beside it. A run
-    may consist of several trainings, units, each with a checkpoint of its own.
+    may consist of several trainings, each with a name and a checkpoint of its own.
     """
 
     def __init__(self, root: str | Path, name: str, opt: argparse.Namespace):
         self.opt, self.folder = opt, Path(root) / name
         self.curves = Path(opt.tb_path or Path(root) / "tensorboard") / name
 
-    def last(self, unit: str | None = None) -> Path:
-        """The checkpoint of a unit in training; last.pth is that of everybody, and of the unit
-        that was finished last. So ranks and jobs in one folder keep out of each other's way."""
-        return self.folder / ("last.pth" if unit in (None, "all") else f"last_{unit}.pth")
+    def last(self, name: str | None = None) -> Path:
+        """The checkpoint of a training; last.pth is that of everybody, and of the one that was finished last. So ranks and jobs in one folder keep out of each other's way."""
+        return self.folder / ("last.pth" if name in (None, "all") else f"last_{name}.pth")
 
-    def finished(self, unit: str | None) -> None:
-        """A unit's results are kept: its checkpoint makes room."""
-        if self.last(unit).exists():
-            os.replace(self.last(unit), self.last())
+    def finished(self, name: str | None) -> None:
+        """A training's results are kept: its checkpoint makes room."""
+        if self.last(name).exists():
+            os.replace(self.last(name), self.last())
 
     def find_resume(self) -> Path | None:
         """The checkpoint --resume means, or None for a fresh start; raises BadInput.
@@ -118,11 +117,11 @@ class Run:
               + (f", step {old['within']['step']} of the next" if old["within"] else ""))
         return old
 
-    def states(self, units: Iterable[str | None]) -> Iterator[tuple[Path, dict]]:
-        """(path, checkpoint) that --resume means: of the file given, or of those of `units`."""
+    def states(self, names: Iterable[str | None]) -> Iterator[tuple[Path, dict]]:
+        """(path, checkpoint) that --resume means: of the file given, or of those of `names`."""
         if not self.opt.resume:
             return
-        paths = sorted(filter(Path.exists, {self.last(unit) for unit in (*units, None)}))
+        paths = sorted(filter(Path.exists, {self.last(name) for name in (*names, None)}))
         for path in paths if self.opt.resume == "auto" else [Path(self.opt.resume)]:
             yield path, checkpoint.load(path)
 
@@ -157,7 +156,7 @@ class Log:
 
     def _write_header(self, folder, header, keep):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        sweep(folder)
+        remove_leftovers(folder)
         lines = read_log(folder) if keep else []
         kept = [lines[0] if lines else header] + [line for line in lines[1:] if keep(line)]
         text = "".join(json.dumps(line) + "\n" for line in kept)

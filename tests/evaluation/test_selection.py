@@ -50,7 +50,7 @@ def nested(data, held_out=range(FOLDS), labels=None):
     descent = probing.Descent(heads, inner.task, 1, options(), inner=inner)
     for epoch in range(1, 5):
         descent.epoch(epoch)
-        inner.look(epoch, heads)
+        inner.follow(epoch, heads)
     inner.keep_best(heads)
     return inner, heads
 
