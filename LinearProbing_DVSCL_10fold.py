@@ -96,7 +96,7 @@ def evaluate(opt, argv, device, data, folds):
         trained = probing.train_frozen(opt, classifier, data, folds, held_out, recipe, held.log,
                                        group.name)
         # before anybody counts as finished: what is finished is not run again
-        if group.path == opt.model_path and distributed.first():
+        if group.path == held.encoders.source and distributed.first():
             util.write_json(run.folder / "shortcuts.json",
                             shortcuts.measure(opt, data.clips, trained))
         heldout.keep_frozen(held, group, classifier, trained)

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 
 import dataset
-from evaluation import heldout, logistic, pictures, probing
-from evaluation.encoders import Encoders
+from evaluation import heldout, pictures, probing
 from training import checkpoint, distributed, epochs, options, record, supervised
 
 VIEWS = 2  # of a training image, from which the head is solved: plain and mirrored
@@ -118,49 +117,6 @@ def set_model(opt, encoders, path, name, device):
     return classifier.to(device)
 
 
-class Start:
-    """The features that an encoder gives before it is tuned, from which heads start; those of the
-    last encoder are kept."""
-
-    def __init__(self, opt, data):
-        self.opt, self.data, self.source = opt, data, None
-
-    def encode(self, source, classifier):
-        """Encodes every clip, unless those of the same `source` are there."""
-        if source != self.source:
-            self.source, self.encoded, self.regression = source, None, None
-            autocast = epochs.mixed_precision(self.opt.amp, classifier.device).autocast
-            self.encoded = probing.encode(classifier, self.data.images, autocast, VIEWS)
-            if self.opt.head == "probe":
-                clips = self.data.clips
-                self.regression = logistic.Regression(self.encoded.features, clips.labels,
-                                                      clips.n_label)
-
-    def fit(self, head, out):
-        """Fits `head` to the clips but those `out`: their statistics and, with --head probe, the
-        solved weights. Returns (mean squared length of what it sees, penalty or None)."""
-        opt, clips, features = self.opt, self.data.clips, self.encoded.features
-        fold_of = np.zeros(len(clips), int)
-        fold_of[out] = 1
-        task, l2 = probing.Task(features, clips.labels, clips.n_label, fold_of, [1]), None
-        stats = logistic.statistics(features, task.training())
-        length = int(stats.varies.sum())
-        state = {"mean": stats.mean[0], "std": stats.std[0],
-                 "classifier.weight": head.classifier.weight / length ** 0.5}
-        if opt.head == "probe":
-            heads, choice = probing.solve_heads(
-                task, opt.l2, probing.inner_groups(clips),
-                "balanced" if opt.loss == "balanced" or opt.oversample else "crossentropy",
-                regression=self.regression)
-            print(choice.describe(opt.l2 is not None))
-            l2 = choice.l2[0]
-            state |= {"classifier.weight": heads.weight[0], "classifier.bias": heads.bias[0]}
-        elif opt.head == "zero":
-            state["classifier.weight"] = torch.zeros_like(head.classifier.weight)
-        head.load_state_dict({**head.state_dict(), **state})
-        return length, l2
-
-
 def set_optimizer(opt, classifier, scale, penalty):
     """SGD with a rate for the encoder and one for the head, which is --learning_rate times
     `scale` (probing.rate_scale); `base` keeps the initial rates, `warmup` whose rate rises first.
@@ -253,7 +209,7 @@ def evaluate(opt, argv, device, data, folds):
     if opt.subject == ["all"]:
         return run.folder, train_everybody(opt, argv, device, data, folds, run)
     held = heldout.HeldOut(run, argv, __file__, data, None if opt.freeze_encoder else folds)
-    start = Start(opt, data)
+    start = probing.Start(opt, data, VIEWS)
     for group in held.groups:
         if opt.freeze_encoder:
             classifier = held.encoders.load(group.path).to(device)
@@ -276,27 +232,14 @@ def recipe(opt):
     return probing.Recipe("sgd", VIEWS, opt.loss, opt.head)
 
 
-class Everybody:
-    """A training on every clip, for prediction, in place of HeldOut."""
-
-    def __init__(self, run, argv, data):
-        self.run, self.encoders = run, Encoders(run.opt, data.clips, [])
-        self.header = heldout.make_header(run.opt, argv, __file__, data,
-                                          self.encoders.sha256[run.opt.model_path])
-        heldout.open_run(run, self.header, {})
-        self.encoders.check(run.opt.model_path)  # a wrong one leaves no run folder behind
-        self.states = heldout.checked_states(run, self.header, self.encoders, {"all"})
-        self.log = heldout.open_log(run, self.header, {"all"}, {
-            name: state["epoch"] for name, state in self.states.items()})
-
-
 def train_everybody(opt, argv, device, data, folds, run):
     """One model on every clip: last.pth, with which predict.py works."""
     if not distributed.first():
         return
-    place, path = Everybody(run, argv, data), opt.model_path
+    place = heldout.Everybody(run, argv, __file__, data)
+    path = place.encoders.source
     if not opt.freeze_encoder:
-        tune(opt, place, path, "all", np.array([], int), Start(opt, data), device)
+        tune(opt, place, path, "all", np.array([], int), probing.Start(opt, data, VIEWS), device)
     elif "all" in place.states:
         print(f"{run.last()}: finished")
     else:

@@ -10,7 +10,6 @@ CPU cores, minutes on a GPU.
 import util  # first: it settles how threads wait before torch is imported
 
 # isort: split
-import argparse
 import hashlib
 import math
 import time
@@ -41,7 +40,7 @@ def parse_option(argv):
                        help="encoder of each view: " + ", ".join(MODEL_NAMES))
     model.add_argument("--feat_dim", type=positive_int, default=128,
                        help="length of the contrasted features")
-    bank = add_method_options(parser)
+    bank = options.add_contrast_options(parser)
     optimisation = options.add_optimisation_options(
         parser, options.Descent(256, 0.03, [160, 200], 0.1, 240), options.Schedule(
             "cosine", 12, risen=", a twentieth of the run at most where nothing is given"))
@@ -51,7 +50,7 @@ def parse_option(argv):
                               "over each rank's slice")
     options.add_output_options(parser, "--model_path", "folder for the runs' checkpoints", 40)
     opt = parser.parse_args(argv)
-    choose_contrast(parser, opt, util.given(bank, argv))
+    options.choose_contrast(parser, opt, util.given(bank, argv))
     given = util.given(optimisation, argv)
     options.choose_schedule(parser, opt, given)
     if "--warmup_epochs" not in given:
@@ -83,47 +82,6 @@ def add_pool_options(data):
     data.add_argument("--min_intensity", type=number(float), metavar="X",
                       help="keep unlabelled pairs of this intensity or more, in the unit of the "
                            "pairs file (OpenFace's 0-5) [all]")
-
-
-def add_method_options(parser):
-    """How they are contrasted; returns the group of flags that only memory banks have."""
-    method = parser.add_argument_group("method")
-    method.add_argument("--contrast", choices=("batch", "bank"),
-                        help="what each clip is told apart from: batch: the others of its batch; "
-                             "bank: the published memory banks, with the flags of that group "
-                             "[batch; bank where one of those is given]")
-    method.add_argument("--nce_t", type=number(float, 0, low_open=True), metavar="T",
-                        help="temperature [0.2; bank: 0.07]")
-    bank = parser.add_argument_group("memory banks (--contrast bank)")
-    bank.add_argument("--nce_k", type=positive_int, default=4096,
-                      help="negatives per clip; as many as the other clips or more: each of "
-                           "them once")
-    bank.add_argument("--nce_m", type=number(float, 0, 1), default=0.5,
-                      help="momentum of the memory banks")
-    bank.add_argument("--softmax", action=argparse.BooleanOptionalAction, default=True,
-                      help="softmax loss over the scores; --no-softmax: NCE, whose constant Z, "
-                           "fixed at the first batch, lets the loss saturate on about a "
-                           "thousand clips")
-    method.add_argument("--crop_low", type=number(float, 0, 1, low_open=True), default=1.0,
-                        help="least area of the random resized crop, as a share (CMC: 0.2); 1: "
-                             "the centre crop of the published code")
-    method.add_argument("--no_flip", action="store_true", help="no random horizontal flip")
-    method.add_argument("--jitter", type=number(float, 0, 0.9), default=0.4,
-                        help="range of the gain about 'no change', as a share; not used with wrap")
-    return bank
-
-
-def choose_contrast(parser, opt, given):
-    """Fills in --contrast and its temperature; given: the flags that only banks have."""
-    if opt.contrast is None:
-        opt.contrast = "bank" if given else "batch"
-        if given:
-            print(f"{given[0]}: clips are contrasted with memory banks; without it, with the "
-                  f"others of their batch")
-    elif opt.contrast == "batch" and given:
-        parser.error(f"{given[0]} goes with --contrast bank")
-    if opt.nce_t is None:
-        opt.nce_t = 0.07 if opt.contrast == "bank" else 0.2
 
 
 def run_name(opt, without=None):
@@ -299,7 +257,7 @@ def pretrain(opt, argv, device, data, members, run):
             if within:
                 checkpoint.save(run.last(), state)
             else:
-                checkpoint.save_epoch(run.folder, state)
+                checkpoint.save_epoch(run.last(), state)
 
     epochs.Loop(opt, log, steps=steps, together=True).run(train_epoch, save, done, within)
     if distributed.first():

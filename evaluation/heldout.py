@@ -15,7 +15,7 @@ import numpy as np
 import dataset
 from dataset import ClipSet, Data, Folds
 from evaluation import gradcam, measures, pictures, probing, result_files, shortcuts
-from evaluation.encoders import Encoders
+from evaluation.encoders import RANDOM, Encoders, source_of
 from images import encoding
 from models.classifier import Classifier
 from training import distributed, record
@@ -55,8 +55,8 @@ def head_run_name(stage: str, opt: argparse.Namespace, *parts: str | None) -> st
 
     stage: 'probe' or 'finetune'. A checkpoint other than `last.pth` joins in by its name.
     """
-    if opt.model_path == "random":
-        source = record.join_name("random", opt.model, "view", opt.view, record.size_name(opt.size))
+    if source_of(opt) == RANDOM:
+        source = record.join_name(RANDOM, opt.model, "view", opt.view, record.size_name(opt.size))
     else:
         path = Path(opt.model_path.replace("{", "").replace("}", ""))
         source = record.join_name(path.parent.name, "" if path.stem == "last" else path.stem)
@@ -130,7 +130,7 @@ def checked_states(run: Run, header: dict, encoders: Encoders,
                            f"run cannot go on: start it anew without --resume")
         if state.get("encoder_sha256") not in encoders.sha256.values():
             raise BadInput(f"{path}: was trained on another checkpoint than --model_path "
-                           f"{run.opt.model_path}; give another --tag, or remove it")
+                           f"{encoders.source}; give another --tag, or remove it")
         states[state["unit"]] = state
     return states
 
@@ -164,7 +164,7 @@ class HeldOut:
         self.names = clips.names
         self.encoders = Encoders(opt, clips, wanted)
         self.header = make_header(opt, argv, script, data,
-                                  self.encoders.sha256.get(opt.model_path))
+                                  self.encoders.sha256.get(self.encoders.source))
         done = open_run(run, self.header, {
             self.names[p]: self.encoders.sha256[path] for p, path in self.encoders.paths.items()})
         todo = [p for p in wanted if self.names[p] not in done]
@@ -218,7 +218,7 @@ class HeldOut:
                                 f"--learning_rate")
             subjects[self.names[person]] = {
                 "transductive": encoders.transductive(group.path, person),
-                "checkpoint": None if group.path == "random" else group.path,
+                "checkpoint": None if group.path == RANDOM else group.path,
                 "sha256": encoders.sha256[group.path], "made_by": made_by, **notes(mine),
                 "rows": result_files.rows_of([clips.clips[i] for i in members[mine]],
                                              probabilities[mine])}
@@ -289,6 +289,20 @@ class HeldOut:
                                *result_files.read_mistakes(run.folder))
 
 
+class Everybody:
+    """A training on every clip, for prediction, in place of HeldOut."""
+
+    def __init__(self, run: Run, argv: list[str], script: str, data: Data):
+        self.run, self.encoders = run, Encoders(run.opt, data.clips, [])
+        self.header = make_header(run.opt, argv, script, data,
+                                          self.encoders.sha256[self.encoders.source])
+        open_run(run, self.header, {})
+        self.encoders.check(self.encoders.source)  # a wrong one leaves no run folder behind
+        self.states = checked_states(run, self.header, self.encoders, {"all"})
+        self.log = open_log(run, self.header, {"all"}, {
+            name: state["epoch"] for name, state in self.states.items()})
+
+
 def keep_frozen(held: HeldOut, group: Group, classifier: Classifier,
                 trained: probing.Frozen) -> None:
     """Keeps the predictions of heads trained in one pass, and the maps of their mistakes."""
@@ -304,8 +318,10 @@ def over_seeds(opt: argparse.Namespace, evaluate: Callable) -> None:
     and writes and prints mean and standard deviation over them."""
     runs = []
     for seed in opt.seeds or [opt.seed]:
-        path = opt.model_path.replace("{seed}", str(seed))
-        runs.append(evaluate(opt.changed(seed=seed, model_path=path)))
+        one = opt.changed(seed=seed)
+        if hasattr(opt, "model_path"):
+            one.model_path = opt.model_path.replace("{seed}", str(seed))
+        runs.append(evaluate(one))
     results = [results for _, results in runs if results]
     if not opt.seeds or not results:
         return

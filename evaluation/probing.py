@@ -503,3 +503,46 @@ def descend(descent: Descent, log: Log, name: str | None,
     if inner:
         inner.keep_best(heads)
     return heads, None if inner else history
+
+
+class Start:
+    """The features that an encoder gives before it is tuned, under so many views, from which heads
+    start; those of the last encoder are kept."""
+
+    def __init__(self, opt: argparse.Namespace, data: Data, views: int):
+        self.opt, self.data, self.views, self.source = opt, data, views, None
+
+    def encode(self, source: object, classifier: Classifier) -> None:
+        """Encodes every clip, unless those of the same `source` are there."""
+        if source != self.source:
+            self.source, self.encoded, self.regression = source, None, None
+            autocast = epochs.mixed_precision(self.opt.amp, classifier.device).autocast
+            self.encoded = encode(classifier, self.data.images, autocast, self.views)
+            if self.opt.head == "probe":
+                clips = self.data.clips
+                self.regression = logistic.Regression(self.encoded.features, clips.labels,
+                                                      clips.n_label)
+
+    def fit(self, head: torch.nn.Module, out: np.ndarray) -> tuple[int, float | None]:
+        """Fits `head` to the clips but those `out`: their statistics and, with --head probe, the
+        solved weights. Returns (mean squared length of what it sees, penalty or None)."""
+        opt, clips, features = self.opt, self.data.clips, self.encoded.features
+        fold_of = np.zeros(len(clips), int)
+        fold_of[out] = 1
+        task, l2 = Task(features, clips.labels, clips.n_label, fold_of, [1]), None
+        stats = logistic.statistics(features, task.training())
+        length = int(stats.varies.sum())
+        state = {"mean": stats.mean[0], "std": stats.std[0],
+                 "classifier.weight": head.classifier.weight / length ** 0.5}
+        if opt.head == "probe":
+            heads, choice = solve_heads(
+                task, opt.l2, inner_groups(clips),
+                "balanced" if opt.loss == "balanced" or opt.oversample else "crossentropy",
+                regression=self.regression)
+            print(choice.describe(opt.l2 is not None))
+            l2 = choice.l2[0]
+            state |= {"classifier.weight": heads.weight[0], "classifier.bias": heads.bias[0]}
+        elif opt.head == "zero":
+            state["classifier.weight"] = torch.zeros_like(head.classifier.weight)
+        head.load_state_dict({**head.state_dict(), **state})
+        return length, l2

@@ -5,7 +5,7 @@ import errno
 import os
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -13,17 +13,17 @@ from torch import nn
 
 from util import BadInput, RunFailed, beside, replacing
 
-WEIGHTS = ("model", "classifier")  # parts of a checkpoint that must be finite
+WEIGHTS = ("model", "classifier")  # the parts of a checkpoint that hold weights
 
 
-def save(path: str | Path, state: dict) -> None:
+def save(path: str | Path, state: dict, weights: Iterable[str] = WEIGHTS) -> None:
     """Writes `state` whole, flushed to the disk.
 
-    Raises RunFailed, and keeps what is there, if a weight is not finite or the file cannot be
-    written.
+    weights: its parts that must be finite, state_dicts. Raises RunFailed, and keeps what is there,
+    if one is not or the file cannot be written.
     """
     path = Path(path)
-    for part in WEIGHTS:
+    for part in weights:
         if not all(value.isfinite().all() for value in state.get(part, {}).values()):
             raise RunFailed(f"{path}: the weights are not finite after epoch {state['epoch']}; the "
                             f"last checkpoint is kept; lower --learning_rate")
@@ -47,12 +47,13 @@ def _reason(error: Exception, path: Path) -> str:
     return f"{said} ({shutil.disk_usage(path.parent).free / 2 ** 20:.0f} MiB free); make room"
 
 
-def save_epoch(folder: str | Path, state: dict) -> None:
-    """Saves `state` under its epoch and, sharing the bytes where the disk can, as `last.pth`.
+def save_epoch(last: Path, state: dict, name: str = "ckpt_epoch_{epoch}.pth") -> None:
+    """Saves `state` under the name of its epoch and, sharing the bytes where the disk can, as
+    `last` beside it.
 
-    In this order: a run that is killed in between goes on from the `last.pth` before.
+    In this order: a run that is killed in between goes on from the `last` before.
     """
-    last, kept = Path(folder) / "last.pth", Path(folder) / f"ckpt_epoch_{state['epoch']}.pth"
+    kept = last.with_name(name.format(epoch=state["epoch"]))
     save(kept, state)
     part, linked = beside(last), False
     with contextlib.suppress(OSError):

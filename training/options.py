@@ -153,6 +153,49 @@ def add_output_options(parser: ArgumentParser, root: str, root_help: str,
     return group
 
 
+# ---------------------------------------------------------------- contrast
+
+def add_contrast_options(parser: ArgumentParser) -> argparse._ArgumentGroup:
+    """How two views are contrasted; returns the group of flags that only memory banks have."""
+    method = parser.add_argument_group("method")
+    method.add_argument("--contrast", choices=("batch", "bank"),
+                        help="what each clip is told apart from: batch: the others of its batch; "
+                             "bank: the published memory banks, with the flags of that group "
+                             "[batch; bank where one of those is given]")
+    method.add_argument("--nce_t", type=number(float, 0, low_open=True), metavar="T",
+                        help="temperature [0.2; bank: 0.07]")
+    bank = parser.add_argument_group("memory banks (--contrast bank)")
+    bank.add_argument("--nce_k", type=positive_int, default=4096,
+                      help="negatives per clip; as many as the other clips or more: each of "
+                           "them once")
+    bank.add_argument("--nce_m", type=number(float, 0, 1), default=0.5,
+                      help="momentum of the memory banks")
+    bank.add_argument("--softmax", action=argparse.BooleanOptionalAction, default=True,
+                      help="softmax loss over the scores; --no-softmax: NCE, whose constant Z, "
+                           "fixed at the first batch, lets the loss saturate on about a "
+                           "thousand clips")
+    method.add_argument("--crop_low", type=number(float, 0, 1, low_open=True), default=1.0,
+                        help="least area of the random resized crop, as a share (CMC: 0.2); 1: "
+                             "the centre crop of the published code")
+    method.add_argument("--no_flip", action="store_true", help="no random horizontal flip")
+    method.add_argument("--jitter", type=number(float, 0, 0.9), default=0.4,
+                        help="range of the gain about 'no change', as a share; not used with wrap")
+    return bank
+
+
+def choose_contrast(parser: ArgumentParser, opt: argparse.Namespace, given: list[str]) -> None:
+    """Fills in --contrast and its temperature; given: the flags that only banks have."""
+    if opt.contrast is None:
+        opt.contrast = "bank" if given else "batch"
+        if given:
+            print(f"{given[0]}: clips are contrasted with memory banks; without it, with the "
+                  f"others of their batch")
+    elif opt.contrast == "batch" and given:
+        parser.error(f"{given[0]} goes with --contrast bank")
+    if opt.nce_t is None:
+        opt.nce_t = 0.07 if opt.contrast == "bank" else 0.2
+
+
 # ---------------------------------------------------------------- heads
 
 def add_head_options(parser: ArgumentParser, stage: str, protocol: str) -> tuple:

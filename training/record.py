@@ -58,7 +58,8 @@ class Run:
         self.curves = Path(opt.tb_path or Path(root) / "tensorboard") / name
 
     def last(self, name: str | None = None) -> Path:
-        """The checkpoint of a training; last.pth is that of everybody, and of the one that was finished last. So ranks and jobs in one folder keep out of each other's way."""
+        """The checkpoint of a training; last.pth is that of everybody, and of the one that was
+        finished last. So ranks and jobs in one folder keep out of each other's way."""
         return self.folder / ("last.pth" if name in (None, "all") else f"last_{name}.pth")
 
     def finished(self, name: str | None) -> None:

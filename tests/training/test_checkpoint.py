@@ -156,12 +156,12 @@ def test_a_disk_that_is_full_and_one_that_is_read_only(mounted):
 # ---------------------------------------------------------------- under its epoch and as last.pth
 
 def test_an_epochs_checkpoint_that_cannot_be_written_keeps_last(tmp_path, monkeypatch):
-    checkpoint.save_epoch(tmp_path, state(1))
+    checkpoint.save_epoch(tmp_path / "last.pth", state(1))
     for number in (errno.EROFS, errno.EDQUOT):
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", failing(number))
             said = refused(tmp_path / "ckpt_epoch_2.pth",
-                           lambda what: checkpoint.save_epoch(tmp_path, what), state(2))
+                           lambda what: checkpoint.save_epoch(tmp_path / "last.pth", what), state(2))
         assert os.strerror(number) in said and (ROOM in said) == (number == errno.EDQUOT)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt_epoch_1.pth", "last.pth"]
     assert checkpoint.load(tmp_path / "last.pth")["epoch"] == 1
@@ -169,7 +169,7 @@ def test_an_epochs_checkpoint_that_cannot_be_written_keeps_last(tmp_path, monkey
 
 def test_where_no_link_can_be_made_last_is_written_and_its_own_reason_said(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", failing(errno.EPERM))
-    checkpoint.save_epoch(tmp_path, state(1))
+    checkpoint.save_epoch(tmp_path / "last.pth", state(1))
     assert checkpoint.load(tmp_path / "last.pth")["epoch"] == 1
     write, given = torch.save, []
 
@@ -179,7 +179,7 @@ def test_where_no_link_can_be_made_last_is_written_and_its_own_reason_said(tmp_p
             raise RuntimeError("of its own")
         write(what, file)
     monkeypatch.setattr(torch, "save", second)
-    said = refused(tmp_path / "last.pth", lambda what: checkpoint.save_epoch(tmp_path, what),
+    said = refused(tmp_path / "last.pth", lambda what: checkpoint.save_epoch(tmp_path / "last.pth", what),
                    state(2))
     # not that of the link, which did no harm
     assert "of its own" in said and os.strerror(errno.EPERM) not in said
