@@ -20,12 +20,6 @@ from util import BadInput
 RANDOM = "random"  # in place of a checkpoint: an untrained encoder
 
 
-def source_of(opt: argparse.Namespace) -> str:
-    """--model_path of a script that has a pre-trained source; one that has none trains from an
-    untrained encoder."""
-    return getattr(opt, "model_path", RANDOM)
-
-
 class Seen(NamedTuple):
     """Persons, (database, subject), that an encoder is known to have seen, and whether they are
     all."""
@@ -91,7 +85,7 @@ class Encoders:
     """
 
     def __init__(self, opt: argparse.Namespace, clips: ClipSet, people: Iterable[tuple]):
-        self.opt, self.clips, self.source = opt, clips, source_of(opt)
+        self.opt, self.clips, self.source = opt, clips, getattr(opt, "model_path", RANDOM)
         self.paths = {person: self._path(person) for person in people}
         self.sha256, self.seen, self.checked = {RANDOM: None}, {}, (None, None)
         self.identities = {person: dataset.identity(person) for person in clips.people}
@@ -122,9 +116,9 @@ class Encoders:
 
     def load(self, path: str, head: nn.Module | None = None) -> Classifier:
         """A fresh copy of the encoder in `path`, under a fresh head unless one is given."""
-        known, classifier = self.checked
+        checked, classifier = self.checked
         self.checked = None, None
-        if head is not None or path != known:
+        if head is not None or path != checked:
             classifier, self.seen[path] = load_classifier(
                 self.opt, path, self.clips, self.create_head() if head is None else head)
         return classifier

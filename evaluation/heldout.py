@@ -15,7 +15,7 @@ import numpy as np
 import dataset
 from dataset import ClipSet, Data, Folds
 from evaluation import gradcam, measures, pictures, probing, result_files, shortcuts
-from evaluation.encoders import RANDOM, Encoders, source_of
+from evaluation.encoders import RANDOM, Encoders
 from images import encoding
 from models.classifier import Classifier
 from training import distributed, record
@@ -55,7 +55,7 @@ def head_run_name(stage: str, opt: argparse.Namespace, *parts: str | None) -> st
 
     stage: 'probe' or 'finetune'. A checkpoint other than `last.pth` joins in by its name.
     """
-    if source_of(opt) == RANDOM:
+    if getattr(opt, "model_path", RANDOM) == RANDOM:
         source = record.join_name(RANDOM, opt.model, "view", opt.view, record.size_name(opt.size))
     else:
         path = Path(opt.model_path.replace("{", "").replace("}", ""))

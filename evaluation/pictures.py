@@ -142,11 +142,11 @@ def draw_curves(folder: Path, held_out: dict | None = None, panels: tuple = PANE
 
 def _series(lines, name):
     """{training: {epoch: value}} of one field of the log; of solved heads, {penalty: value}."""
-    found = {}
+    series = {}
     for line in lines:
         if name in line:
-            found.setdefault(line.get("subject"), {})[line.get("l2", line["epoch"])] = line[name]
-    return found
+            series.setdefault(line.get("subject"), {})[line.get("l2", line["epoch"])] = line[name]
+    return series
 
 
 def _draw_curve(axes, series, label, colour):

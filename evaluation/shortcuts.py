@@ -93,22 +93,24 @@ def head_motion(clips: ClipSet, rows: list[dict], folder: Path) -> dict | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     paths = {(c.database, c.subject, c.key): c.paths[0] for c in clips.clips}
-    known = [(motion[path], row) for row in rows for path in
-             [paths.get((DATABASES.index(row["database"]), row["subject"], row["key"]))]
-             if path in motion]
-    return {kind: _correlations(known, kind) for kind in ("shift", "residual")} if known else None
+    moved = []
+    for row in rows:
+        path = paths.get((DATABASES.index(row["database"]), row["subject"], row["key"]))
+        if path in motion:
+            moved.append((motion[path], row))
+    return {kind: _correlations(moved, kind) for kind in ("shift", "residual")} if moved else None
 
 
-def _correlations(known, kind):
-    known = [(clip[kind], row) for clip, row in known if clip[kind] is not None]
-    moved = np.array([value for value, _ in known])
-    said = {"correct": [row["prediction"] == row["label"] for _, row in known]}
-    for i in range(len(known[0][1]["probabilities"]) if known else 0):
-        said[f"p_{i}"] = [row["probabilities"][i] for _, row in known]
-    return {"n": len(known), **{
-        name: float(spearmanr(moved, values).statistic)
-        if len(set(values)) > 1 and len(set(moved)) > 1 else None
-        for name, values in said.items()}}
+def _correlations(moved, kind):
+    pairs = [(clip[kind], row) for clip, row in moved if clip[kind] is not None]
+    pixels, rows = [value for value, _ in pairs], [row for _, row in pairs]
+    series = {"correct": [row["prediction"] == row["label"] for row in rows]}
+    for i in range(len(rows[0]["probabilities"]) if rows else 0):
+        series[f"p_{i}"] = [row["probabilities"][i] for row in rows]
+    return {"n": len(pairs), **{
+        name: float(spearmanr(pixels, values).statistic)
+        if len(set(values)) > 1 and len(set(pixels)) > 1 else None
+        for name, values in series.items()}}
 
 
 def describe(measured: dict, classes: list[str]) -> list[str]:
