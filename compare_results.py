@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from evaluation import measures, result_files
@@ -32,9 +33,10 @@ FREE = {"data_folder", "list_folder", "model_path", "save_path", "tb_path", "cac
 TOLD = {"model_path", "data_folder", "list_folder", "pairs", "subject"}
 HEAD = ("", "clips / subjects", "UF1", "UAR", "accuracy", "transductive")
 TRANSDUCTIVE = {True: "yes", False: "no", None: "unknown"}
+Table = tuple[str, Sequence[str], list[list[str]]]  # caption, head, rows
 
 
-def parse_option(argv):
+def parse_option(argv: list[str] | None) -> util.Options:
     parser = util.ArgumentParser(description=__doc__)
     parser.add_argument("results", nargs="+", metavar="results.json",
                         help="files that the probing and fine-tuning scripts wrote, each with its "
@@ -53,51 +55,51 @@ def parse_option(argv):
 
 # ---------------------------------------------------------------- reading
 
-def read_results(path):
+def read_results(path: str | Path) -> dict:
     """The content of one results.json, with `stage` and `predictions`; raises BadInput."""
     path = Path(path)
     try:
-        found = {"free": FREE, **json.loads(path.read_text(encoding="utf-8"))}
-        ensure({*MEASURES, "opt", "n_label", "confusion", "protocol"} <= found.keys())
-        ensure(all(isinstance(found["opt"][name], kind) for name, kind in (
+        result = {"free": FREE, **json.loads(path.read_text(encoding="utf-8"))}
+        ensure({*MEASURES, "opt", "n_label", "confusion", "protocol"} <= result.keys())
+        ensure(all(isinstance(result["opt"][name], kind) for name, kind in (
             ("model", str), ("model_path", str), ("encoder", str), ("seed", int))))
-        ensure(isinstance(found["n_label"], int) and found["n_label"] == len(found["confusion"]))
-        ensure(found.get("transductive") in TRANSDUCTIVE)
+        ensure(isinstance(result["n_label"], int) and result["n_label"] == len(result["confusion"]))
+        ensure(result.get("transductive") in TRANSDUCTIVE)
     except FileNotFoundError:
         raise BadInput(f"{path}: missing; name a results.json")
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
         raise BadInput(f"{path}: not a results.json; run the script that wrote it again")
-    found["stage"] = path.resolve().parent.name.split("_")[0]
+    result["stage"] = path.resolve().parent.name.split("_")[0]
     table = path.with_name("predictions.csv")
-    found["predictions"] = result_files.read_predictions(table, found["n_label"])
-    labels, predictions = zip(*found["predictions"].values())
-    if measures.confusion_matrix(labels, predictions,
-                                found["n_label"]).tolist() != found["confusion"]:
+    n_label = result["n_label"]
+    result["predictions"] = result_files.read_predictions(table, n_label)
+    labels, predictions = zip(*result["predictions"].values())
+    if measures.confusion_matrix(labels, predictions, n_label).tolist() != result["confusion"]:
         raise BadInput(f"{table}: is not what {path} was computed from; run the script that wrote "
                        f"them again")
-    return found
+    return result
 
 
-def common_clips(paths, results, common):
+def common_clips(paths: list[str], results: list[dict], common: bool) -> list[tuple]:
     """(database, subject, key) of the clips to compare on, in the first result's order.
 
     common: take the intersection where they differ. Raises BadInput for differing clips without
     `common`, for none left, and for other classes or labels.
     """
     first = results[0]
-    shared = set.intersection(*(set(found["predictions"]) for found in results))
-    for path, found in zip(paths, results):
-        if found["n_label"] != first["n_label"]:
-            raise BadInput(f"{path}: tells {found['n_label']} classes apart, {paths[0]} "
+    shared = set.intersection(*(set(result["predictions"]) for result in results))
+    for path, result in zip(paths, results):
+        if result["n_label"] != first["n_label"]:
+            raise BadInput(f"{path}: tells {result['n_label']} classes apart, {paths[0]} "
                            f"{first['n_label']}; compare results of the same classes")
         other = [clip for clip in shared
-                 if found["predictions"][clip][0] != first["predictions"][clip][0]]
+                 if result["predictions"][clip][0] != first["predictions"][clip][0]]
         if other:
             raise BadInput(f"{path}: {len(other)} clips carry another label than in {paths[0]}, "
                            f"{'/'.join(min(other))} the first; compare results of the same labels")
-    for path, found in zip(paths, results):
-        if not common and found["predictions"].keys() != first["predictions"].keys():
-            raise BadInput(f"{path}: holds {len(found['predictions'])} clips, {paths[0]} "
+    for path, result in zip(paths, results):
+        if not common and result["predictions"].keys() != first["predictions"].keys():
+            raise BadInput(f"{path}: holds {len(result['predictions'])} clips, {paths[0]} "
                            f"{len(first['predictions'])}, and all results {len(shared)} in "
                            f"common; --common compares on those")
     if not shared:
@@ -106,124 +108,125 @@ def common_clips(paths, results, common):
     return [clip for clip in first["predictions"] if clip in shared]
 
 
-def rows_on(found, clips):
+def rows_on(result: dict, clips: list[tuple]) -> list[dict]:
     """Prediction rows of the given clips."""
-    return [dict(zip(result_files.COLUMNS, (*clip, *found["predictions"][clip]))) for clip in clips]
+    return [dict(zip(result_files.COLUMNS, (*clip, *result["predictions"][clip])))
+            for clip in clips]
 
 
-# ---------------------------------------------------------------- tables: (caption, head, rows)
+# ---------------------------------------------------------------- tables
 
-def title(found):
+
+def title(result: dict) -> str:
     """What a result is of, in a few words."""
-    opt = found["opt"]
+    opt = result["opt"]
     encoder = "untrained" if opt["model_path"] == "random" else "pre-trained"
     view = "" if opt["encoder"] == "both" else f", {opt['encoder']} alone"
     frozen = ", frozen" if opt.get("freeze_encoder") else ""
-    return f"{found['stage']}, {encoder} {opt['model']}{view}{frozen}, {found['protocol']}" \
+    return f"{result['stage']}, {encoder} {opt['model']}{view}{frozen}, {result['protocol']}" \
            + (f", {opt['tag']}" if opt.get("tag") else "")
 
 
-def row(name, found, cells, transductive=""):
-    """One row of figures; `found` says of how many clips and subjects."""
-    return [name, f"{found['n']} / {found['n_subjects'] or '-'}", *cells, transductive]
+def row(name: str, scores: dict, cells: list[str], transductive: str = "") -> list[str]:
+    """One row of figures; `scores` says of how many clips and subjects."""
+    return [name, f"{scores['n']} / {scores['n_subjects'] or '-'}", *cells, transductive]
 
 
-def saw_held_out(results):
+def saw_held_out(results: Sequence[dict]) -> str:
     """Whether an encoder of these results saw held-out subjects: yes, no, or unknown."""
     return TRANSDUCTIVE[result_files.whether_transductive(
-        found.get("transductive") for found in results)]
+        result.get("transductive") for result in results)]
 
 
-def plain(scores):
+def plain(scores: dict) -> list[str]:
     """The cells of figures without intervals."""
     return [f"{scores[m]:.3f}" for m in MEASURES]
 
 
-def system(found):
+def system(result: dict) -> str:
     """What a result was computed with but for seeds, as a comparable text."""
-    same = {k: v for k, v in found["opt"].items()
-            if k not in {*found["free"], "seed", "seeds"}}
-    encoder = re.sub(r"_seed_\d+", "", found["opt"]["model_path"])
-    return json.dumps([found["stage"], found["protocol"], found.get("data_digest"), encoder, same],
-                      sort_keys=True)
+    same = {k: v for k, v in result["opt"].items() if k not in {*result["free"], "seed", "seeds"}}
+    encoder = re.sub(r"_seed_\d+", "", result["opt"]["model_path"])
+    return json.dumps([result["stage"], result["protocol"], result.get("data_digest"), encoder,
+                       same], sort_keys=True)
 
 
-def seed_rows(results, figures):
+def seed_rows(results: list[dict], figures: list[dict]) -> list[list[str]]:
     """A row of mean and deviation for each system that was run with several seeds."""
     groups = {}
-    for number, (found, its) in enumerate(zip(results, figures), 1):
-        seed = found["opt"]["seed"], found["opt"]["model_path"]  # pre-training may have its own
-        groups.setdefault(system(found), {}).setdefault(seed, (number, found, its))
+    for number, (result, scores) in enumerate(zip(results, figures), 1):
+        seed = result["opt"]["seed"], result["opt"]["model_path"]  # pre-training may have its own
+        groups.setdefault(system(result), {}).setdefault(seed, (number, result, scores))
     rows = []
     for group in groups.values():
         if len(group) > 1:
-            numbers, members, its = zip(*group.values())
-            cells = measures.over_seeds(its)
+            numbers, members, scores = zip(*group.values())
+            cells = measures.over_seeds(scores)
             rows.append(row(f"{', '.join(map(str, numbers))}: {title(members[0])}, mean and "
-                            f"standard deviation over {len(group)} seeds", its[0],
+                            f"standard deviation over {len(group)} seeds", scores[0],
                             ["{:.3f} ± {:.3f}".format(*cells[m]) for m in MEASURES],
                             saw_held_out(members)))
     return rows
 
 
-def result_table(results, figures, note):
+def result_table(results: list[dict], figures: list[dict], note: str) -> Table:
     """Baselines, then each result with intervals and its databases, then means over seeds.
 
     Transductive: an encoder saw held-out subjects, as the results say of all their clips.
     """
     rows = [row(f"baseline: {name.replace('_', ' ')}", figures[0], plain(scores))
             for name, scores in figures[0]["baselines"].items()]
-    for number, (found, its) in enumerate(zip(results, figures), 1):
-        ci = its["ci95"]
-        rows.append(row(f"{number}: {title(found)}", its, [
-            f"{its[m]:.3f} [{ci[m][0]:.3f}, {ci[m][1]:.3f}]" for m in MEASURES],
-            saw_held_out([found])))
-        if len(its["per_database"]) > 1:
+    for number, (result, scores) in enumerate(zip(results, figures), 1):
+        ci = scores["ci95"]
+        rows.append(row(f"{number}: {title(result)}", scores, [
+            f"{scores[m]:.3f} [{ci[m][0]:.3f}, {ci[m][1]:.3f}]" for m in MEASURES],
+            saw_held_out([result])))
+        if len(scores["per_database"]) > 1:
             rows += [row(f"{number}: {database} of these", part, plain(part))
-                     for database, part in its["per_database"].items()]
+                     for database, part in scores["per_database"].items()]
     units = figures[0]["resampled"]
     return (f"Held-out {units}, {note}; in brackets 95 % intervals, resampling {units}", HEAD,
             rows + seed_rows(results, figures))
 
 
-def shown(value):
+def shown(value: object) -> str:
     """An option's value as text."""
     if isinstance(value, str):
         return value
     return json.dumps(value, ensure_ascii=False).replace("null", "none")
 
 
-def option_table(results):
+def option_table(results: list[dict]) -> Table:
     """The options (and stage, protocol, data) that are not the same in all results."""
-    settings = [{"stage": found["stage"], "protocol": found["protocol"],
-                 "data": str(found.get("data_digest"))[:8], **found["opt"]} for found in results]
-    bookkeeping = set().union(*(found["free"] for found in results)) - TOLD
+    settings = [{"stage": result["stage"], "protocol": result["protocol"],
+                 "data": str(result.get("data_digest"))[:8], **result["opt"]} for result in results]
+    bookkeeping = set().union(*(result["free"] for result in results)) - TOLD
     names = dict.fromkeys(name for each in settings for name in each if name not in bookkeeping)
-    values = {name: [shown(each[name]) if name in each else "-" for each in settings]
-              for name in names}
-    rows = [[name, *values[name]] for name in names if len(set(values[name])) > 1]
-    return "What changed in the options", ("option", *map(str, range(1, len(results) + 1))), rows
+    rows = [[name, *(shown(each[name]) if name in each else "-" for each in settings)]
+            for name in names]
+    return ("What changed in the options", ("option", *map(str, range(1, len(results) + 1))),
+            [line for line in rows if len(set(line[1:])) > 1])
 
 
-def test_table(results, figures, clips):
+def test_table(results: list[dict], figures: list[dict], clips: list[tuple]) -> Table:
     """The paired test of every two results."""
-    labels = [found[0] for found in map(results[0]["predictions"].get, clips)]
+    labels = [results[0]["predictions"][clip][0] for clip in clips]
     people = [clip[:2] for clip in clips]
-    guesses = [[found["predictions"][clip][1] for clip in clips] for found in results]
+    guesses = [[result["predictions"][clip][1] for clip in clips] for result in results]
     pairs = list(itertools.combinations(range(len(results)), 2))
     n_label = figures[0]["n_label"]
-    found = [measures.permutation_test(labels, guesses[i], guesses[j], people, n_label)
+    tests = [measures.permutation_test(labels, guesses[i], guesses[j], people, n_label)
              for i, j in pairs]
-    adjusted = measures.holm([p for _, p in found])
+    adjusted = measures.holm([p for _, p in tests])
     return (f"Paired permutation tests: predictions swapped subject by subject, two-sided, "
             f"{measures.DRAWS:,} draws; Holm's correction for {len(pairs)} "
             f"pair{'s' * (len(pairs) > 1)}",
             ("pair", "UF1 difference", "p", "p (Holm)"),
             [[f"{i + 1} minus {j + 1}", f"{difference:+.3f}", f"{p:.4f}", f"{holm:.4f}"]
-             for (i, j), (difference, p), holm in zip(pairs, found, adjusted)])
+             for (i, j), (difference, p), holm in zip(pairs, tests, adjusted)])
 
 
-def published_table(path=PUBLISHED):
+def published_table(path: Path = PUBLISHED) -> Table:
     """The literature's figures; raises BadInput."""
     columns = ("method", "year", "source", "database", "n", "classes", "epoch_selection", "uf1",
                "uar", "verified")
@@ -241,7 +244,7 @@ def published_table(path=PUBLISHED):
 
 # ---------------------------------------------------------------- printing
 
-def markdown(caption, head, rows):
+def markdown(caption: str, head: Sequence[str], rows: list[list]) -> str:
     """A table as Markdown, under its caption."""
     lines = [[str(cell).replace("|", r"\|") for cell in line] for line in (head, *rows)]
     lines.insert(1, ["---"] * len(head))
@@ -250,22 +253,19 @@ def markdown(caption, head, rows):
 
 LATEX = {"\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
          "^": r"\textasciicircum{}", "±": r"$\pm$", "<": r"\textless{}", ">": r"\textgreater{}",
-         "|": r"\textbar{}", "[": "{[}", "]": "{]}",
-         **{c: "\\" + c for c in "&%$#_"}}
-
-
-def escape(text):
-    """Text for LaTeX: special characters escaped, minus signs set as such, no dash made of two."""
-    text = "".join(LATEX.get(c, c) for c in str(text))
-    return re.sub(r"-(?=-)", "-{}", re.sub(r"^-(?=\d)", "$-$", text))
-
-
+         "|": r"\textbar{}", "[": "{[}", "]": "{]}", **{c: "\\" + c for c in "&%$#_"}}
 LONG = 44  # characters; longer cells are broken into lines of 20 em
 PAGE = 345, 550  # width and height of the text of the class article, in points
 PREAMBLE = r"% \usepackage{booktabs,rotating}"
 
 
-def latex_cell(text):
+def escape(text: str) -> str:
+    """Text for LaTeX: special characters escaped, minus signs set as such, no dash made of two."""
+    text = "".join(LATEX.get(c, c) for c in str(text))
+    return re.sub(r"-(?=-)", "-{}", re.sub(r"^-(?=\d)", "$-$", text))
+
+
+def latex_cell(text: str) -> str:
     """A cell, broken into lines if it is long, paths at their separators too."""
     if len(text) <= LONG:
         return escape(text)
@@ -273,7 +273,7 @@ def latex_cell(text):
     return rf"\parbox[t]{{20em}}{{\raggedright {text}\strut}}"
 
 
-def latex(caption, head, rows):
+def latex(caption: str, head: Sequence[str], rows: list[list]) -> str:
     """A table as a LaTeX float with booktabs, turned if it is far too wide for the page, and shrunk
     as far as it is too large all the same."""
     # about 5 points a letter, 12 between columns and from line to line
@@ -296,7 +296,7 @@ def latex(caption, head, rows):
 
 
 @util.command_line
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     opt = parse_option(argv)
     places = [str(Path(path).resolve()) for path in opt.results]
     for path, place in zip(opt.results, places):
@@ -304,11 +304,11 @@ def main(argv=None):
             raise BadInput(f"{path}: named twice; name each result once")
     results = [read_results(path) for path in opt.results]
     clips = common_clips(opt.results, results, opt.common)
-    figures = [measures.summarise(rows_on(found, clips), found["n_label"]) for found in results]
+    figures = [measures.summarise(rows_on(result, clips), result["n_label"]) for result in results]
     note = f"{len(clips)} clips"
-    if any(len(found["predictions"]) > len(clips) for found in results):
+    if any(len(result["predictions"]) > len(clips) for result in results):
         note = f"on the {len(clips)} clips that all results hold"
-    if any(found.get("rendered") for found in results):
+    if any(result.get("rendered") for result in results):
         note += ", rendered stand-in data, not CAS(ME)^3"
     tables = [result_table(results, figures, note)]
     if len(results) > 1:
@@ -322,8 +322,8 @@ def main(argv=None):
     if opt.picture:
         from evaluation import pictures  # else the command would take seconds to start
         pictures.draw_comparison(
-            opt.picture, [(f"{number}: {title(found)}", its["uf1"], its["ci95"]["uf1"])
-                          for number, (found, its) in enumerate(zip(results, figures), 1)],
+            opt.picture, [(f"{number}: {title(result)}", scores["uf1"], scores["ci95"]["uf1"])
+                          for number, (result, scores) in enumerate(zip(results, figures), 1)],
             {name: scores["uf1"] for name, scores in figures[0]["baselines"].items()}, note)
 
 

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 
 from images import cache, decoding, encoding, lists
 from images.lists import DATABASES, natural
-from util import BadInput, read_table
+from util import BadInput, ensure, read_table
 
 PAIR_COLUMNS = ("rgb", "depth", "database", "subject", "video", "onset", "apex", "intensity",
                 "unit", "head_motion")
@@ -30,7 +31,7 @@ class Clip:
     paths: tuple
 
     @property
-    def person(self):
+    def person(self) -> tuple[int, str]:
         """(database, subject): the unit of every split."""
         return self.database, self.subject
 
@@ -40,8 +41,8 @@ class ClipSet:
     """The clips of a data set, sorted by (database, subject, key), and what is known of them.
 
     views: their names, such as rgb and depth; channels of each; encoding: what encoding.json or
-    --encoding says; luminance: the second view is computed from the first; classes: names in id
-    order; origin: the set that a subset was taken from.
+    --encoding says; luminance: the second view is computed from the first; origin: the set that a
+    subset was taken from.
     """
     clips: list
     folder: Path
@@ -56,25 +57,25 @@ class ClipSet:
         return len(self.clips)
 
     @functools.cached_property
-    def labels(self):
+    def labels(self) -> np.ndarray:
         """int64 `[N]`"""
         return np.array([clip.label for clip in self.clips], dtype=np.int64)
 
     @functools.cached_property
-    def by_person(self):
+    def by_person(self) -> dict[tuple, np.ndarray]:
         """Indices int64 of the clips of each (database, subject), sorted by these."""
         places = {}
         for i, clip in enumerate(self.clips):
-            places.setdefault((clip.database, clip.subject), []).append(i)
+            places.setdefault(clip.person, []).append(i)
         return {person: np.array(places[person], dtype=np.int64) for person in sorted(places)}
 
     @functools.cached_property
-    def people(self):
+    def people(self) -> list[tuple]:
         """Sorted (database, subject) pairs."""
         return list(self.by_person)
 
     @functools.cached_property
-    def names(self):
+    def names(self) -> dict[tuple, str]:
         """What each person is called in names of files and folds: 'spNO1', or 'casme2_sub01' where
         the lists hold several databases."""
         several = len({database for database, _ in (self.origin or self).by_person}) > 1
@@ -82,21 +83,21 @@ class ClipSet:
                 for person in self.by_person}
 
     @functools.cached_property
-    def classes(self):
+    def classes(self) -> list[str]:
         """Class names in the order of their ids."""
         return self.encoding.get("classes") or [str(i) for i in range(self.n_label)]
 
-    def members(self, people):
-        """Indices of the clips of these (database, subject) pairs."""
+    def members(self, people: Iterable[tuple]) -> np.ndarray:
+        """Indices int64 of the clips of these (database, subject) pairs."""
         own = [self.by_person[person] for person in set(people) & self.by_person.keys()]
         return np.sort(np.concatenate([np.empty(0, np.int64), *own]))
 
-    def subset(self, keep):
+    def subset(self, keep: Iterable[bool]) -> "ClipSet":
         """The clips where `keep` (bool `[N]`) holds."""
         return replace(self, clips=[clip for clip, k in zip(self.clips, keep) if k],
                        origin=self.origin or self)
 
-    def digest(self):
+    def digest(self) -> str:
         """SHA-256 of what the lists say (persons, keys, labels), whatever their order."""
         rows = [[c.database, c.subject, c.key, c.label] for c in self.clips]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
@@ -131,10 +132,9 @@ def read_clips(data_folder: str | Path, list_folder: str | Path | None = None, v
                difference: str | None = None) -> ClipSet:
     """Reads, pairs and checks the lists of a data set.
 
-    difference: what --encoding says. Returns a ClipSet. Raises BadInput as soon as something does
-    not hold: a missing or empty list, a malformed row, a clip in two lists, a subject on both
-    sides, a clip without partner, labels that differ between views or are not exactly 0..C-1, a
-    missing image.
+    difference: what --encoding says. Raises BadInput as soon as something does not hold: a missing
+    or empty list, a malformed row, a clip in two lists, a subject on both sides, a clip without
+    partner, labels that differ between views or are not exactly 0..C-1, a missing image.
     """
     place, data_folder = lists.find_list_folder(data_folder, list_folder), Path(data_folder)
     names = lists.view_names(view)
@@ -154,8 +154,7 @@ def _of_views(paths):
 
 
 def _clip_set(clips, folder, views, luminance, content, place):
-    """Sorts the clips, derives classes and channels; content: of encoding.json; place: of the
-    lists."""
+    """Sorts clips, derives classes and channels; content: of encoding.json; place: of the lists."""
     clips.sort(key=lambda c: (c.database, c.subject, c.key))
     labels = {clip.label for clip in clips} - {-1}
     n_label = len(labels)
@@ -182,7 +181,7 @@ def _channels(folder, clips, views, luminance):
 def read_list(path: str | Path, data_folder: str | Path, view: str = "RGB_D",
               difference: str | None = None, alone: bool = False) -> ClipSet:
     """The clips of one list `<folder>/v_rgb/<name>` and of the same name in the second view's
-    folder, in the order of the list: a ClipSet without subjects and classes.
+    folder, in the order of the list, without subjects and classes.
 
     alone: the second view may be missing; the luminance then stands in for it. Raises BadInput.
     """
@@ -219,7 +218,7 @@ def read_list(path: str | Path, data_folder: str | Path, view: str = "RGB_D",
 
 def read_pairs(path: str | Path, data_folder: str | Path, view: str = "RGB_D",
                difference: str | None = None, min_intensity: float | None = None) -> ClipSet:
-    """Unlabelled pairs of `pairs.tsv` (columns PAIR_COLUMNS), as a ClipSet.
+    """Unlabelled pairs of `pairs.tsv` (columns PAIR_COLUMNS).
 
     min_intensity: keep pairs of at least this intensity, in the file's own unit. A subject is ''
     where the file names none. Raises BadInput.
@@ -234,19 +233,17 @@ def read_pairs(path: str | Path, data_folder: str | Path, view: str = "RGB_D",
                            f", tab-separated")
     clips, where = [], {}
     for place, row in rows:
-        clip = _pair(row, wanted, place, min_intensity)
-        if clip:
+        if clip := _pair(row, wanted, place, min_intensity):
             name = clip.paths[0]
-            if name in where:
+            if where.setdefault(name, place) != place:
                 raise BadInput(f"{place}: {name} is named in {where[name]} already")
-            where[name] = place
             clips.append(clip)
     if not clips:
         raise BadInput(f"{path}: no pair" + (f" of intensity {min_intensity:g} or more"
                                              if min_intensity is not None else ""))
-    found = [lists.relative(data_folder, {c.paths[v]: where[c.paths[0]] for c in clips})
+    paths = [lists.relative(data_folder, {c.paths[v]: where[c.paths[0]] for c in clips})
              for v in range(len(wanted))]
-    clips = [replace(c, paths=_of_views([known[p] for known, p in zip(found, c.paths)]))
+    clips = [replace(c, paths=_of_views([of_view[p] for of_view, p in zip(paths, c.paths)]))
              for c in clips]
     return _clip_set(clips, data_folder, names, luminance,
                      encoding.read_encoding(path.parent, difference), path.parent)
@@ -259,10 +256,9 @@ def _pair(row, views, where, min_intensity):
     if min_intensity is not None:
         try:
             intensity = float(row["intensity"])
+            ensure(not math.isnan(intensity))
         except ValueError:
-            intensity = math.nan
-        if math.isnan(intensity):
-            raise BadInput(f"{where}: intensity {row['intensity']!r} is not a number")
+            raise BadInput(f"{where}: intensity {row['intensity']!r} is not a number") from None
         if intensity < min_intensity:
             return None
     database = row.get("database") or "casme3"
@@ -281,9 +277,9 @@ def merge(labelled: ClipSet, unlabelled: ClipSet, path: str) -> ClipSet:
     if ours != theirs:
         raise BadInput(f"{path}: its differences are {theirs}, those of the lists {ours}; prepare "
                        f"them alike")
-    known = {clip.paths[0] for clip in labelled.clips}
+    paths = {clip.paths[0] for clip in labelled.clips}
     return replace(labelled, clips=labelled.clips + [
-        clip for clip in unlabelled.clips if clip.paths[0] not in known])
+        clip for clip in unlabelled.clips if clip.paths[0] not in paths])
 
 
 # ---------------------------------------------------------------- subjects and folds
@@ -301,7 +297,7 @@ def _plain(name):
 def find_people(names: list[str], clips: ClipSet, flag: str = "--subject") -> list[tuple]:
     """(database, subject) pairs that `names` mean: 'spNO1', or 'casme2/sub01' for one of several
     databases. Raises BadInput for a name that is not there."""
-    found = []
+    people = []
     for name in names:
         database, _, subject = name.rpartition("/")
         hits = [p for p in clips.people if _plain(p[1]) == _plain(subject)
@@ -311,8 +307,8 @@ def find_people(names: list[str], clips: ClipSet, flag: str = "--subject") -> li
             some = ", ".join(some[:5]) + ", …" * (len(some) > 5)
             raise BadInput(f"{flag} {name}: no such subject; the data hold "
                            f"{len(clips.people)}: {some}")
-        found += hits
-    return found
+        people += hits
+    return people
 
 
 def left_out(clips: ClipSet, subject: str | None, fold: str | None,
@@ -343,8 +339,8 @@ def left_out(clips: ClipSet, subject: str | None, fold: str | None,
 def training_clips(clips: ClipSet, blank: np.ndarray, out: set) -> np.ndarray:
     """Indices of the clips to contrast: neither blank nor of a person left out; raises BadInput."""
     out = {identity(person) for person in out}
-    keep = np.array([identity(clip.person) not in out for clip in clips.clips]) & ~blank
-    members = np.flatnonzero(keep)
+    members = np.flatnonzero(
+        np.array([identity(clip.person) not in out for clip in clips.clips]) & ~blank)
     if len(members) < 2:
         raise BadInput(f"{clips.folder}: {len(members)} clips are left to contrast; it takes 2")
     print(f"{len(members)} clips to contrast"
@@ -375,39 +371,33 @@ class Folds(NamedTuple):
 
 def subject_folds(clips: ClipSet) -> Folds:
     """Leave-one-subject-out."""
-    people = clips.people
-    place = {person: i for i, person in enumerate(people)}
-    return Folds([clips.names[p] for p in people],
+    place = {person: i for i, person in enumerate(clips.people)}
+    return Folds(list(clips.names.values()),
                  np.array([place[clip.person] for clip in clips.clips]))
 
 
 def ten_folds(clips: ClipSet, n_folds: int = 10, stratified: bool = True) -> Folds:
     """Groups of whole subjects, stratified as far as that allows, a function of the lists alone.
 
-    stratified: False balances the number of clips alone and looks at no label.
-
     Subjects are dealt out, the largest first, each to the fold in which the squared deviation
-    from an even share of clips per class grows least. Fewer subjects make fewer folds. Names are
-    such as 'fold3of10'.
+    from an even share of clips per class grows least; stratified: False balances the number of
+    clips alone and looks at no label. Fewer subjects make fewer folds, named such as 'fold3of10'.
     """
-    people, labels = clips.people, clips.labels
+    people, subject = clips.people, subject_folds(clips).of
     n_folds = min(n_folds, len(people))
-    place = {person: i for i, person in enumerate(people)}
     counts = np.zeros((len(people), max(clips.n_label, 1)))
-    for clip, label in zip(clips.clips, labels):
-        counts[place[clip.person], label if stratified else 0] += 1
+    for person, label in zip(subject, clips.labels):
+        counts[person, label if stratified else 0] += 1
     share = counts.sum(0) / n_folds
     totals, fold_of = np.zeros((n_folds, counts.shape[1])), {}
     for person in sorted(range(len(people)), key=lambda i: (-counts[i].sum(), people[i])):
         growth = (((totals + counts[person] - share) ** 2 - (totals - share) ** 2)
                   / np.maximum(share, 1)).sum(1)
         # an empty fold goes first when subjects run out, so that every fold holds one
-        left = len(people) - len(fold_of)
         empty = totals.sum(1) == 0
-        if left <= empty.sum():
+        if len(people) - len(fold_of) <= empty.sum():
             growth[~empty] = np.inf
-        chosen = int(growth.round(9).argmin())
-        totals[chosen] += counts[person]
-        fold_of[person] = chosen
+        fold_of[person] = int(growth.round(9).argmin())
+        totals[fold_of[person]] += counts[person]
     return Folds([f"fold{i + 1}of{n_folds}" for i in range(n_folds)],
-                 np.array([fold_of[place[clip.person]] for clip in clips.clips]))
+                 np.array([fold_of[person] for person in subject]))

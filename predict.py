@@ -19,11 +19,13 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import dataset
 from evaluation import encoders
 from images import decoding, encoding, lists
 from models import create_classifier
+from models.classifier import Classifier
 from preparation import cutting, detection, registration
 from training import checkpoint, epochs, supervised
 from util import BadInput, ensure, number
@@ -43,7 +45,7 @@ class FaceBox(argparse.Action):
         setattr(namespace, self.dest, registration.Box(*values))
 
 
-def parse_option(argv):
+def parse_option(argv: list[str] | None) -> util.Options:
     parser = util.ArgumentParser(description=__doc__)
     data = parser.add_argument_group("data: two frames with their depth, or a list")
     data.add_argument("--onset", metavar="FILE", help="RGB frame at the onset")
@@ -78,7 +80,7 @@ def parse_option(argv):
     return opt
 
 
-def check_option(parser, opt):
+def check_option(parser: util.ArgumentParser, opt: util.Options) -> None:
     frames = [f"--{name}" for name in (*FRAMES, "box") if getattr(opt, name) is not None]
     if opt.list and frames:
         parser.error(f"--list and {frames[0]} exclude each other")
@@ -94,7 +96,7 @@ def check_option(parser, opt):
 
 # ---------------------------------------------------------------- model
 
-def read_checkpoint(path):
+def read_checkpoint(path: str | Path) -> dict:
     """The state of a checkpoint with a head; raises BadInput."""
     state = checkpoint.load(path)
     missing = [name for name in NEEDED if state.get(name) is None]
@@ -114,7 +116,8 @@ def read_checkpoint(path):
     return state
 
 
-def set_model(path, state, clips, device):
+def set_model(path: str | Path, state: dict, clips: dataset.ClipSet,
+              device: torch.device) -> Classifier:
     """The classifier of a checkpoint for `clips`, on the device; raises BadInput."""
     opt = argparse.Namespace(model=state["opt"]["model"], view=state["view"],
                              layer=state["layer"], size=state["opt"].get("size", decoding.CROP))
@@ -133,8 +136,8 @@ def set_model(path, state, clips, device):
 
 # ---------------------------------------------------------------- prepared images
 
-def read_list(opt, state):
-    """ClipSet of --list; raises BadInput where its images are not as the checkpoint's were."""
+def read_list(opt: util.Options, state: dict) -> dataset.ClipSet:
+    """The clips of --list; raises BadInput where its images are not as the checkpoint's were."""
     path, view = Path(opt.list), state["view"]
     clips = dataset.read_list(path, opt.data_folder, view, opt.encoding,
                               alone=state["opt"].get("encoder") == "rgb")
@@ -147,7 +150,7 @@ def read_list(opt, state):
     return clips
 
 
-def differing(ours, theirs, second):
+def differing(ours: dict, theirs: dict, second: str) -> list[tuple]:
     """(what, here, there) where two encodings differ in what is known of both."""
     def crop(encoding, name):
         return encoding["crop"].get(name) if isinstance(encoding.get("crop"), dict) else None
@@ -160,8 +163,8 @@ def differing(ours, theirs, second):
 
 # ---------------------------------------------------------------- frames
 
-def recorded(path, encoding, with_depth):
-    """cutting.Settings as a checkpoint's encoding has them; raises BadInput."""
+def recorded(path: str | Path, encoding: dict, with_depth: bool) -> cutting.Settings:
+    """How a checkpoint's encoding says that images were cut; raises BadInput."""
     try:
         crop = encoding["crop"]
         settings = cutting.Settings(
@@ -182,7 +185,7 @@ def recorded(path, encoding, with_depth):
     return settings
 
 
-def check_frames(opt, state):
+def check_frames(opt: util.Options, state: dict) -> bool:
     """Raises BadInput unless the frames that are given are those the model needs; returns whether
     depth is cut."""
     second, alone = lists.view_names(state["view"])[1], state["opt"].get("encoder") == "rgb"
@@ -212,7 +215,7 @@ def check_frames(opt, state):
     return given
 
 
-def check_box(opt, settings):
+def check_box(opt: util.Options, settings: cutting.Settings) -> None:
     """Raises BadInput for a box that is missing, outside the frame, or not what was recorded."""
     if settings.crop in ("box", "boxes") and opt.box is None:
         raise BadInput(f"{opt.model_path}: was trained on crops around boxes that were given; give "
@@ -231,8 +234,8 @@ def check_box(opt, settings):
         raise BadInput(f"--box: lies outside {opt.onset}, {width}x{height} pixels")
 
 
-def cut_frames(opt, state, folder):
-    """ClipSet of the one clip, its difference images below `folder`; raises BadInput."""
+def cut_frames(opt: util.Options, state: dict, folder: str) -> dataset.ClipSet:
+    """The one clip, its difference images below `folder`; raises BadInput."""
     with_depth = check_frames(opt, state)
     settings = recorded(opt.model_path, state["encoding"], with_depth)
     check_box(opt, settings)
@@ -244,33 +247,30 @@ def cut_frames(opt, state, folder):
     task = cutting.Task(Path(opt.apex).stem, *names, tuple(files), box=opt.box)
     record = cutting.process(task, settings, folder)
     if "dropped" in record:
-        reason = record["dropped"]
         raise BadInput("no face found on the onset frame; give --box X Y W H, or another frame"
-                       if reason.startswith("no face") else f"{reason}; give another frame")
+                       if record["dropped"].startswith("no face")
+                       else f"{record['dropped']}; give another frame")
     if not record["registered"]:
-        print_note(f"{opt.apex}: could not be registered onto {opt.onset}; taken as it is")
+        print(f"note: {opt.apex}: could not be registered onto {opt.onset}; taken as it is",
+              file=sys.stderr)  # standard output holds the result alone
     # without depth the luminance stands in: it is the view itself, or the head does not see it
     clip = dataset.Clip(0, "", f"{opt.onset} {opt.apex}", -1, (names[0], names[1] or names[0]))
     return dataset.ClipSet([clip], Path(folder), ("rgb", "depth" if with_depth else "gray"), (3, 1),
                            state["encoding"], luminance=not with_depth)
 
 
-def print_note(text):
-    """A remark on standard error: standard output holds the result alone."""
-    print(f"note: {text}", file=sys.stderr)
-
-
 # ---------------------------------------------------------------- result
 
-def report(opt, state, clips, probabilities):
+def report(opt: util.Options, state: dict, clips: dataset.ClipSet,
+           probabilities: np.ndarray) -> str:
     """The result as text: JSON, or a table with a row per clip."""
     classes, keys = state["classes"], [clip.key for clip in clips.clips]
     if opt.json:
-        found = [{"key": key, "prediction": classes[p.argmax()],
-                  "probabilities": {name: float(v) for name, v in zip(classes, p)}}
-                 for key, p in zip(keys, probabilities)]
-        return json.dumps({"checkpoint": str(opt.model_path), "classes": classes, "clips": found},
-                          indent=1, ensure_ascii=False)
+        answers = [{"key": key, "prediction": classes[p.argmax()],
+                    "probabilities": {name: float(v) for name, v in zip(classes, p)}}
+                   for key, p in zip(keys, probabilities)]
+        return json.dumps({"checkpoint": str(opt.model_path), "classes": classes,
+                           "clips": answers}, indent=1, ensure_ascii=False)
     rows = [("clip", "prediction", *classes)]
     rows += [(key, classes[p.argmax()], *(f"{v:.3f}" for v in p))
              for key, p in zip(keys, probabilities)]
@@ -281,7 +281,7 @@ def report(opt, state, clips, probabilities):
 
 
 @util.command_line
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     opt = parse_option(argv)
     state, device = read_checkpoint(opt.model_path), epochs.pick_device(opt.device)
     with tempfile.TemporaryDirectory() as folder:

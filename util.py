@@ -21,18 +21,21 @@ import re
 import shutil
 import signal
 import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 
 class BadInput(Exception):
-    """Input the user can mend; the text names file, line and fix. Exit code 2."""
+    """Input the user can mend; the text names file, line and fix."""
+    exit_code = 2
 
 
 class RunFailed(Exception):
-    """Something that happened during a run (loss not finite, disk full). Exit code 1."""
+    """Something that happened during a run (loss not finite, disk full)."""
+    exit_code = 1
 
 
-def ensure(holds):
+def ensure(holds: object) -> None:
     """Raises ValueError unless a condition on what was read holds; `python -O` changes nothing."""
     if not holds:
         raise ValueError
@@ -43,7 +46,7 @@ class Stopped(KeyboardInterrupt):
 
     def __init__(self, number, text="stopped"):
         super().__init__(text)
-        self.number = number
+        self.exit_code = 128 + number
 
 
 def _raise_stopped(number, frame):
@@ -52,10 +55,9 @@ def _raise_stopped(number, frame):
 
 
 @contextlib.contextmanager
-def handled(handler):
+def handled(handler: Callable) -> Iterator[None]:
     """SIGINT and SIGTERM call `handler(number, frame)` for the time of a with block."""
-    before = {number: signal.signal(number, handler)
-              for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
@@ -63,17 +65,15 @@ def handled(handler):
             signal.signal(number, old)
 
 
-def command_line(main):
+def command_line(main: Callable) -> Callable:
     """Decorate a script's `main(argv=None)`: failures end in one `error:` line, no traceback."""
     @functools.wraps(main)
     def run(argv=None):
         try:
             with handled(_raise_stopped):  # temporary files are removed on the way out
                 return main(sys.argv[1:] if argv is None else [str(a) for a in argv])
-        except BadInput as error:
-            message, code = error, 2
-        except RunFailed as error:
-            message, code = error, 1
+        except (BadInput, RunFailed, Stopped) as error:
+            message, code = error, error.exit_code
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM,
                                    errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR,
@@ -81,8 +81,6 @@ def command_line(main):
                 raise
             message = f"{error.filename or 'writing'}: {error.strerror}"
             code = 1 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2
-        except Stopped as error:
-            message, code = error, 128 + error.number
         print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(code)
     return run
@@ -90,7 +88,7 @@ def command_line(main):
 
 # ---------------------------------------------------------------- the command line
 
-class _Help(argparse.HelpFormatter):
+class _Help(argparse.RawDescriptionHelpFormatter):
     """Appends each flag's default in brackets."""
 
     def __init__(self, prog):
@@ -110,15 +108,12 @@ class _Help(argparse.HelpFormatter):
     def _get_default_metavar_for_optional(self, action):
         return "N"
 
-    def _fill_text(self, text, width, indent):
-        return "".join(indent + line for line in text.splitlines(keepends=True))
-
 
 class Options(argparse.Namespace):
     """Parsed options; `free`: the names of those that may differ when a run goes on."""
     __slots__ = ("free",)
 
-    def changed(self, **values):
+    def changed(self, **values) -> "Options":
         """A copy with other values."""
         copy = Options(**{**vars(self), **values})
         copy.free = self.free
@@ -128,7 +123,7 @@ class Options(argparse.Namespace):
 class _Declared:
     """`add_argument` with free=True declares that a flag may change when a run goes on."""
 
-    def add_argument(self, *names, free=False, **kwargs):
+    def add_argument(self, *names: str, free: bool = False, **kwargs) -> argparse.Action:
         action = super().add_argument(*names, **kwargs)
         action.free = free
         return action
@@ -144,21 +139,22 @@ class ArgumentParser(_Declared, argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
 
-    def add_argument_group(self, *args, **kwargs):
+    def add_argument_group(self, *args, **kwargs) -> _Group:
         group = _Group(self, *args, **kwargs)
         self._action_groups.append(group)
         return group
 
-    def parse_args(self, args=None, namespace=None):
-        found = super().parse_args(args, namespace or Options())
-        found.free = {action.dest for action in self._actions if getattr(action, "free", False)}
-        return found
+    def parse_args(self, args: Sequence[str] | None = None,
+                   namespace: Options | None = None) -> Options:
+        opt = super().parse_args(args, namespace or Options())
+        opt.free = {action.dest for action in self._actions if getattr(action, "free", False)}
+        return opt
 
-    def error(self, message):
+    def error(self, message: str) -> None:
         self.exit(2, f"error: {message}; see --help\n")
 
 
-def parse_set(sets, description, argv=None):
+def parse_set(sets: dict, description: str, argv: Sequence[str] | None = None) -> Options:
     """Options of a script whose first word names a set, kept as `set`.
 
     sets: dict name → module with add_options(parser) and check_options(parser, opt), whose
@@ -175,13 +171,14 @@ def parse_set(sets, description, argv=None):
     return opt
 
 
-def given(group, argv):
+def given(group: argparse._ArgumentGroup, argv: Sequence[str]) -> list[str]:
     """The flags of an argument group that a command line names."""
     names = {name for action in group._group_actions for name in action.option_strings}
     return [name for name in (word.partition("=")[0] for word in argv) if name in names]
 
 
-def number(kind, low=None, high=None, low_open=False):
+def number(kind: type, low: float | None = None, high: float | None = None,
+           low_open: bool = False) -> Callable[[str], float]:
     """An argparse type: `kind` (int or float) within [low, high], or (low, high]."""
     def convert(text):
         try:
@@ -191,15 +188,15 @@ def number(kind, low=None, high=None, low_open=False):
         if (not math.isfinite(value)
                 or (low is not None and (value < low or (low_open and value == low)))
                 or (high is not None and value > high)):
-            wanted = " and ".join(
-                ([f"{'above' if low_open else 'at least'} {low}"] if low is not None else [])
-                + ([f"at most {high}"] if high is not None else [])) or "finite"
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {wanted}")
+            bounds = (low, "above" if low_open else "at least"), (high, "at most")
+            wanted = " and ".join(f"{how} {bound}" for bound, how in bounds if bound is not None)
+            raise argparse.ArgumentTypeError(
+                f"{text} is out of range: it must be {wanted or 'finite'}")
         return value
     return convert
 
 
-def word(text):
+def word(text: str) -> str:
     """An argparse type: letters, digits and .+-_ alone, so that it can be part of a file name."""
     if not re.fullmatch(r"[\w.+-]*", text) or text.startswith("."):
         raise argparse.ArgumentTypeError(f"{text!r} is not one word of letters, digits and .+-_")
@@ -214,23 +211,23 @@ class NumberList(argparse.Action):
 
     def __call__(self, parser, namespace, values, option_string=None):
         try:
-            found = [int(v) for v in ",".join(values).split(",") if v]
+            numbers = [int(v) for v in ",".join(values).split(",") if v]
         except ValueError:
             parser.error(f"argument {option_string}: epochs as '120 160' or '120,160', "
                          f"not {' '.join(values)!r}")
-        setattr(namespace, self.dest, found)
+        setattr(namespace, self.dest, numbers)
 
 
 # ---------------------------------------------------------------- files
 
-def beside(path):
+def beside(path: str | Path) -> Path:
     """The temporary name of `path`, no other process's even where machines share the disk."""
     path = Path(path)
     return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.part")
 
 
 @contextlib.contextmanager
-def replacing(path, flush=True):
+def replacing(path: str | Path, flush: bool = True) -> Iterator[Path]:
     """The one way to write a file, or a folder, whole: yields a temporary name beside `path` for
     the time of a with block, then flushes it to the disk and renames it. What fails leaves what
     was there, and errors name `path`. flush: False for what can be made again in no time."""
@@ -250,7 +247,7 @@ def replacing(path, flush=True):
             shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
-def remove_leftovers(folder):
+def remove_leftovers(folder: str | Path) -> None:
     """Removes what killed processes of this machine left half-written below `folder`; others may
     be writing there now."""
     for part in Path(folder).rglob(f".*.{platform.node()}.*.part"):
@@ -262,23 +259,24 @@ def remove_leftovers(folder):
             pass
 
 
-def write_bytes(path, content):
+def write_bytes(path: str | Path, content: bytes) -> None:
     """Writes a file whole, but leaves the flushing to the system."""
     with replacing(path, flush=False) as part:
         part.write_bytes(content)
 
 
-def write_text(path, text):
+def write_text(path: str | Path, text: str) -> None:
     """Writes UTF-8 text whole."""
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_json(path, content):
+def write_json(path: str | Path, content: object) -> None:
     """Writes `content` as JSON, whole."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_cells(path, delimiter=",", fix="name a table"):
+def read_cells(path: str | Path, delimiter: str = ",",
+               fix: str = "name a table") -> list[tuple[int, list[str]]]:
     """(line number, cells) of every row of a CSV file, or one with tabs, where quotes are plain.
 
     fix: what a user does about a file that is missing. Raises BadInput.
@@ -294,9 +292,9 @@ def read_cells(path, delimiter=",", fix="name a table"):
         raise BadInput(f"{path}: not a table in UTF-8 ({error}); {fix}") from None
 
 
-def read_table(path, columns=(), delimiter=",", fix="name a table"):
-    """Rows below a header: ([(where, dict column → text), …], the columns), where being
-    '<path>:<line>'.
+def read_table(path: str | Path, columns: Sequence[str] = (), delimiter: str = ",",
+               fix: str = "name a table") -> tuple[list[tuple[str, dict]], list[str]]:
+    """Rows below a header: ([('<path>:<line>', dict column → text), …], the columns).
 
     Raises BadInput for a file that cannot be read, lacks one of `columns`, or holds a row of
     another length than its header.
@@ -313,7 +311,8 @@ def read_table(path, columns=(), delimiter=",", fix="name a table"):
     return [(f"{path}:{number}", dict(zip(header, row))) for number, row in rows], header
 
 
-def write_table(path, columns, rows, delimiter=","):
+def write_table(path: str | Path, columns: Sequence[str], rows: Iterable[dict | Sequence],
+                delimiter: str = ",") -> None:
     """Writes rows (dicts, or sequences in the order of the columns) as a table with a header."""
     text = io.StringIO()
     writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")

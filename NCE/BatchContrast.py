@@ -5,11 +5,9 @@ fewer, but as new as the weights. A bank's row is one epoch old, and in a run of
 catches up.
 """
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-
-def _alone(tensor):
-    return tensor
+from NCE.NCEAverage import alone, positive_first
 
 
 class BatchContrast(nn.Module):
@@ -21,19 +19,18 @@ class BatchContrast(nn.Module):
 
     def __init__(self, T):
         super().__init__()
-        self.T, self.gather = T, _alone
+        self.T, self.gather = T, alone
 
-    def draw(self, index, generator=None):
+    def draw(self, index: Tensor, generator: torch.Generator | None = None) -> None:
         """Nothing is drawn: the negatives are the other clips of the batch."""
 
-    def forward(self, feat_rgb, feat_depth, place, idx=None):
+    def forward(self, feat_rgb: Tensor, feat_depth: Tensor, place: Tensor,
+                idx: None = None) -> tuple[Tensor, Tensor]:
         """feat_rgb, feat_depth: `[b, d]` of unit length, this rank's; place `[b]`: where they stand
         in the global batch of B; idx is not used. Returns (out_rgb, out_depth), each `[b, B]`,
         the positive in column 0."""
         others = self.gather(feat_rgb), self.gather(feat_depth)  # [B, d]
-        order = torch.arange(len(others[0]), device=place.device).repeat(len(place), 1)  # [b, B]
-        order.scatter_(1, place.unsqueeze(1), 0)
-        order[:, 0] = place
+        order = positive_first(place, len(others[0]))  # [b, B]
         with torch.autocast(place.device.type, enabled=False):
             out_rgb = (feat_rgb.float() @ others[1].float().t() / self.T).gather(1, order)
             out_depth = (feat_depth.float() @ others[0].float().t() / self.T).gather(1, order)

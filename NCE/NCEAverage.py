@@ -9,7 +9,7 @@ the gradients from `embedding_bag`, a fused gather and weighted sum.
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -92,8 +92,16 @@ def _weighted_rows(bank, idx, weight, bag=256):
     return parts.view(len(idx), -1, bank.shape[1]).sum(1)
 
 
-def _alone(tensor):
+def alone(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def positive_first(index: Tensor, n: int) -> Tensor:
+    """All of 0..n-1 for each of `index [B]`, swapped so that this one is in column 0: `[B, n]`."""
+    idx = torch.arange(n, device=index.device).repeat(len(index), 1)
+    idx.scatter_(1, index.unsqueeze(1), 0)
+    idx[:, 0] = index
+    return idx
 
 
 class NCEAverage(nn.Module):
@@ -115,12 +123,9 @@ class NCEAverage(nn.Module):
         super().__init__()
         if min(feat_dim, n_data, K) < 1:
             raise ValueError(f"feat_dim {feat_dim}, n_data {n_data}, K {K}: all must be at least 1")
-        self.K = min(K, n_data - 1)
-        self.n_data = n_data
-        self.T = T
-        self.momentum = momentum
-        self.use_softmax = use_softmax
-        self.gather = _alone
+        self.n_data, self.K = n_data, min(K, n_data - 1)
+        self.T, self.momentum, self.use_softmax = T, momentum, use_softmax
+        self.gather = alone
         for view in ("rgb", "depth"):
             bank = torch.randn(n_data, feat_dim)
             bank /= bank.norm(dim=1, keepdim=True)
@@ -128,7 +133,7 @@ class NCEAverage(nn.Module):
             self.register_buffer(f"Z_{view}", torch.tensor(-1.0))
         self._changes = {"rgb": _Change(), "depth": _Change()}
 
-    def draw(self, index, generator=None):
+    def draw(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor | None:
         """Negatives of the pairs `index [B]` → idx `[B, K'+1]` on its device, column 0 = index.
 
         Uniform with replacement over the other n-1 entries, drawn on the CPU. None if K >= n-1:
@@ -137,12 +142,13 @@ class NCEAverage(nn.Module):
         if self.n_data - 1 <= self.K:
             return None
         index = index.unsqueeze(1)  # [B, 1]
-        idx = torch.randint(self.n_data - 1, (len(index), self.K), generator=generator)
-        idx = idx.to(index.device)
+        idx = torch.randint(self.n_data - 1, (len(index), self.K),
+                            generator=generator).to(index.device)
         idx += idx >= index  # skips the positive
         return torch.cat([index, idx], dim=1)  # [B, K'+1]
 
-    def forward(self, feat_rgb, feat_depth, index, idx=None):
+    def forward(self, feat_rgb: Tensor, feat_depth: Tensor, index: Tensor,
+                idx: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Scores of a batch and, in training mode, the update of its rows afterwards.
 
         feat_rgb, feat_depth: `[B, d]` of unit length, any floating type; index `[B]`: their rows
@@ -153,9 +159,7 @@ class NCEAverage(nn.Module):
         if idx is None:
             idx = self.draw(index)
         if idx is None:
-            idx = torch.arange(self.n_data, device=index.device).repeat(len(index), 1)  # [B, n]
-            idx.scatter_(1, index.unsqueeze(1), 0)
-            idx[:, 0] = index
+            idx = positive_first(index, self.n_data)  # [B, n]
         with torch.autocast(index.device.type, enabled=False):
             out_rgb = self._score(feat_rgb, "rgb", "depth", idx)
             out_depth = self._score(feat_depth, "depth", "rgb", idx)
@@ -183,11 +187,10 @@ class NCEAverage(nn.Module):
         return (scores - constant.log()).exp_()
 
     @torch.no_grad()
-    def update(self, feat_rgb, feat_depth, index):
+    def update(self, feat_rgb: Tensor, feat_depth: Tensor, index: Tensor) -> None:
         """Moves the rows `index [B]` of both banks towards features `[B, d]`, back to length 1."""
         for view, feat in (("rgb", feat_rgb), ("depth", feat_depth)):
-            bank = getattr(self, f"memory_{view}")
-            change = self._changes[view]
+            bank, change = getattr(self, f"memory_{view}"), self._changes[view]
             change.index, change.rows = index, bank.index_select(0, index)
             change.later = self._changes[view] = _Change()
             rows = self.momentum * change.rows + (1 - self.momentum) * feat.to(bank.dtype)

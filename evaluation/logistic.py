@@ -19,8 +19,10 @@ clips that it holds out, is solved in a kernel of its own.
 """
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 MEMORY = 6  # pairs of steps and gradient changes that L-BFGS keeps
 MOST_STEPS, MOST_PASSES, ROUGH_STEPS = 500, 50, 100
@@ -35,12 +37,12 @@ CONSTANT = 1e-10  # a feature of a smaller share of variance in its mean square 
 class Statistics(NamedTuple):
     """Of each fold's training features: `mean`, `std` float32 `[F, D]`, the deviation being 1 for
     a feature that does not vary; `varies` bool `[F, D]`."""
-    mean: torch.Tensor
-    std: torch.Tensor
-    varies: torch.Tensor
+    mean: Tensor
+    std: Tensor
+    varies: Tensor
 
 
-def statistics(features, training, block=1024):
+def statistics(features: Tensor, training: Tensor, block: int = 1024) -> Statistics:
     """Statistics of features `[V, N, D]` over all views of the clips `training` (bool `[N, F]`),
     all folds in one pass over blocks of features."""
     weights = (training.double() / training.sum(0)).t().to(features.device)  # [F, N]
@@ -55,16 +57,16 @@ def statistics(features, training, block=1024):
         varies = variance > CONSTANT * square
         parts.append(((mean + centre).float(), variance.clamp(min=0).sqrt().float()
                       .masked_fill(~varies, 1), varies))
-    return Statistics(*(torch.cat(found, 1) for found in zip(*parts)))
+    return Statistics(*(torch.cat(blocks, 1) for blocks in zip(*parts)))
 
 
 class Solution(NamedTuple):
     """Heads of P folds, as coefficients of the rows and as logits."""
-    alpha: torch.Tensor  # [V N, P, C], near 0 in rows outside the fold
-    inside: torch.Tensor  # [r, P, C], the same in the eigenbasis
-    offset: torch.Tensor  # [V N, P, C], what the fold's own scale adds to the logits
-    logits: torch.Tensor  # [V N, P, C], of every row, without the bias
-    bias: torch.Tensor  # [P, C]
+    alpha: Tensor  # [V N, P, C], near 0 in rows outside the fold
+    inside: Tensor  # [r, P, C], the same in the eigenbasis
+    offset: Tensor  # [V N, P, C], what the fold's own scale adds to the logits
+    logits: Tensor  # [V N, P, C], of every row, without the bias
+    bias: Tensor  # [P, C]
 
 
 class Regression:
@@ -73,7 +75,7 @@ class Regression:
     `solve` takes any set of folds of these clips, `weights` turns a solution into heads.
     """
 
-    def __init__(self, features, labels, n_label):
+    def __init__(self, features: Tensor, labels: np.ndarray | Tensor, n_label: int):
         views, count, dim = features.shape
         self.n_label, self.views, self.device = n_label, views, features.device
         self.features, self.labels = features, torch.as_tensor(labels)
@@ -87,8 +89,9 @@ class Regression:
         self.rows, self.basis = ({kind: value.to(kind) for kind in (torch.float64, torch.float32)}
                                  for value in (rows, basis))
 
-    def solve(self, training, stats, l2, weights=None, start=None, tolerance=TOLERANCE,
-              most=MOST_STEPS):
+    def solve(self, training: Tensor, stats: Statistics, l2: Tensor, weights: Tensor | None = None,
+              start: Solution | None = None, tolerance: float = TOLERANCE,
+              most: int = MOST_STEPS) -> Solution:
         """Solution for the folds whose training clips are `training` (bool `[N, P]`).
 
         stats: Statistics of the P folds; l2 `[P]`; weights `[P, C]`: of each class in the mean
@@ -97,48 +100,48 @@ class Regression:
         MOST_STEPS. Double precision where the tolerance asks for it.
         """
         far = (((self.std / stats.std) > APART) & stats.varies).any(1).cpu()
-        near, found = (~far).nonzero()[:, 0], {}
+        near, heads = (~far).nonzero()[:, 0], {}
         for chosen in near.split(PROBLEMS) if len(near) else ():
-            part, done = self._together(chosen, training, stats, l2, weights, start, tolerance,
-                                        most)
-            found |= {int(fold): Solution(*(value[..., i:i + 1, :] for value in part))
+            problem = (training[:, chosen], Statistics(*(value[chosen] for value in stats)),
+                       l2[chosen], None if weights is None else weights[chosen])
+            old = start and Solution(*(value[..., chosen, :] for value in start))
+            part, done = self._together(problem, old, tolerance, most)
+            heads |= {int(fold): Solution(*(value[..., i:i + 1, :] for value in part))
                       for i, fold in enumerate(chosen)}
             if most == MOST_STEPS:  # passes may have run out where scales were not that far apart
                 far[chosen[~done.cpu()]] = True
         short = 0
         for fold in far.nonzero()[:, 0].tolist():
-            found[fold], done = self._alone(fold, training[:, fold], l2[fold:fold + 1], None if
-                                            weights is None else weights[fold:fold + 1],
-                                            tolerance, most)
+            heads[fold], done = self._alone(
+                training[:, fold], l2[fold:fold + 1],
+                None if weights is None else weights[fold:fold + 1], tolerance, most)
             short += not done
         if short and most == MOST_STEPS:
             print(f"{short} of {training.shape[1]} heads have not converged after {most} steps; "
                   f"raise --l2")
         kind = torch.float64 if tolerance < ROUGH else torch.float32
         return Solution(*(torch.cat([value.to(kind) for value in values], -2) for values in
-                          zip(*(found[fold] for fold in range(training.shape[1])))))
+                          zip(*(heads[fold] for fold in range(training.shape[1])))))
 
-    def _together(self, chosen, training, stats, l2, weights, start, tolerance, most):
-        """(Solution, which have converged) of the folds `chosen` in the kernel of all clips."""
-        job = (training[:, chosen], Statistics(*(value[chosen] for value in stats)), l2[chosen],
-               None if weights is None else weights[chosen])
-        start = start and Solution(*(value[..., chosen, :] for value in start))
+    def _together(self, problem, start, tolerance, most):
+        """(Solution, which have converged) of some folds in the kernel of all clips; problem:
+        their training, stats, l2 and weights, as in `solve`."""
         stages = [(torch.float32, tolerance, most)]
         if tolerance < ROUGH:  # most of the way in single precision, at half the cost
             stages = [(torch.float32, ROUGH, ROUGH_STEPS), (torch.float64, tolerance, most)]
         for kind, bound, steps in stages:
             old = start and Solution(*(value.to(kind) for value in start))
-            start, done = _Folds(self, kind, *job).solve(old, bound, steps)
+            start, done = _Folds(self, kind, *problem).solve(old, bound, steps)
         return start, done
 
-    def _alone(self, fold, keep, l2, weights, tolerance, most):
+    def _alone(self, keep, l2, weights, tolerance, most):
         """(Solution, whether it has converged) of one fold in the kernel of its own clips `keep`
         (bool `[N]`), in the terms of all clips."""
         own = Regression(self.features[:, keep.to(self.device)], self.labels[keep], self.n_label)
         everybody = torch.ones(int(keep.sum()), 1, dtype=torch.bool)
         stats = statistics(own.features, everybody)
         # scales that lie far apart take double precision, whatever the tolerance
-        solution, done = own._together(torch.arange(1), everybody, stats, l2, weights, None,
+        solution, done = own._together((everybody, stats, l2, weights), None,
                                        min(tolerance, ROUGH / 10), most)
         weight, bias = (value.double() for value in own.weights(solution, stats))
         alpha = solution.alpha.new_zeros(self.views, len(keep), 1, self.n_label)
@@ -151,14 +154,14 @@ class Regression:
         return Solution(alpha, inside, torch.zeros_like(logits), logits + shift,
                         bias - shift), bool(done.all())
 
-    def weights(self, solution, stats):
+    def weights(self, solution: Solution, stats: Statistics) -> tuple[Tensor, Tensor]:
         """(weight `[P, C, D]`, bias `[P, C]`) of heads on features standardised by `stats`."""
         length = stats.varies.sum(1).clamp(min=1).view(-1, 1, 1)
         rows, alpha = self.rows[torch.float64], solution.alpha.double()
-        found = (rows.t() @ alpha.flatten(1)).view(-1, *solution.bias.shape)
+        weight = (rows.t() @ alpha.flatten(1)).view(-1, *solution.bias.shape)  # [D, P, C]
         # rows are in units of all clips' deviations, the head's features in the fold's own
         ratio = (self.std / stats.std) * stats.varies  # [P, D]
-        weight = found.permute(1, 2, 0) * ratio[:, None] / length  # [P, C, D]
+        weight = weight.permute(1, 2, 0) * ratio[:, None] / length  # [P, C, D]
         shift = (stats.mean - self.mean) / stats.std  # [P, D]
         return weight.float(), (solution.bias + (weight * shift[:, None]).sum(2)).float()
 
@@ -192,11 +195,11 @@ class _Folds:
         self.change = (own - 1 / regression.length).t().unsqueeze(2).to(kind)  # [D, P, 1]
         self.shape = len(self.keep), len(l2), regression.n_label
 
-    def expand(self, values):
+    def expand(self, values: Tensor) -> Tensor:
         """Logits `[V N, P, C]` of heads in the eigenbasis `[r, P, C]`."""
         return (self.basis @ values.flatten(1)).view(self.shape)
 
-    def solve(self, start, tolerance, most):
+    def solve(self, start: Solution | None, tolerance: float, most: int) -> tuple[Solution, Tensor]:
         """(Solution, bool `[P]`: which have converged); start: a Solution or None; see
         Regression.solve."""
         inside, offset, bias = (start.inside, start.offset, start.bias) if start else (
@@ -217,14 +220,15 @@ class _Folds:
                 break
             if last is not None:  # Aitken's relaxation, for scales that differ by more
                 turn = step - last
-                found = -relax * (last * turn).sum((0, 2)) / turn.square().sum((0, 2)).clamp(
-                    min=1e-30)
-                relax = torch.where(done, relax, found.clamp(0.05, 2))
+                size = turn.square().sum((0, 2)).clamp(min=1e-30)
+                factor = -relax * (last * turn).sum((0, 2)) / size
+                relax = torch.where(done, relax, factor.clamp(0.05, 2))
             last = step
             offset = torch.where(done[:, None], offset, offset + step * relax[:, None])
         return Solution(alpha, inside, own, logits + own, bias), done & minimal
 
-    def minimum(self, inside, offset, bias, settled, tolerance, most):
+    def minimum(self, inside: Tensor, offset: Tensor, bias: Tensor, settled: Tensor,
+                tolerance: float, most: int) -> tuple[list[Tensor], Tensor]:
         """((heads, logits, bias) at the minimum for an offset to the logits, bool `[P]`: which
         folds have got there); the folds `settled` stay as they are."""
         point, done, memory = [inside, self.expand(inside), bias], settled.clone(), []
@@ -244,7 +248,7 @@ class _Folds:
             memory = [*memory, (step, change, _product(change, step))][-MEMORY:]
         return point, done
 
-    def gradient(self, point, offset):
+    def gradient(self, point: list, offset: Tensor) -> tuple[list, tuple]:
         """The gradient (of heads `[r, P, C]`, of the bias `[P, C]`) and the approximate inverse of
         the Hessian there: with the mean c over rows and classes of p (1 - p) that is
         1 / (c values / n + l2), and 1 / c of the bias."""
@@ -257,7 +261,7 @@ class _Folds:
                  + inside * self.l2[:, None], residual.sum(0)],
                 (inverse, 1 / curvature[:, None]))
 
-    def direction(self, gradient, memory, inverse):
+    def direction(self, gradient: list, memory: list, inverse: tuple) -> tuple:
         """The two loops of L-BFGS: a step (heads, their logits, bias) downhill."""
         inside, bias = (value.clone() for value in gradient)
         shares = []
@@ -274,7 +278,7 @@ class _Folds:
             bias += share[:, None] * step[2]
         return -inside, -self.expand(inside), -bias
 
-    def search(self, point, direction, offset, slope):
+    def search(self, point: list, direction: tuple, offset: Tensor, slope: Tensor) -> Tensor:
         """Length of the step `[P]`: Newton's method on the line, along which the loss is convex."""
         base, move = point[1] + offset + point[2], direction[1] + direction[2]
         told = (self.target * move * self.mask).sum((0, 2))

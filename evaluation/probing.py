@@ -360,7 +360,7 @@ class InnerFolds:
                      "rate": torch.zeros(n_folds, dtype=torch.long)}
 
     @torch.no_grad()
-    def look(self, epoch: int, heads: FoldHeads) -> None:
+    def follow(self, epoch: int, heads: FoldHeads) -> None:
         """After an epoch: keeps the outer heads of the folds whose inner UF1 has risen."""
         plain, labels, (n_folds, parts, n_rates) = (
             self.task.features[0], self.task.labels, self.shape)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,29 +15,29 @@ from tqdm import tqdm
 from util import replacing, write_json
 
 
-def stamp(paths, *about):
+def stamp(paths: Iterable[str | Path], *settings) -> str:
     """Digest of files by place, size and time, and of what else their array depends on."""
-    found = hashlib.sha256(repr(about).encode())
+    digest = hashlib.sha256(repr(settings).encode())
     for path in paths:
         stat = os.stat(path)
-        found.update(f"{Path(path).resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return found.hexdigest()
+        digest.update(f"{Path(path).resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
-def cached(items, decode, shape, dtype, stamp, folder="off", num_workers=4):
+def cached(items: list, decode: Callable, shape: tuple, dtype: type, stamp: str,
+           folder: str = "off", num_workers: int = 4) -> "tuple[np.ndarray | Stream, str]":
     """Every item decoded once: (array `[N, *shape]`, SHA-256 of its bytes).
 
-    items: a list; decode(item) → array of `shape` and `dtype`, called by several threads; stamp:
+    decode(item) → array of `shape` and `dtype`, called by several threads; stamp:
     what the result follows from. A folder keeps the array as a memory-mapped file under its
     stamp, and later calls map it; 'off' keeps it in memory. Where it fits neither, a Stream takes
     its place, and the digest is the stamp.
     """
     place, shape = Path(folder), (len(items), *shape)
-    path = place / f"{stamp[:32]}.npy"
-    if folder != "off" and path.with_suffix(".json").exists() and path.exists():
-        known = json.loads(path.with_suffix(".json").read_text())
-        return np.load(path, mmap_mode="r"), known["sha256"]
+    path, note = (place / f"{stamp[:32]}.{end}" for end in ("npy", "json"))
     if folder != "off":
+        if note.exists() and path.exists():
+            return np.load(path, mmap_mode="r"), json.loads(note.read_text())["sha256"]
         place.mkdir(parents=True, exist_ok=True)
     volume = math.prod(shape) * np.dtype(dtype).itemsize
     room = shutil.disk_usage(place).free if folder != "off" else _free_memory()
@@ -55,7 +56,7 @@ def cached(items, decode, shape, dtype, stamp, folder="off", num_workers=4):
             os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
         digest = _fill(images, items, decode, num_workers)
         images.flush()
-    write_json(path.with_suffix(".json"), {"sha256": digest, "clips": len(items)})
+    write_json(note, {"sha256": digest, "clips": len(items)})
     return np.load(path, mmap_mode="r"), digest
 
 
@@ -95,7 +96,8 @@ class Stream:
         return np.stack(list(self.pool.map(self.decode, chosen)))
 
 
-def fetch(images, batches, device):
+def fetch(images: np.ndarray | Stream, batches: Iterable[np.ndarray],
+          device: torch.device) -> Iterator[torch.Tensor]:
     """`images[index]` on `device`, uint8 `[B, C, S, S]`, for each index array of `batches`.
 
     The next one is fetched while one is used, for a GPU from pinned memory on a stream of its own:

@@ -12,7 +12,7 @@ CROP = 224
 PIXEL_LIMIT = 50_000_000  # an image of more pixels than any camera's frame is an accident
 
 
-def open_image(path):
+def open_image(path: str | Path) -> Image.Image:
     """Opens an image lazily, with a limit on its pixels; raises BadInput."""
     try:
         image = Image.open(path)
@@ -37,12 +37,13 @@ def _grey8(image, path):
     return Image.fromarray(np.ascontiguousarray(rgb[..., 0]))
 
 
-def stored_side(size):
+def stored_side(size: int) -> int:
     """Side of the stored images of which `size` pixels are cropped, both in pixels."""
     return round(size * SIZE / CROP)
 
 
-def decode(paths, channels, difference, side=SIZE, luminance=False):
+def decode(paths: list, channels: tuple, difference: str, side: int = SIZE,
+           luminance: bool = False) -> np.ndarray:
     """The views of one clip: uint8 `[C1+C2+…, side, side]`.
 
     paths, channels: of each view, the first in colour; luminance: the second view is that of the
@@ -54,11 +55,11 @@ def decode(paths, channels, difference, side=SIZE, luminance=False):
     for number, (path, count) in enumerate(zip(paths, channels)):
         try:
             if number and luminance:
-                grey = encoding.luminance(np.asarray(views[0]), difference)
-                views.append(Image.fromarray(grey))
-                continue
-            image = open_image(path)
-            views.append(image.convert("RGB") if count == 3 else _grey8(image, path))
+                views.append(Image.fromarray(
+                    encoding.luminance(np.asarray(views[0]), difference)))
+            else:
+                image = open_image(path)
+                views.append(image.convert("RGB") if count == 3 else _grey8(image, path))
         except (OSError, ValueError, SyntaxError) as error:
             raise BadInput(f"{path}: cannot be decoded ({error}); replace it") from None
     first = views[0]

@@ -22,7 +22,7 @@ WRAP_DEPTH = 0.0423, 0.1761
 FIXED_STD = 8 / 255, 4 / 255
 
 
-def read_encoding(folder, given=None):
+def read_encoding(folder: str | Path, given: str | None = None) -> dict:
     """encoding.json beside the lists, or --encoding [wrap]; raises BadInput."""
     path = Path(folder) / "encoding.json"
     if not path.exists():
@@ -45,14 +45,14 @@ def read_encoding(folder, given=None):
 
 # ---------------------------------------------------------------- pixels
 
-def encode(change, difference):
+def encode(change: np.ndarray, difference: str) -> np.ndarray:
     """Grey levels uint8 of a change in levels (int16): signed, wrap or absolute."""
     if difference == "signed":
         return ((change + 256) // 2).clip(0, 255).astype(np.uint8)
     return (change % 256 if difference == "wrap" else abs(change).clip(0, 255)).astype(np.uint8)
 
 
-def encode_depth(change, difference, range_mm=10.0):
+def encode_depth(change: np.ndarray, difference: str, range_mm: float = 10.0) -> np.ndarray:
     """Grey levels uint8 of a change in mm: 127 levels are `range_mm`, beyond it is clipped.
 
     "No change" is the level that the encoding has for it in both views: 128, or 0 for wrap
@@ -64,39 +64,38 @@ def encode_depth(change, difference, range_mm=10.0):
     return encode(steps, difference)
 
 
-def levels(pixels, difference):
+def levels(pixels: np.ndarray, difference: str) -> np.ndarray:
     """Change int16 about "no change" of pixels uint8; differences modulo 256 are unwrapped."""
-    found = pixels.astype(np.int16) - NO_CHANGE[difference]
-    return (found + 128) % 256 - 128 if difference == "wrap" else found
+    change = pixels.astype(np.int16) - NO_CHANGE[difference]
+    return (change + 128) % 256 - 128 if difference == "wrap" else change
 
 
-def stretch(pixels, difference, gain):
+def stretch(pixels: np.ndarray, difference: str, gain: float) -> np.ndarray:
     """A difference image for the eye, uint8: "no change" is 128, changes are enlarged."""
     return (128 + gain * levels(pixels, difference)).clip(0, 255).astype(np.uint8)
 
 
-def flat(shape, difference):
+def flat(shape: tuple, difference: str) -> np.ndarray:
     """uint8 pixels of that shape without any change."""
     return np.full(shape, NO_CHANGE[difference], np.uint8)
 
 
-def luminance(rgb, difference):
+def luminance(rgb: np.ndarray, difference: str) -> np.ndarray:
     """uint8 `[H, W, 3]` → `[H, W]`; a difference modulo 256 is unwrapped before it is mixed."""
-    found = levels(rgb, difference) if difference == "wrap" else rgb.astype(np.int16)
-    return (found @ np.array(GREY)).round().astype(np.int16).astype(np.uint8)
+    pixels = levels(rgb, difference) if difference == "wrap" else rgb.astype(np.int16)
+    return (pixels @ np.array(GREY)).round().astype(np.int16).astype(np.uint8)
 
 
-def blank(images, difference):
+def blank(images: np.ndarray | cache.Stream, difference: str) -> np.ndarray:
     """bool `[N]`: clips whose first view (RGB) is 'no change' everywhere (onset = apex)."""
-    level = NO_CHANGE[difference]
     chunks = np.array_split(np.arange(len(images)), -(-len(images) // 64))
-    return np.concatenate([(batch[:, :3].numpy() == level).all((1, 2, 3))
+    return np.concatenate([(batch[:, :3].numpy() == NO_CHANGE[difference]).all((1, 2, 3))
                            for batch in cache.fetch(images, chunks, torch.device("cpu"))])
 
 
 # ---------------------------------------------------------------- normalisation
 
-def fixed_normalization(difference, views, channels):
+def fixed_normalization(difference: str, views: tuple, channels: tuple) -> dict[str, list]:
     """{mean, std}, a number per channel in units of 255 grey levels, from the encoding alone.
 
     wrap: the published constants (a view other than depth gets those of RGB); otherwise
@@ -105,26 +104,26 @@ def fixed_normalization(difference, views, channels):
     mean, std = [], []
     for number, (view, n) in enumerate(zip(views, channels)):
         if difference != "wrap":
-            mean += [NO_CHANGE[difference] / 255] * n
-            std += [FIXED_STD[number > 0]] * n
+            own = [NO_CHANGE[difference] / 255] * n, [FIXED_STD[number > 0]] * n
         elif view == "depth" and n == 1:
-            mean.append(WRAP_DEPTH[0])
-            std.append(WRAP_DEPTH[1])
+            own = [[value] for value in WRAP_DEPTH]
         else:
-            for found, of_rgb in ((mean, WRAP_RGB[0]), (std, WRAP_RGB[1])):
-                found += [sum(of_rgb) / 3] if n == 1 else of_rgb
+            own = [[sum(of_rgb) / 3] if n == 1 else of_rgb for of_rgb in WRAP_RGB]
+        mean += own[0]
+        std += own[1]
     return {"mean": mean, "std": std}
 
 
-def estimate_normalization(images, members, difference, views, channels):
+def estimate_normalization(images: np.ndarray | cache.Stream, members: np.ndarray, difference: str,
+                           views: tuple, channels: tuple) -> dict[str, list]:
     """{mean, std} for the images a pre-training sees: those at `members` of uint8 `[N, C, H, W]`.
 
     wrap: the published constants. Otherwise the mean is "no change", and the deviation per
     channel is taken about it.
     """
-    found = fixed_normalization(difference, views, channels)
+    normalization = fixed_normalization(difference, views, channels)
     if difference == "wrap":
-        return found
+        return normalization
     squares = torch.zeros(sum(channels), dtype=torch.float64)
     members = members[::-(-len(members) // 10_000)]  # of many clips, that many say it
     for i in members:
@@ -132,5 +131,5 @@ def estimate_normalization(images, members, difference, views, channels):
         squares += change.square().mean((1, 2)).double()
     std = (squares / len(members)).sqrt() / 255
     # a channel without any change keeps the fixed deviation rather than dividing by zero
-    found["std"] = [s if s > 1e-4 else f for s, f in zip(std.tolist(), found["std"])]
-    return found
+    fixed = normalization["std"]
+    return normalization | {"std": [s if s > 1e-4 else f for s, f in zip(std.tolist(), fixed)]}

@@ -23,10 +23,10 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
                        f"view's lists") from None
     except UnicodeDecodeError:
         raise BadInput(f"{path}: not text in UTF-8; save the list as UTF-8") from None
-    found = [(i, line.strip()) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
-    if not found:
+    lines = [(i, line.strip()) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not lines:
         raise BadInput(f"{path}: empty; it needs at least one row")
-    return found
+    return lines
 
 
 def read_rows(path: Path) -> list[tuple]:
@@ -87,27 +87,27 @@ def clip_keys(paths: Iterable[str], suffixes: Iterable[str] = ()) -> dict[str, s
 def read_view(folder: Path, subjects: list[str], suffixes: Iterable[str]) -> dict[str, tuple]:
     """One view's lists, checked: dict key → (path, label, database, subject, where)."""
     tests = {s: read_rows(folder / f"{s}_test.txt") for s in subjects}
-    rows, where = {}, {}
+    rows = {}
     for subject, test in tests.items():
         for path, label, database, number in test:
-            here = f"{folder / f'{subject}_test.txt'}:{number}"
-            if path in where:
-                raise BadInput(f"{here}: {path} is in {where[path]} too; a clip belongs to one "
+            where = f"{folder / f'{subject}_test.txt'}:{number}"
+            if path in rows:
+                raise BadInput(f"{where}: {path} is in {rows[path][3]} too; a clip belongs to one "
                                f"test list")
-            rows[path], where[path] = (label, database, subject), here
+            rows[path] = label, database, subject, where
     for subject in subjects:
         _check_train(folder / f"{subject}_train.txt", subject, rows)
     try:
         keys = clip_keys(rows, suffixes)
     except ValueError as error:
         raise BadInput(f"{folder}: {error}; remove one of the rows") from None
-    return {keys[p]: (p, *rows[p], where[p]) for p in rows}
+    return {keys[path]: (path, *row) for path, row in rows.items()}
 
 
 def _check_train(path, subject, rows):
     """A train list names the clips of all other subjects: neither more nor fewer."""
-    count = 0
-    for name, label, database, number in read_rows(path):
+    train = read_rows(path)
+    for name, label, database, number in train:
         if name not in rows:
             raise BadInput(f"{path}:{number}: {name} is in no subject's test list; add it to one, "
                            f"or remove the row")
@@ -117,10 +117,9 @@ def _check_train(path, subject, rows):
         if rows[name][:2] != (label, database):
             raise BadInput(f"{path}:{number}: label {label}, database {database} for {name}, but "
                            f"its test list says {rows[name][0]}, {rows[name][1]}")
-        count += 1
     others = sum(row[2] != subject for row in rows.values())
-    if count != others:
-        raise BadInput(f"{path}: {count} of the {others} clips of the other subjects; a train "
+    if len(train) != others:
+        raise BadInput(f"{path}: {len(train)} of the {others} clips of the other subjects; a train "
                        f"list names all of them")
 
 
@@ -186,10 +185,10 @@ def read_paired(folder: Path, names: Sequence[str] = ("rgb", "depth")) -> dict[s
 
 def digest(folder: Path) -> str:
     """SHA-256 of all lists below a folder, byte for byte."""
-    found = hashlib.sha256()
+    content = hashlib.sha256()
     for path in sorted(Path(folder).glob("v_*/*.txt")):
-        found.update(f"{path.parent.name}/{path.name}\n".encode() + path.read_bytes())
-    return found.hexdigest()
+        content.update(f"{path.parent.name}/{path.name}\n".encode() + path.read_bytes())
+    return content.hexdigest()
 
 
 def first_ten(names: Iterable[str]) -> str:
@@ -211,25 +210,22 @@ def relative(data_folder: Path, paths: dict[str, str]) -> dict[str, str]:
     """dict path → path under the data folder; raises BadInput for what is missing or outside."""
     first = next(iter(paths))
     head = first.split("/")[:_anchor(data_folder, first)]
-    found, missing = {}, []
+    names, missing = {}, []
     for path, where in paths.items():
         parts = path.split("/")
-        if head and parts[:len(head)] == head:
+        if parts[:len(head)] == head:
             parts = parts[len(head):]
-        found[path] = "/".join(parts)
-        if ".." in parts or found[path].startswith("/") or re.match(r"[A-Za-z]:", found[path]):
-            if not (data_folder / found[path]).is_file():
-                missing.append(path)
-                continue
+        name = names[path] = "/".join(parts)
+        if not (data_folder / name).is_file():
+            missing.append(path)
+        elif ".." in parts or name.startswith("/") or re.match(r"[A-Za-z]:", name):
             raise BadInput(f"{where}: {path} leads outside --data_folder {data_folder}; "
                            f"name a path below it")
-        if not (data_folder / found[path]).is_file():
-            missing.append(path)
     if missing:
         raise BadInput(f"{data_folder}: {len(missing)} of {len(paths)} images named in "
                        f"{paths[missing[0]].rpartition('/')[0] or 'the lists'} are missing: "
                        f"{first_ten(missing)}; check --data_folder")
-    return found
+    return names
 
 
 def find_list_folder(data_folder: str | Path, list_folder: str | Path | None) -> Path:

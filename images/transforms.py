@@ -6,12 +6,14 @@ would move it by far more than the signal.
 """
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from images.decoding import CROP, SIZE
 from images.encoding import GREY
 
 
-def draw(n, rng, encoding, jitter=0.4, crop_low=1.0, flip=True, views=2):
+def draw(n: int, rng: torch.Generator, encoding: str, jitter: float = 0.4, crop_low: float = 1.0,
+         flip: bool = True, views: int = 2) -> dict[str, Tensor]:
     """Everything random about a batch of `n` clips, drawn for the whole batch from `rng`.
 
     Returns a dict of tensors `[n, ...]`, to be cut along the batch: `flip` (bool), `gain` and
@@ -38,7 +40,8 @@ def _boxes(n, rng, crop_low):
     return torch.cat([centre, half], 1)  # [n, 4]
 
 
-def train_transform(images, drawn, normalization, encoding, channels):
+def train_transform(images: Tensor, drawn: dict[str, Tensor], normalization: dict, encoding: str,
+                    channels: tuple) -> Tensor:
     """Augments and normalises uint8 `[B, C1+C2, 256, 256]` → float32 `[B, C1+C2, 224, 224]`, or
     images of another side to 7/8 of it.
 
@@ -52,11 +55,7 @@ def train_transform(images, drawn, normalization, encoding, channels):
         images, mean = _resized_crop(images.float() - mean, drawn["box"]), 0
     else:
         images = centre_crop(images)
-    flipped = drawn["flip"].view(-1, 1, 1, 1)
-    images = torch.where(flipped, images.flip(-1), images)
-    scale = torch.ones(len(images), len(channels), device=images.device)
-    if "gain" in drawn:
-        scale = drawn["gain"]
+    images = torch.where(drawn["flip"].view(-1, 1, 1, 1), images.flip(-1), images)
     change = images.float().to(memory_format=torch.channels_last) - mean
     if "grey" in drawn and drawn["grey"].any():
         weights = torch.tensor(GREY, device=images.device).view(3, 1, 1)
@@ -64,6 +63,8 @@ def train_transform(images, drawn, normalization, encoding, channels):
         chosen[:, :3] = (chosen[:, :3] * weights).sum(1, keepdim=True)
         change[drawn["grey"]] = chosen
     repeat = torch.tensor(channels, device=images.device)
+    scale = (drawn["gain"] if "gain" in drawn
+             else torch.ones(len(images), len(channels), device=images.device))
     scale = scale.repeat_interleave(repeat, 1)[..., None, None] / std  # [B, C, 1, 1]
     if "offset" not in drawn:
         return change.mul_(scale)
@@ -73,7 +74,8 @@ def train_transform(images, drawn, normalization, encoding, channels):
     return change.add_(shift).mul_(scale)
 
 
-def eval_transform(images, normalization, mirror=False, shift=(0, 0)):
+def eval_transform(images: Tensor, normalization: dict, mirror: bool = False,
+                   shift: tuple[int, int] = (0, 0)) -> Tensor:
     """Centre crop, or moved by `shift` pixels of 256 (down, right), mirrored or not, normalised.
 
     uint8 `[B, C, 256, 256]` → float32 `[B, C, 224, 224]`, channels-last; nothing random.
@@ -84,7 +86,7 @@ def eval_transform(images, normalization, mirror=False, shift=(0, 0)):
     return images.float().to(memory_format=torch.channels_last).sub_(mean).div_(std)
 
 
-def centre_crop(images, shift=(0, 0)):
+def centre_crop(images: Tensor, shift: tuple[int, int] = (0, 0)) -> Tensor:
     """The central 224 of 256 pixels, or as large a share of others, moved by `shift` pixels of
     256 (down, right), in whole pixels."""
     side = images.shape[-1]
@@ -93,7 +95,7 @@ def centre_crop(images, shift=(0, 0)):
     return images[..., top:top + crop, left:left + crop]
 
 
-def crop_side(side):
+def crop_side(side: int) -> int:
     """Side of the crop that is taken of images with this side, both in pixels."""
     return CROP * side // SIZE
 

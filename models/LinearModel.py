@@ -1,7 +1,7 @@
 """Linear head on the features of one or both views at a tap of the encoder."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # per encoder family: pooling in front of the classifier and its side at each tap, from 1 (CMC,
 # linear probing). ResNet's tap 5 has a side of 7 already, tap 6 is a vector.
@@ -40,17 +40,17 @@ class LinearClassifier(nn.Module):
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
 
-    def pool(self, feat_rgb, feat_depth):
+    def pool(self, feat_rgb: Tensor, feat_depth: Tensor) -> Tensor:
         """Features `[B, C, H, W]` or `[B, C]` of each view → `[B, D]`; ignores an unused view."""
         views = {"both": (feat_rgb, feat_depth), "rgb": (feat_rgb,), "depth": (feat_depth,)}
         pooled = [self.pooling(view) for view in views[self.encoder]]
         return torch.cat(pooled, dim=1).flatten(1)  # [B, D]
 
-    def forward(self, feat_rgb, feat_depth):
+    def forward(self, feat_rgb: Tensor, feat_depth: Tensor) -> Tensor:
         """Features of each view → scores `[B, n_label]`."""
         return self.classifier((self.pool(feat_rgb, feat_depth) - self.mean) / self.std)
 
-    def plain_weight(self):
+    def plain_weight(self) -> Tensor:
         """The linear layer's weight `[n_label, D]` for features that are not standardised."""
         return self.classifier.weight / self.std
 

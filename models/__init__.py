@@ -5,6 +5,7 @@ from functools import partial
 import torch
 
 from models.alexnet import alexnet
+from models.dual import DualView
 from models.LinearModel import POOLS, LinearClassifier
 from models.resnet import resnet18, resnet50, resnet101
 
@@ -33,17 +34,18 @@ def _family(name):
     return "alexnet" if name == "alexnet" else "resnet"
 
 
-def n_layers(name):
+def n_layers(name: str) -> int:
     """Number of taps a linear head accepts: 5 for AlexNet, 6 for ResNet."""
     return len(POOLS[_family(name)][1])
 
 
-def default_layer(name):
+def default_layer(name: str) -> int:
     """The tap that is probed unless told otherwise: the last one a head accepts."""
     return n_layers(name)
 
 
-def create_model(name, feat_dim=128, in_channels=(3, 1), size=224):
+def create_model(name: str, feat_dim: int = 128, in_channels: tuple = (3, 1),
+                 size: int = 224) -> DualView:
     """Dual-view encoder, `[B, C1+C2, size, size]` → two unit vectors `[B, feat_dim]`.
 
     Raises ValueError for a name not in MODEL_NAMES, and a size too small for it.
@@ -52,7 +54,8 @@ def create_model(name, feat_dim=128, in_channels=(3, 1), size=224):
     return FACTORIES[name](feat_dim=feat_dim, in_channels=in_channels, size=size)
 
 
-def create_classifier(model_name, layer, n_label, in_channels=(3, 1), encoder="both", size=224):
+def create_classifier(model_name: str, layer: int, n_label: int, in_channels: tuple = (3, 1),
+                      encoder: str = "both", size: int = 224) -> LinearClassifier:
     """Linear head on tap `layer` of the views "both", "rgb" or "depth", of crops of `size` pixels.
 
     Raises ValueError for an unknown model name or encoder, and for a layer without a head.

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.dual import DualView, Tower
@@ -16,7 +16,7 @@ class ConvBlock(nn.Sequential):
             nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=False),
             nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True), *[nn.MaxPool2d(3, 2)] * pool)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         conv, norm, *rest = self
         if norm.training:
             return super().forward(x)
@@ -29,7 +29,7 @@ class ConvBlock(nn.Sequential):
         return x
 
 
-def fc_block(in_features, out_features):
+def fc_block(in_features: int, out_features: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(in_features, out_features), nn.BatchNorm1d(out_features),
                          nn.ReLU(inplace=True))
 
@@ -60,7 +60,7 @@ class AlexNetTower(Tower):
         self.fc7 = fc_block(2048, 2048)
         self.fc8 = nn.Sequential(nn.Linear(2048, feat_dim))
 
-    def stages(self):
+    def stages(self) -> tuple:
         # shapes for crops of 224 pixels
         return (self.conv_block_1,  # [B, 48, 27, 27]
                 self.conv_block_2,  # [B, 128, 13, 13]
@@ -72,6 +72,6 @@ class AlexNetTower(Tower):
                 self.fc8)  # [B, feat_dim]
 
 
-def alexnet(feat_dim=128, in_channels=(3, 1), size=224):
+def alexnet(feat_dim: int = 128, in_channels: tuple = (3, 1), size: int = 224) -> DualView:
     """Dual-view AlexNet, `[B, C1+C2, size, size]` → two features `[B, feat_dim]`."""
     return DualView(partial(AlexNetTower, feat_dim=feat_dim, size=size), in_channels)

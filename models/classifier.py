@@ -14,8 +14,8 @@ class Classifier(nn.Module):
 
     def __init__(self, encoder: nn.Module, head: nn.Module, layer: int, normalization: dict):
         super().__init__()
-        self.encoder, self.head, self.layer = encoder, head, layer
-        self.normalization = normalization
+        self.encoder, self.head = encoder, head
+        self.layer, self.normalization = layer, normalization
 
     @property
     def device(self) -> torch.device:

@@ -1,7 +1,7 @@
 """What all dual-view encoders share: numbered taps in one view, and the two views side by side."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -14,11 +14,11 @@ class Tower(nn.Module):
     section "Contrastive learning with two views") is a cosine.
     """
 
-    def stages(self):
+    def stages(self) -> tuple:
         """Callables to apply one after the other."""
         raise NotImplementedError
 
-    def forward(self, x, layer=None, first=0):
+    def forward(self, x: Tensor, layer: int | None = None, first: int = 0) -> Tensor:
         """x `[B, C, H, W]` → the tap, `[B, feat_dim]` of unit length for `layer=None`; first: the
         tap that x is, 0 being the image.
 
@@ -48,7 +48,7 @@ class DualView(nn.Module):
         self.rgb_to_d = tower(self.in_channels[0])
         self.d_to_rgb = tower(self.in_channels[1])
 
-    def forward(self, x, layer=None):
+    def forward(self, x: Tensor, layer: int | None = None) -> tuple[Tensor, Tensor]:
         """x `[B, C1+C2, H, W]`, RGB then depth → (feat_rgb, feat_depth) at the tap `layer`.
 
         Raises ValueError for a layer that does not exist, RuntimeError for other channels.
@@ -59,10 +59,10 @@ class DualView(nn.Module):
                       for view in x.split(self.in_channels, dim=1))
         return self.rgb_to_d(rgb, layer), self.d_to_rgb(depth, layer)
 
-    def towers(self):
+    def towers(self) -> tuple[Tower, Tower]:
         """The encoders of both views."""
         return self.rgb_to_d, self.d_to_rgb
 
-    def embed(self, taps, layer):
+    def embed(self, taps: tuple[Tensor, Tensor], layer: int) -> tuple[Tensor, Tensor]:
         """The two features of unit length, `[B, feat_dim]`, from those at the tap `layer`."""
         return tuple(tower(x, first=layer) for tower, x in zip(self.towers(), taps))

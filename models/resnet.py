@@ -2,12 +2,12 @@
 
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from models.dual import DualView, Tower
 
 
-def conv(in_channels, out_channels, kernel, stride=1):
+def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
     """Padded convolution that keeps the size but for the stride; a batch norm follows it."""
     return nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False)
 
@@ -23,7 +23,7 @@ class Residual(nn.Module):
             self.downsample = nn.Sequential(conv(in_channels, out_channels, 1, stride),
                                             nn.BatchNorm2d(out_channels))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         return self.relu(self.body(x) + shortcut)
 
@@ -40,7 +40,7 @@ class BasicBlock(Residual):
         self.conv2 = conv(planes, planes, 3)
         self.bn2 = nn.BatchNorm2d(planes)
 
-    def body(self, x):
+    def body(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
         return self.bn2(self.conv2(x))
 
@@ -59,7 +59,7 @@ class Bottleneck(Residual):
         self.conv3 = conv(planes, planes * self.expansion, 1)
         self.bn3 = nn.BatchNorm2d(planes * self.expansion)
 
-    def body(self, x):
+    def body(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.relu(self.bn2(self.conv2(x)))
         return self.bn3(self.conv3(x))
@@ -98,10 +98,10 @@ class ResNetTower(Tower):
             if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def stem(self, x):
+    def stem(self, x: Tensor) -> Tensor:
         return self.maxpool(self.relu(self.bn1(self.conv1(x))))
 
-    def stages(self):
+    def stages(self) -> tuple:
         # shapes for crops of 224 pixels, w = 64 * width, e = block.expansion
         return (self.stem,  # [B, 64, 56, 56]
                 self.layer1,  # [B, w e, 56, 56]
@@ -112,11 +112,11 @@ class ResNetTower(Tower):
                 self.fc)  # [B, feat_dim]
 
 
-def resnet(block, blocks, width, feat_dim=128, in_channels=(3, 1), size=224):
+def resnet(block: type[Residual], blocks: tuple[int, ...], width: float, feat_dim: int = 128,
+           in_channels: tuple = (3, 1), size: int = 224) -> DualView:
     """Dual-view ResNet, `[B, C1+C2, H, W]` → two features `[B, feat_dim]`, whatever the size."""
-    tower = partial(ResNetTower, block=block, blocks=blocks, width=width, feat_dim=feat_dim,
-                    size=size)
-    return DualView(tower, in_channels)
+    return DualView(partial(ResNetTower, block=block, blocks=blocks, width=width,
+                            feat_dim=feat_dim, size=size), in_channels)
 
 
 resnet18 = partial(resnet, BasicBlock, (2, 2, 2, 2))

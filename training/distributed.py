@@ -8,9 +8,11 @@ import contextlib
 import datetime
 import os
 import sys
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from util import BadInput
 
@@ -19,12 +21,12 @@ PATIENCE = datetime.timedelta(days=7)  # where one rank decodes or trains while 
 _patient = []  # the group that barriers wait in
 
 
-def rank():
+def rank() -> tuple[int, int]:
     """(rank, world size) from torchrun's environment; (0, 1) without it."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def local_device(device):
+def local_device(device: torch.device) -> torch.device:
     """The GPU of this process where several share a node; raises BadInput if there are fewer."""
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -36,14 +38,14 @@ def local_device(device):
     return device
 
 
-def deal(items):
+def deal(items: list) -> list:
     """The items dealt to this rank, in turn."""
     number, size = rank()
     return items[number::size]
 
 
 @contextlib.contextmanager
-def group(device, wanted=True):
+def group(device: torch.device, wanted: bool = True) -> Iterator[None]:
     """The process group for the time of a with block, where torchrun made one and it is `wanted`.
 
     Rank 0 alone prints. Ranks wait ten minutes for one another within a step, then stop with an
@@ -63,18 +65,18 @@ def group(device, wanted=True):
         dist.destroy_process_group()
 
 
-def active():
+def active() -> bool:
     """Whether this process belongs to a group of several."""
     return dist.is_available() and dist.is_initialized()
 
 
-def part(index):
+def part(index: Tensor) -> Tensor:
     """This rank's contiguous slice of a global batch `[B, ...]`."""
     number, size = rank() if active() else (0, 1)
     return index.tensor_split(size)[number]
 
 
-def gather(tensor):
+def gather(tensor: Tensor) -> Tensor:
     """Concatenates `tensor` of all ranks along dimension 0, in their order; lengths may differ."""
     if not active():
         return tensor
@@ -103,12 +105,12 @@ class _Gather(torch.autograd.Function):
         return part(gradient)
 
 
-def gather_features(features):
+def gather_features(features: Tensor) -> Tensor:
     """`gather` for parts of a global batch as `part` cuts it, through which gradients pass."""
     return _Gather.apply(features) if active() else features
 
 
-def mean(values, count):
+def mean(values: Tensor, count: int) -> Tensor:
     """Mean over all ranks of `values` `[...]`, each rank's being a mean over `count` samples."""
     if not active():
         return values
@@ -117,17 +119,16 @@ def mean(values, count):
     return total[:-1] / total[-1]
 
 
-def highest(number):
+def highest(number: int) -> int:
     """The highest of all ranks' integers `number`."""
     if not active():
         return number
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    value = torch.tensor(number, device=device)
+    value = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(value, dist.ReduceOp.MAX)
     return int(value)
 
 
-class _Autocast(torch.nn.Module):
+class _Autocast(nn.Module):
     """A model that enters `autocast()` by itself: DataParallel's threads are told whether it is
     on, but not its type, and would take float16 without a loss scaler for bfloat16."""
 
@@ -146,21 +147,20 @@ def _gpus(device):
     return 1 if alone else torch.cuda.device_count()
 
 
-def wrap(model, device, autocast):
+def wrap(model: nn.Module, device: torch.device, autocast: Callable) -> nn.Module:
     """The model over this run's devices: DistributedDataParallel under torchrun, DataParallel
     where one process has several GPUs and --device names none of them, else the model itself."""
     if active():
-        return torch.nn.parallel.DistributedDataParallel(
+        return nn.parallel.DistributedDataParallel(
             model, [device] if device.type == "cuda" else None)
-    gpus = _gpus(device)
-    if gpus > 1:
+    if (gpus := _gpus(device)) > 1:
         print(f"{gpus} GPUs in one process; faster: "
               f"torchrun --nproc_per_node {gpus} with the same flags")
-        return torch.nn.DataParallel(_Autocast(model, autocast))
+        return nn.DataParallel(_Autocast(model, autocast))
     return model
 
 
-def smallest_slice(n, device):
+def smallest_slice(n: int, device: torch.device) -> int:
     """Fewest clips that a rank or GPU gets of a global batch of `n`."""
     if active():
         return n // size()
@@ -168,24 +168,24 @@ def smallest_slice(n, device):
     return (n - 1) % share + 1
 
 
-def first():
+def first() -> bool:
     """Whether this process is the one that writes."""
     return not active() or dist.get_rank() == 0
 
 
-def size():
+def size() -> int:
     """Number of ranks of the group."""
     return dist.get_world_size() if active() else 1
 
 
-def barrier():
+def barrier() -> None:
     """Waits for all ranks, as long as it takes: of folds dealt out, one rank may have one more."""
     if active():
         dist.barrier(group=_patient[0])
 
 
 @contextlib.contextmanager
-def in_turn():
+def in_turn() -> Iterator[None]:
     """Rank 0 goes through the block before the others, which find what it left on the disk."""
     if not first():
         barrier()

@@ -86,7 +86,7 @@ def names_missing(data):
     (data / "v_rgb" / "subName.txt").unlink()
 
 
-@case(r"v_depth/s2_test\.txt: missing", "--list_folder")
+@case(r"v_depth/s2_test\.txt: missing; a folder of lists holds v_rgb/ and the second view's lists")
 def held_out_list_missing(data):
     (data / "v_depth" / "s2_test.txt").unlink()
 
@@ -342,6 +342,8 @@ def test_a_broken_data_set_is_refused(breaks, expected, fresh, tmp_path, capsys)
     (["--pairs", "PAIRS", "--pool", "both", "--min_intensity", 99], "pairs.tsv: no pair of inten"),
     (["--subject", "s1", "--fold", "1/4"], "--subject and --fold exclude each other"),
     (["--subject", "s7"], "--subject s7: no such subject; .* 4: s1, s2, s3, s4"),
+    (["--without", "s1", "s7"], "--without s7: no such subject; .* 4: s1, s2, s3, s4"),
+    (["--without", "s1", "s2", "s3", "s4"], "0 clips are left to contrast"),
     (["--fold", "5/4"], "--fold 5/4: .* 1/4 to 4/4"),
     (["--fold", "1/10"], "--fold 1/10: .* 1/4 to 4/4"),
     (["--fold", "first"], "--fold first"),
@@ -365,7 +367,7 @@ def test_wrong_flags_are_refused(drawn, cache, tmp_path, capsys, flags, expected
     (lambda text: text.replace("\ts1\t", "\t\t").replace("\ts2\t", "\t\t"), "names no subjects"),
     (lambda text: text.replace("casme3", "casme9"), r"pairs.tsv:2: database 'casme9'"),
     (lambda text: text.replace("rgb\tdepth", "rgb\tsecond"), r"pairs.tsv:1: no column 'depth'"),
-    (lambda text: text.replace("AU12\t0.1", "AU12", 1), r"pairs.tsv:2: not as many fields"),
+    (lambda text: text.replace("AU12\t0.1", "AU12", 1), r"tsv:2: 9 fields, not as many fields"),
     (lambda text: text.replace("\t2\tAU12", "\thigh\tAU12"), r"pairs.tsv:4: intensity 'high'"),
     (lambda text: text.splitlines()[0], "pairs.tsv: no pair"),
     (lambda text: text.replace("free/u3_diff.png", "free/x3_diff.png"), "1 of 6 images .*/x3_diff"),
@@ -510,6 +512,9 @@ def test_a_wrong_checkpoint_is_not_resumed(drawn, quick, pretrained, tmp_path, c
     (["--view", "RGB_gray"], "--view RGB_D, but the data have RGB_gray"),
     (["--dataset", "samm"], "--dataset samm: the lists hold casme3"),
     (["--subject", "s1", "s9"], "--subject s9: no such subject"),
+    (["--without", "s1", "s9"], "--without s9: no such subject"),
+    (["--without", "s1", "--subject", "s1"], "--subject s1: no such subject; .* 3: s2, s3, s4"),
+    (["--without", "s1", "s2", "s3"], "one subject; held-out evaluation takes two"),
     (["--model_path", "runs/{subject}.pth"], r"s1\.pth: no such checkpoint|protocol loso"),
     (["--model_path", "runs/{fold}.pth"], r"fold\dof4\.pth: no such checkpoint")], ids=lambda v:
     "" if isinstance(v, str) else " ".join(map(str, v)))

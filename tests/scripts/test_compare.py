@@ -495,7 +495,8 @@ def test_published_figures_stand_apart_and_are_complete(make, capsys):
         == ["442", "3", "not stated", "0.7353", "0.7605", "unverified"]
 
 
-GAP = "no field is empty; 'not stated' where a paper is silent, and verified or unverified at the end"
+GAP = ("no field is empty; 'not stated' where a paper is silent, and verified or unverified at the "
+       "end")
 
 
 @pytest.mark.parametrize("row, answer", [

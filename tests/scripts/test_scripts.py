@@ -18,6 +18,7 @@ import dataset
 from evaluation import encoders
 from images import cache as image_cache
 from images import transforms
+from images.lists import write_lists
 from models import create_classifier, create_model
 from models.classifier import Classifier
 from training import checkpoint, epochs, record, supervised
@@ -137,6 +138,38 @@ def test_fold_leaves_a_group_of_subjects_out(drawn, quick, tmp_path):
     assert run.name == f"{RUN}_without_{names[1]}"
     seen = {tuple(p) for p in load(run / "last.pth")["seen"]["people"]}
     assert len(out) == 1 and seen == {(0, f"s{i}") for i in range(1, 5)} - out
+
+
+@pytest.mark.parametrize("pool, clips", [("labelled", 8), ("unlabelled", 5), ("both", 13)])
+def test_persons_of_without_are_in_no_run(drawn, quick, strict, tmp_path, pool, clips):
+    """Neither of the labelled clips nor of the pairs, of which the first and fifth are s1's, the
+    third is s3's."""
+    pairs = ["--pairs", drawn / "pairs.tsv"] * (pool != "labelled")
+    pretrain("--data_folder", drawn, *quick, "--model_path", tmp_path / "one", "--pool", pool,
+             *pairs, "--without", "s3")
+    run = only(tmp_path / "one")
+    assert run.name == f"{RUN}_without_s3"
+    state = load(run / "last.pth")
+    assert state["seen"] == {"people": [[0, "s1"], [0, "s2"], [0, "s4"]], "clips": clips}
+    assert len(state["contrast"]["memory_rgb"]) == clips
+    if pool == "labelled":  # as if it were left out by --subject
+        assert states_differ(run / "last.pth", strict / run.name / "last.pth") == []
+
+
+def test_persons_of_without_are_left_out_besides_those_of_each_run(drawn, quick, tmp_path):
+    flags = ["--data_folder", drawn, *quick, "--without", "s.3", "s4"]
+    pretrain(*flags, "--model_path", tmp_path / "subject", "--subject", "s1", "--pairs",
+             drawn / "pairs.tsv", "--pool", "both")
+    run = only(tmp_path / "subject")
+    assert run.name.startswith(f"{RUN}_without_s1_and_2_more_")
+    # two clips of s2, whose first one is blank, and two pairs
+    assert load(run / "last.pth")["seen"] == {"people": [[0, "s2"]], "clips": 4}
+    pretrain(*flags[:-1], "--model_path", tmp_path / "fold", "--fold", "1/4")
+    (seen,) = [load(path)["seen"]["people"] for path in (tmp_path / "fold").glob("*/last.pth")]
+    clips = dataset.read_clips(drawn)
+    folds = dataset.ten_folds(clips)  # of everybody: leaving one out moves nobody else
+    out = {"s3", *(clip.subject for clip, fold in zip(clips.clips, folds.of) if fold == 0)}
+    assert [name for _, name in seen] == [f"s{i}" for i in range(1, 5) if f"s{i}" not in out]
 
 
 @pytest.mark.parametrize("flags, clips, people", [
@@ -322,6 +355,40 @@ def test_one_view_alone_does_not_see_the_other(fresh, quick, pretrained, tmp_pat
         shutil.copyfile(fresh / clips.clips[-1].paths[other], fresh / clip.paths[other])
     probe(*flags, "--save_path", tmp_path / "after")
     assert same_predictions(only(tmp_path / "before"), only(tmp_path / "after"))
+
+
+@pytest.mark.parametrize("run, flags", [
+    (probe, ["--protocol", "loso"]), (probe, ["--protocol", "loso", "--epochs", 3]),
+    (probe, ["--select", "inner", "--epochs", 2]), (finetune, ["--freeze_encoder"]),
+    (finetune, ["--subject", "s1", "s4"])],
+    ids=["solved", "sgd", "inner", "frozen", "fine-tuned"])
+def test_persons_of_without_neither_train_nor_are_predicted(drawn, cache, pretrained, tmp_path, run,
+                                                            flags):
+    """The others' predictions are those of lists that lack them."""
+    flags = ["--cache", cache, "--model", "resnet18v1", "--model_path", pretrained, *flags,
+             *(["--batch_size", 8, "--epochs", 1] if run is finetune else [])]
+    run("--data_folder", drawn, *flags, "--save_path", tmp_path / "whole")
+    run("--data_folder", drawn, *flags, "--save_path", tmp_path / "part", "--without", "s2")
+    write_lists(tmp_path / "lists",
+                [clip for clip in dataset.read_clips(drawn).clips if clip.subject != "s2"])
+    shutil.copy(drawn / "encoding.json", tmp_path / "lists")
+    run("--data_folder", drawn, "--list_folder", tmp_path / "lists", *flags, "--save_path",
+        tmp_path / "lacking")
+    whole, part, lacking = (only(tmp_path / name) for name in ("whole", "part", "lacking"))
+    assert part.name == lacking.name + "_without_s2"
+    held_out = ["s1", "s4"] if "--subject" in flags else ["s1", "s3", "s4"]
+    assert sorted({row["subject"] for row in rows(part)}) == held_out
+    assert (part / "predictions.csv").read_bytes() == (lacking / "predictions.csv").read_bytes()
+    mine, theirs = (json.loads((folder / "results.json").read_text()) for folder in (part, lacking))
+    for name in ("n", "n_subjects", "uf1", "shortcuts", "data_digest", "list_digest"):
+        assert mine[name] == theirs[name]
+    # and they would have mattered
+    kept = {row["key"]: row["p_0"] for row in rows(whole)}
+    assert any(kept[row["key"]] != row["p_0"] for row in rows(part))
+    if flags[-1] == "s4":
+        state = load(part / "last.pth")
+        assert differing(state["classifier"], load(lacking / "last.pth")["classifier"]) == []
+        assert state["seen"]["clips"] == 6 and state["unit"] == "s4"
 
 
 def transductive(save_path):

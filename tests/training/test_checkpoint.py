@@ -35,6 +35,10 @@ def save(path):
     return lambda what: checkpoint.save(path, what)
 
 
+def save_epoch(folder):
+    return lambda what: checkpoint.save_epoch(folder / "last.pth", what)
+
+
 def failing(number):
     def fail(*_, **__):
         raise OSError(number, os.strerror(number), "somewhere")
@@ -160,8 +164,7 @@ def test_an_epochs_checkpoint_that_cannot_be_written_keeps_last(tmp_path, monkey
     for number in (errno.EROFS, errno.EDQUOT):
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", failing(number))
-            said = refused(tmp_path / "ckpt_epoch_2.pth",
-                           lambda what: checkpoint.save_epoch(tmp_path / "last.pth", what), state(2))
+            said = refused(tmp_path / "ckpt_epoch_2.pth", save_epoch(tmp_path), state(2))
         assert os.strerror(number) in said and (ROOM in said) == (number == errno.EDQUOT)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt_epoch_1.pth", "last.pth"]
     assert checkpoint.load(tmp_path / "last.pth")["epoch"] == 1
@@ -179,8 +182,7 @@ def test_where_no_link_can_be_made_last_is_written_and_its_own_reason_said(tmp_p
             raise RuntimeError("of its own")
         write(what, file)
     monkeypatch.setattr(torch, "save", second)
-    said = refused(tmp_path / "last.pth", lambda what: checkpoint.save_epoch(tmp_path / "last.pth", what),
-                   state(2))
+    said = refused(tmp_path / "last.pth", save_epoch(tmp_path), state(2))
     # not that of the link, which did no harm
     assert "of its own" in said and os.strerror(errno.EPERM) not in said
     assert sorted(p.name for p in tmp_path.iterdir()) \
