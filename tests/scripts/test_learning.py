@@ -28,7 +28,7 @@ def scores(state, model, data):
     """Cosines of every clip's RGB with every clip's depth features `[N, N]`, and the subjects."""
     clips = dataset.read_clips(data)
     images, _ = dataset.load_images(clips)
-    keep = np.flatnonzero(~encoding.blank(images, clips.encoding))
+    keep = np.flatnonzero(~encoding.blank(images, clips.encoding["difference"]))
     encoder = create_model(model)
     encoder.load_state_dict(state["model"])
     with torch.no_grad():
