@@ -10,7 +10,7 @@ from evaluation import measures
 
 
 def test_a_run_without_a_pre_trained_source_is_that_of_an_untrained_encoder(
-        drawn, quick, tmp_path, small_crops):
+        drawn, quick, tmp_path, small_crops, capsys):
     module = script("LinearProbing_DVSCL_10fold")
     results = {}
     for name in ("random", None):
@@ -25,6 +25,9 @@ def test_a_run_without_a_pre_trained_source_is_that_of_an_untrained_encoder(
     assert results[None]["rows"] == results["random"]["rows"]
     assert results[None]["transductive"] is False and "model_path" not in results[None]["opt"]
     assert json.loads(json.dumps(results[None]["checkpoints"])) == {"None": None}
+    capsys.readouterr()
+    script("compare_results").main([folder / "results.json"])
+    assert "probe, untrained resnet18v1, 10fold" in capsys.readouterr().out
 
 
 def rows(n=40, subject=""):
