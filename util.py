@@ -259,15 +259,15 @@ def remove_leftovers(folder: str | Path) -> None:
             pass
 
 
-def write_bytes(path: str | Path, content: bytes) -> None:
-    """Writes a file whole, but leaves the flushing to the system."""
-    with replacing(path, flush=False) as part:
+def write_bytes(path: str | Path, content: bytes, flush: bool = False) -> None:
+    """Writes a file whole; flush: see `replacing`."""
+    with replacing(path, flush) as part:
         part.write_bytes(content)
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Writes UTF-8 text whole."""
-    write_bytes(path, text.encode("utf-8"))
+    write_bytes(path, text.encode("utf-8"), flush=True)
 
 
 def write_json(path: str | Path, content: object) -> None:

@@ -125,3 +125,14 @@ def test_a_log_that_needs_no_cut_is_not_written_over(tmp_path):
     assert (tmp_path / "log.jsonl").stat().st_ino == before
     record.Log(tmp_path, tmp_path / "curves", {"opt": {}}, lambda line: line["subject"] != "s1")
     assert record.read_log(tmp_path) == [{"opt": {}}]
+
+
+def test_what_is_written_whole_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    order, replace, fsync = [], os.replace, os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (order.append("flushed"), fsync(number)))
+    monkeypatch.setattr(os, "replace", lambda *names: (order.append("named"), replace(*names)))
+    util.write_json(tmp_path / "a.json", {"a": 1})
+    util.write_table(tmp_path / "a.csv", ("a",), [[1]])
+    assert order == ["flushed", "named"] * 2
+    util.write_bytes(tmp_path / "a.png", b"made again in no time")
+    assert order[4:] == ["named"] and not list(tmp_path.glob(".*"))
