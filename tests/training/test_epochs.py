@@ -2,8 +2,11 @@
 import math
 
 import pytest
+import torch
 
-from training import epochs
+from models import create_model
+from training import distributed, epochs
+from util import BadInput
 
 
 def test_steps_are_taken_after_their_epochs():
@@ -40,3 +43,15 @@ def test_the_exponential_rate_falls_with_every_epoch_until_its_plateau():
     assert epochs.exponential_rate(0.3, 13.1, 0.9, 12) == last == epochs.exponential_rate(
         0.3, 99, 0.9, 12)
     assert epochs.exponential_rate(0.3, 7, 0.9, 0) == 0.3
+
+
+@pytest.mark.parametrize("size, refused", [(32, True), (48, False)])
+def test_a_map_of_one_position_takes_two_clips_on_a_device(monkeypatch, size, refused):
+    """Of 11 clips at batch 8 a batch of 3 is left, and one of two ranks gets a single clip."""
+    monkeypatch.setattr(distributed, "smallest_slice", lambda n, device: n // 2)
+    model, device = create_model("resnet18v1", size=size), torch.device("cpu")
+    if refused:
+        with pytest.raises(BadInput, match="a batch of 3, and a device 1 of them"):
+            epochs.check_slices(11, 8, model, device)
+    else:
+        epochs.check_slices(11, 8, model, device)
