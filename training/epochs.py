@@ -61,11 +61,12 @@ def announce(opt: argparse.Namespace, n_data: int) -> int:
 
 def check_slices(n_data: int, batch_size: int, model: torch.nn.Module,
                  device: torch.device) -> None:
-    """Raises BadInput if a batch leaves a device too few clips for the batch norm of a DualView."""
+    """Raises BadInput if a batch leaves a device too few clips for the model's batch norm."""
     # in maps one clip has many positions; of vectors, and of maps of a single one, it takes two, or
     # those of the other ranks
-    single = any(side == 1 for tower in model.towers() for _, side in tower.shapes)
-    least = 1 + (single or any(isinstance(part, torch.nn.BatchNorm1d) for part in model.modules()))
+    least = 1 + any(isinstance(part, torch.nn.BatchNorm1d)
+                    or any(side == 1 for _, side in getattr(part, "shapes", ()))
+                    for part in model.modules())
     for batch in batches(n_data, batch_size, generator(0)):
         smallest = distributed.smallest_slice(len(batch), device)
         if smallest < least:
