@@ -275,9 +275,16 @@ def write_json(path: str | Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_cells(path: str | Path, delimiter: str = ",",
-               fix: str = "name a table") -> list[tuple[int, list[str]]]:
-    """(line number, cells) of every row of a CSV file, or one with tabs, where quotes are plain.
+def write_figure(path: str | Path, figure: object, dpi: int = 150) -> None:
+    """Writes a matplotlib Figure as PNG, whole; the same content gives the same bytes."""
+    with replacing(path) as part:
+        figure.savefig(part, format="png", dpi=dpi, metadata={"Software": None})
+
+
+def read_cells(path: str | Path, fix: str,
+               delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
+    """(line number, cells) of one row after another of a CSV file, or one with tabs, where quotes
+    are plain.
 
     fix: what a user does about a file that is missing. Raises BadInput.
     """
@@ -285,21 +292,21 @@ def read_cells(path: str | Path, delimiter: str = ",",
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter=delimiter, quoting=quoting)
-            return [(reader.line_num, row) for row in reader if row]
+            yield from ((reader.line_num, row) for row in reader if row)
     except FileNotFoundError:
         raise BadInput(f"{path}: missing; {fix}") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise BadInput(f"{path}: not a table in UTF-8 ({error}); {fix}") from None
 
 
-def read_table(path: str | Path, columns: Sequence[str] = (), delimiter: str = ",",
-               fix: str = "name a table") -> tuple[list[tuple[str, dict]], list[str]]:
+def read_table(path: str | Path, columns: Sequence[str] = (), *, fix: str,
+               delimiter: str = ",") -> tuple[list[tuple[str, dict]], list[str]]:
     """Rows below a header: ([('<path>:<line>', dict column → text), …], the columns).
 
     Raises BadInput for a file that cannot be read, lacks one of `columns`, or holds a row of
     another length than its header.
     """
-    (_, header), *rows = read_cells(path, delimiter, fix) or [(1, [])]
+    (_, header), *rows = [*read_cells(path, fix, delimiter)] or [(1, [])]
     missing = [name for name in columns if name not in header]
     if missing:
         raise BadInput(f"{path}:1: no column {missing[0]!r}; needs the columns "

@@ -136,7 +136,7 @@ class Bench:
 
 def read(folder):
     """(labels, predictions, subjects) of a run folder."""
-    rows = [row for _, row in util.read_table(folder / "predictions.csv")[0]]
+    rows = [row for _, row in util.read_table(folder / "predictions.csv", fix="remove --work")[0]]
     return (*(np.array([int(row[name]) for row in rows]) for name in ("label", "prediction")),
             [row["subject"] for row in rows])
 
@@ -156,7 +156,7 @@ def subset(data, name, rows):
 
 
 def intensities(data):
-    rows, _ = util.read_table(data / "pairs.tsv", delimiter="\t")
+    rows, _ = util.read_table(data / "pairs.tsv", fix="remove --work", delimiter="\t")
     return np.array([float(row["intensity"]) for _, row in rows])
 
 
@@ -173,7 +173,7 @@ def permuted_lists(data, folder, seed):
 def labelled_pool(data, folder):
     """Lists of the unlabelled pairs with their true classes, the people as five groups: --subject
     all trains on every one, and a list per person would name each clip hundreds of times."""
-    rows, _ = util.read_table(data / "truth.csv")
+    rows, _ = util.read_table(data / "truth.csv", fix="remove --work")
     truth = {row["key"]: row["emotion"] for _, row in rows}
     clips = dataset.read_pairs(data / "pairs.tsv", data).clips
     people = sorted({clip.subject for clip in clips})
@@ -239,7 +239,7 @@ def draw(path, rows, pools):
     axes.set_ylim(0, None)
     axes.set_title("rendered stand-in data; bars: 95 % over subjects", fontsize="medium")
     axes.legend(fontsize="small", ncols=2, loc="lower right")
-    pictures.save(figure, path)
+    util.write_figure(path, figure)
 
 
 def main_rows(bench, sets, pools):

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import util  # first: it settles how threads wait before torch is imported
 import dataset
-from evaluation import measures, pictures
+from evaluation import measures
 from models import MODEL_NAMES
 from util import number
 
@@ -87,7 +87,7 @@ def run_fold(opt, more, shared, threshold, fold):
             results, *(["--layer", opt.layer] if opt.layer else []),
             *(["--without", *opt.without] if opt.without else []), "--subject", *people)
     (table,) = results.glob("*/predictions.csv")
-    rows = [row for _, row in util.read_table(table)[0]]
+    rows = [row for _, row in util.read_table(table, fix="run it again")[0]]
     return [[int(row[name]) for row in rows] for name in ("label", "prediction")]
 
 
@@ -103,14 +103,15 @@ def draw(path, rows):
     other.set_ylabel("pairs kept (bars)")
     axis.set_zorder(other.get_zorder() + 1)
     axis.patch.set_visible(False)
-    pictures.save(figure, path)
+    util.write_figure(path, figure)
 
 
 @util.command_line
 def main(argv=None):
     opt, more, shared = parse_option(argv)
     clips = dataset.read_clips(opt.data_folder, opt.list_folder)
-    pairs, _ = util.read_table(opt.pairs, ("subject", "intensity"), "\t", "--pairs names them")
+    pairs, _ = util.read_table(opt.pairs, ("subject", "intensity"), fix="--pairs names them",
+                               delimiter="\t")
     dataset.read_pairs(opt.pairs, opt.data_folder, min_intensity=-math.inf)  # checks every row
     out = set(dataset.find_people(opt.without, clips, "--without"))
     clips = clips.subset([clip.person not in out for clip in clips.clips])

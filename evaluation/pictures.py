@@ -7,7 +7,6 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -15,7 +14,7 @@ import dataset
 from dataset import ClipSet
 from images import encoding, lists, transforms
 from training.record import read_log
-from util import replacing
+from util import write_figure
 
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # Okabe and Ito
 # curves.png: title, axis, and the log's fields with the name and colour of their line
@@ -29,13 +28,6 @@ PANELS = (("contrastive loss", "nats", {"rgb_loss": ("RGB", BLUE), "depth_loss":
 ORACLE = "oracle/"  # names of figures that look at the held-out subjects
 PANEL, GAP, BLOCKS = 1.35, 0.06, 2  # mistakes.png: side and gap of a panel, inches; clips in a row
 TITLE, BELOW = 0.5, 0.2  # inches above a clip's panels, for its text and their heads, and below
-
-
-def save(figure: Figure, path: str | Path) -> None:
-    """Writes a figure as PNG, whole."""
-    FigureCanvasAgg(figure)
-    with replacing(path) as part:
-        figure.savefig(part, dpi=150, format="png")
 
 
 def shorten(text: str, length: int) -> str:
@@ -64,7 +56,7 @@ def draw_confusion(path: Path, confusion: np.ndarray, classes: list[str],
     axes.set_xlabel("predicted")
     axes.set_ylabel("true (clips)")
     figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
-    save(figure, path)
+    write_figure(path, figure)
 
 
 def draw_comparison(path: str | Path, rows: list[tuple], baselines: dict,
@@ -89,7 +81,7 @@ def draw_comparison(path: str | Path, rows: list[tuple], baselines: dict,
     axes.set_xlabel("UF1 on held-out subjects, with 95 % intervals over subjects")
     axes.set_title(title, fontsize="medium")
     axes.legend(fontsize="small", loc="lower left")
-    save(figure, path)
+    write_figure(path, figure)
 
 
 # ---------------------------------------------------------------- curves
@@ -137,7 +129,7 @@ def draw_curves(folder: Path, held_out: dict | None = None, panels: tuple = PANE
             axes.set_ylim(bottom=0)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
-    save(figure, Path(folder) / "curves.png")
+    write_figure(Path(folder) / "curves.png", figure)
 
 
 def _series(lines, name):
@@ -213,7 +205,7 @@ def draw_mistakes(path: Path, clips: ClipSet, images: np.ndarray, mistakes: list
                 if k:
                     lack = "not seen" if any(m is not None for m in maps) else "no map kept"
                     _overlay(axes, heat, image.shape, lack)
-    save(figure, path)
+    write_figure(path, figure)
 
 
 def _write(figure, size, left, above, text, fontsize=8):

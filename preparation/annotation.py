@@ -98,7 +98,8 @@ def read_annotation(path: str | Path) -> Table:
     if not path.is_file():
         raise BadInput(f"{path}: missing; --annotation names a workbook (.xlsx, .xls), a .csv or "
                        f"a folder with v_rgb and v_depth")
-    readers = {".xlsx": _xlsx_rows, ".xls": _xls_rows, ".csv": read_cells}
+    readers = {".xlsx": _xlsx_rows, ".xls": _xls_rows,
+               ".csv": lambda path: [*read_cells(path, "save the sheet as CSV in UTF-8")]}
     if path.suffix.lower() not in readers:
         raise BadInput(f"{path}: --annotation takes .xlsx, .xls, .csv or a folder of lists")
     cells = readers[path.suffix.lower()](path)
@@ -257,8 +258,8 @@ def copy_lists(table: Table, target: Path, kept: set) -> Iterator[tuple]:
 def read_clips_csv(path: str | Path, root: Path) -> Table:
     """Table of clips.csv: paths of frames relative to `root`; raises BadInput."""
     path = Path(path)
-    cells = read_cells(path, fix=f"--clips names a CSV file with the columns "
-                       f"{','.join(CLIP_COLUMNS)} and, optional, depth_onset,depth_apex")
+    cells = [*read_cells(path, f"--clips names a CSV file with the columns "
+                         f"{','.join(CLIP_COLUMNS)} and, optional, depth_onset,depth_apex")]
     places, rows, lines, missing = _header(path, cells, CLIP_COLUMNS), [], {}, []
     depth = "depth_onset" in places
     if depth != ("depth_apex" in places):

@@ -4,14 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
 from images import encoding
 from preparation import cutting, outputs
 from preparation.annotation import Table
-from util import replacing
+from util import write_figure
 
 PER_CLASS = 5  # clips per class on audit/<class>.png
 DRY_CLIPS = 20
@@ -95,7 +94,7 @@ def draw_clips(path: Path, title: str, clips: list, settings: cutting.Settings,
                 axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
         line[4].axis("off")
         line[4].text(0, 0.95, text, va="top", fontsize=8.5, transform=line[4].transAxes)
-    save(figure, path)
+    write_figure(path, figure, dpi=80)
 
 
 def crops(task: cutting.Task, settings: cutting.Settings, folder: Path) -> tuple:
@@ -129,14 +128,7 @@ def draw_histograms(path: Path, clips: list) -> None:
         if values:
             axis.set_title(f"median {np.median(values):.2f}, largest {max(values):.2f}",
                            fontsize=9)
-    save(figure, path)
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Writes the figure whole; the same content gives the same bytes."""
-    FigureCanvasAgg(figure)
-    with replacing(path) as part:
-        figure.savefig(part, format="png", dpi=80, metadata={"Software": None})
+    write_figure(path, figure, dpi=80)
 
 
 def choose_clips(rows: list, wanted: int = DRY_CLIPS) -> list:

@@ -107,10 +107,10 @@ def find_csv(folder: str) -> dict:
 
 def read_openface(path: str | Path) -> dict:
     """Columns of an OpenFace CSV as dict name → float `[N]`; raises BadInput."""
-    (_, header), *rows = read_cells(path, fix="--au names OpenFace's output") or [(1, [])]
-    names = [name.strip() for name in header]
+    cells = read_cells(path, "--au names OpenFace's output")
+    names = [name.strip() for name in next(cells, (1, []))[1]]
     try:
-        table = np.array([[float(v) for v in row] for _, row in rows], dtype=float)
+        table = np.array([[float(v) for v in row] for _, row in cells], dtype=float)
     except ValueError as error:
         raise BadInput(f"{path}: not a CSV file of numbers below a header ({error})") from None
     columns = dict(zip(names, table.T)) if len(table) else {}

@@ -384,7 +384,8 @@ def write_preview(file: Path, amplitude: float, seed: int) -> None:
                   f"{act.strongest[1]:.1f} px", "black", font)
     draw.text((gap, sheet.height - head + 4), NOTE, "black", font)
     file.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(file)
+    with replacing(file) as part:
+        sheet.save(part, "PNG")
     print(f"example clips: {file}")
 
 

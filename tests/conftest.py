@@ -34,10 +34,10 @@ def pytest_configure(config):
 def pictures_unread(request, monkeypatch):
     """Every run draws its pictures, a third of its time on sets as small as these: where a test
     does not look at them (the marker `pictures`), figures are made and one pixel is written."""
-    def save(_, path):
+    def save(path, _):
         Image.new("L", (1, 1)).save(path, "PNG")
     if not request.node.get_closest_marker("pictures"):
-        monkeypatch.setattr(pictures, "save", save)
+        monkeypatch.setattr(pictures, "write_figure", save)
 
 
 script = importlib.import_module  # also takes names with dashes, as the import statement does not

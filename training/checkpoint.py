@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from util import BadInput, RunFailed, beside, replacing
+from util import BadInput, RunFailed, replacing
 
 WEIGHTS = ("model", "classifier")  # the parts of a checkpoint that hold weights
 
@@ -55,13 +55,11 @@ def save_epoch(last: Path, state: dict, name: str = "ckpt_epoch_{epoch}.pth") ->
     """
     kept = last.with_name(name.format(epoch=state["epoch"]))
     save(kept, state)
-    part, linked = beside(last), False
-    with contextlib.suppress(OSError):
-        os.link(kept, part)
-        os.replace(part, last)
+    linked = False
+    with contextlib.suppress(OSError):  # some disks have no links
+        with replacing(last, flush=False) as part:
+            os.link(kept, part)
         linked = True
-    with contextlib.suppress(OSError):
-        part.unlink()
     if not linked:
         save(last, state)
 

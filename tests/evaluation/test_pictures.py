@@ -28,7 +28,7 @@ def drawn_figure(monkeypatch):
     def draw(function, *args):
         found = []
         with monkeypatch.context() as patch:
-            patch.setattr(pictures, "save", lambda figure, path: found.append(figure))
+            patch.setattr(pictures, "write_figure", lambda _, figure: found.append(figure))
             function(*args)
         FigureCanvasAgg(found[0]).draw()
         return found[0]
