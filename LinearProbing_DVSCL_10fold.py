@@ -47,7 +47,9 @@ def parse_option(argv):
                           "--learning_rate]")
     options.add_running_options(parser)
     options.add_result_options(parser)
-    options.add_output_options(parser, "--save_path", "folder for the runs' results")
+    output = options.add_output_options(parser, "--save_path", "folder for the runs' results")
+    output.add_argument("--save_freq", "--save_minutes", action=options.Ignored, type=float,
+                        const="the heads are found in one pass; nothing is saved in between")
     opt = parser.parse_args(argv)
     options.check_options(parser, opt)
     choose_solver(parser, opt, [*util.given(sgd, argv), *["--oracle_curve"] * opt.oracle_curve])
@@ -91,10 +93,7 @@ def evaluate(opt, argv, device, data, folds):
     recipe = probing.Recipe(opt.solver, opt.n_views_train,
                             rates=opt.select_rates if opt.select == "inner" else None)
     for group in held.groups:
-        classifier = held.encoders.load(group.path).to(device)
-        held_out = sorted(set(folds.of[data.clips.members(group.people)].tolist()))
-        trained = probing.train_frozen(opt, classifier, data, folds, held_out, recipe, held.log,
-                                       group.name)
+        classifier, trained = heldout.train_frozen(held, group, folds, recipe, device)
         # before anybody counts as finished: what is finished is not run again
         if group.path == held.encoders.source and distributed.first():
             util.write_json(run.folder / "shortcuts.json",

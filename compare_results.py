@@ -61,7 +61,8 @@ def read_results(path: str | Path) -> dict:
     try:
         result = {"free": FREE, **json.loads(path.read_text(encoding="utf-8"))}
         ensure({*MEASURES, "opt", "n_label", "confusion", "protocol"} <= result.keys())
-        result["opt"].setdefault("model_path", "random")  # a script without a pre-trained source
+        # a script without a pre-trained source, and a release before --without
+        result["opt"] = {"model_path": "random", "without": [], **result["opt"]}
         ensure(all(isinstance(result["opt"][name], kind) for name, kind in (
             ("model", str), ("model_path", str), ("encoder", str), ("seed", int))))
         ensure(isinstance(result["n_label"], int) and result["n_label"] == len(result["confusion"]))

@@ -2,6 +2,7 @@
 
 A clip is an image per view, for DVSCL a difference image in RGB and one of a second view.
 """
+import argparse
 import functools
 import hashlib
 import json
@@ -270,16 +271,29 @@ def _pair(row, views, where, min_intensity):
                 tuple(row[view] for view in views))
 
 
-def merge(labelled: ClipSet, unlabelled: ClipSet, path: str) -> ClipSet:
-    """Both as one set; a clip of both counts once. path: of the unlabelled ones; raises BadInput
-    for other differences."""
-    ours, theirs = (clips.encoding["difference"] for clips in (labelled, unlabelled))
+def read_pool(opt: argparse.Namespace) -> ClipSet:
+    """The clips of --pool: of the lists, of --pairs, or both; one that is in both counts once.
+
+    opt gives data_folder, list_folder, view, encoding, pool, pairs, min_intensity, and whether
+    somebody is left out: subject, fold, without. Raises BadInput.
+    """
+    if not opt.pairs:
+        return read_clips(opt.data_folder, opt.list_folder, opt.view, opt.encoding)
+    pairs = read_pairs(opt.pairs, opt.data_folder, opt.view, opt.encoding, opt.min_intensity)
+    print(f"{len(pairs)} unlabelled pairs from {opt.pairs}")
+    if (opt.subject or opt.fold or opt.without) and not all(c.subject for c in pairs.clips):
+        raise BadInput(f"{opt.pairs}: names no subjects, so none can be left out; fill its "
+                       f"subject column, or drop --subject, --fold and --without")
+    if opt.pool == "unlabelled":
+        return pairs
+    labelled = read_clips(opt.data_folder, opt.list_folder, opt.view, opt.encoding)
+    ours, theirs = (clips.encoding["difference"] for clips in (labelled, pairs))
     if ours != theirs:
-        raise BadInput(f"{path}: its differences are {theirs}, those of the lists {ours}; prepare "
-                       f"them alike")
+        raise BadInput(f"{opt.pairs}: its differences are {theirs}, those of the lists {ours}; "
+                       f"prepare them alike")
     paths = {clip.paths[0] for clip in labelled.clips}
     return replace(labelled, clips=labelled.clips + [
-        clip for clip in unlabelled.clips if clip.paths[0] not in paths])
+        clip for clip in pairs.clips if clip.paths[0] not in paths])
 
 
 # ---------------------------------------------------------------- subjects and folds
@@ -311,11 +325,24 @@ def find_people(names: list[str], clips: ClipSet, flag: str = "--subject") -> li
     return people
 
 
-def left_out(clips: ClipSet, subject: str | None, fold: str | None,
-             without: list[str]) -> list[tuple[str | None, set]]:
-    """(name, persons left out) of every run without a subject ('each': one run for each), or a
-    fold ('3/10'), of `clips`; those of `without` are left out of all. Raises BadInput."""
-    always = set(find_people(without, clips, "--without"))
+def find_without(opt: argparse.Namespace, clips: ClipSet) -> set[tuple]:
+    """The persons of --without, which gets one spelling and order: a run's name and --resume
+    compare it. Raises BadInput."""
+    people = set(find_people(opt.without, clips, "--without"))
+    opt.without = sorted(clips.names[person] for person in people)
+    return people
+
+
+def left_out(opt: argparse.Namespace, clips: ClipSet) -> list[tuple[str | None, set]]:
+    """(name, persons left out) of every run that --subject ('each': one for each), or --fold
+    ('3/10'), asks for; those of --without are left out of all. opt and clips as in `read_pool`.
+    Raises BadInput."""
+    subject, fold = opt.subject, opt.fold
+    if opt.pool == "unlabelled" and (fold or subject or opt.without):
+        # who is left out may be in the lists alone
+        listed = read_clips(opt.data_folder, opt.list_folder, opt.view, opt.encoding)
+        clips = replace(listed, clips=listed.clips + clips.clips)
+    always = find_without(opt, clips)
     if fold:
         labelled = clips.subset([clip.label >= 0 for clip in clips.clips])
         folds = ten_folds(labelled)

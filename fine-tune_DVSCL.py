@@ -41,19 +41,19 @@ def parse_option(argv):
     options.add_result_options(parser)
     options.add_output_options(parser, "--save_path", "folder for the runs' results", 10)
     opt = parser.parse_args(argv)
-    options.choose_schedule(parser, opt, util.given(optimisation, argv))
+    opt.lr_schedule = options.choose_schedule(
+        parser, util.given(optimisation, argv), opt.lr_schedule, opt.warmup_epochs, opt.epochs)
     options.check_options(parser, opt)
     if opt.oversample and (opt.loss == "balanced" or opt.freeze_encoder):
         parser.error("--oversample excludes --loss balanced, which weights the classes already, "
                      "and --freeze_encoder, whose heads share their batches")
     if opt.l2 is not None and opt.head != "probe":
         parser.error("--l2 goes with --head probe")
-    if opt.subject and "all" in opt.subject:
-        if len(opt.subject) > 1:
-            parser.error("--subject all stands alone")
-        if "{" in opt.model_path:
-            raise util.BadInput(f"--model_path {opt.model_path}: --subject all holds nobody out; "
-                                f"name one checkpoint")
+    if opt.subject and "all" in opt.subject and len(opt.subject) > 1:
+        parser.error("--subject all stands alone")
+    if opt.subject == ["all"] and "{" in opt.model_path:
+        parser.error(f"--model_path {opt.model_path}: --subject all holds nobody out; name one "
+                     f"checkpoint")
     if opt.train_bn and (opt.batch_size == 1 or opt.freeze_encoder):
         parser.error("--train_bn needs a --batch_size of 2 or more and an encoder that trains")
     return opt
@@ -67,8 +67,8 @@ def add_method_options(parser):
                              "weights")
     options.add_penalty_option(method)
     method.add_argument("--freeze_encoder", action="store_true",
-                        help="train the head alone; what is said of the encoder's rate has "
-                             "nothing to act on then")
+                        help="train the head alone, in one pass; what is said of the encoder's "
+                             "rate and of checkpoints has nothing to act on then")
     method.add_argument("--encoder_lr", type=util.number(float, 0), default=0.0001,
                         help="initial learning rate of the encoder; 0.001 suits a pre-trained one "
                              "on few clips")
@@ -157,7 +157,7 @@ def tune(opt, place, path, name, out, start, device):
     optimizer = set_optimizer(opt, classifier, scale, None if l2 is None else l2 * length)
     state, history = place.states.pop(name, None) or {"epoch": 0}, []
     if state["epoch"] or state.get("within"):
-        print(f"{name}: goes on after epoch {state['epoch']}")
+        record.say_where(name, state)
         classifier.restore(state)
         optimizer.load_state_dict(state["optimizer"])
         precision.scaler.load_state_dict(state["scaler"])
@@ -169,23 +169,18 @@ def tune(opt, place, path, name, out, start, device):
                                   opt.batch_size)
 
     def train(epoch, within, on_step):
-        nonlocal said
         means = supervised.train_epoch(opt, job, epoch, within, on_step)
         if len(out):
-            said = predict()
-            history.append(said.argmax(1).tolist())
+            history.append(predict().argmax(1).tolist())
         return means | {"learning_rate": optimizer.param_groups[1]["lr"] / scale}
 
     def keep(epoch, within):
         save(opt, place, path, name, job, epoch=epoch, within=within, history=history,
              optimizer=optimizer.state_dict(), scaler=precision.scaler.state_dict())
 
-    said = None
     loop = epochs.Loop(opt, place.log, name, epochs.per_epoch(len(members), opt.batch_size))
     loop.run(train, keep, state["epoch"], state.get("within"))
-    if said is None and len(out):  # stopped between the last epoch and its predictions
-        said = predict()
-    return classifier, said, np.array(history).T
+    return classifier, predict() if len(out) else None, np.array(history).T
 
 
 def save(opt, place, path, name, job, **progress):
@@ -194,7 +189,8 @@ def save(opt, place, path, name, job, **progress):
     people = [list(p) for p in
               sorted({clips.clips[i].person for i in job.members} | seen.people)]
     checkpoint.save(place.run.last(name), {
-        "opt": vars(opt), "unit": name, **job.classifier.state(), "classes": clips.classes,
+        "opt": vars(opt) | {"feat_dim": job.classifier.encoder.feat_dim}, "unit": name,
+        **job.classifier.state(), "classes": clips.classes,
         "view": opt.view, "channels": list(clips.channels), "encoding": clips.encoding,
         "data_digest": place.header["data_digest"],
         "encoder_sha256": place.encoders.sha256[path],
@@ -212,11 +208,8 @@ def evaluate(opt, argv, device, data, folds):
     start = probing.Start(opt, data, VIEWS)
     for group in held.groups:
         if opt.freeze_encoder:
-            classifier = held.encoders.load(group.path).to(device)
-            held_out = sorted(set(folds.of[data.clips.members(group.people)].tolist()))
-            trained = probing.train_frozen(opt, classifier, data, folds, held_out, recipe(opt),
-                                           held.log, group.name)
-            heldout.keep_frozen(held, group, classifier, trained)
+            heldout.keep_frozen(held, group, *heldout.train_frozen(held, group, folds, recipe(opt),
+                                                                   device))
             continue
         out = data.clips.members(group.out)
         classifier, said, history = tune(opt, held, group.path, group.name, out, start, device)
@@ -234,9 +227,9 @@ def recipe(opt):
 
 def train_everybody(opt, argv, device, data, folds, run):
     """One model on every clip: last.pth, with which predict.py works."""
+    place = heldout.Everybody(run, argv, __file__, data)
     if not distributed.first():
         return
-    place = heldout.Everybody(run, argv, __file__, data)
     path = place.encoders.source
     if not opt.freeze_encoder:
         tune(opt, place, path, "all", np.array([], int), probing.Start(opt, data, VIEWS), device)
@@ -246,9 +239,7 @@ def train_everybody(opt, argv, device, data, folds, run):
         classifier = place.encoders.load(path).to(device)
         heads = probing.train_frozen(opt, classifier, data, folds, [len(folds.names)], recipe(opt),
                                      place.log, "all").heads
-        classifier.head.load_state_dict({
-            "mean": heads.mean[0], "std": heads.std[0], "classifier.bias": heads.bias[0].detach(),
-            "classifier.weight": heads.weight[0].detach()})
+        classifier.head.load_state_dict(heads.state(0))
         save(opt, place, path, "all", supervised.Training(
             classifier, data.clips, data.images, np.arange(len(data.clips)), None, None),
             epoch=opt.epochs, within={})

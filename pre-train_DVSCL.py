@@ -11,9 +11,7 @@ import util  # first: it settles how threads wait before torch is imported
 
 # isort: split
 import hashlib
-import math
 import time
-from dataclasses import replace
 
 import torch
 
@@ -50,9 +48,11 @@ def parse_option(argv):
                               "over each rank's slice")
     options.add_output_options(parser, "--model_path", "folder for the runs' checkpoints", 40)
     opt = parser.parse_args(argv)
-    options.choose_contrast(parser, opt, util.given(bank, argv))
+    opt.contrast, opt.nce_t = options.choose_contrast(parser, util.given(bank, argv),
+                                                      opt.contrast, opt.nce_t)
     given = util.given(optimisation, argv)
-    options.choose_schedule(parser, opt, given)
+    opt.lr_schedule = options.choose_schedule(parser, given, opt.lr_schedule, opt.warmup_epochs,
+                                              opt.epochs)
     if "--warmup_epochs" not in given:
         opt.warmup_epochs = min(opt.warmup_epochs, opt.epochs / 20)
     options.check_size(parser, opt.model, opt.size)
@@ -101,20 +101,7 @@ def run_name(opt, without=None):
 
 def set_loader(opt):
     """(the pool of clips to contrast, decoded: dataset.Data, and which are blank: bool `[N]`)"""
-    labelled = unlabelled = None
-    if opt.pool != "unlabelled":
-        labelled = dataset.read_clips(opt.data_folder, opt.list_folder, opt.view, opt.encoding)
-    if opt.pairs:
-        unlabelled = dataset.read_pairs(opt.pairs, opt.data_folder, opt.view, opt.encoding,
-                                        opt.min_intensity)
-        print(f"{len(unlabelled)} unlabelled pairs from {opt.pairs}")
-        if (opt.subject or opt.fold or opt.without) and not all(
-                c.subject for c in unlabelled.clips):
-            raise BadInput(f"{opt.pairs}: names no subjects, so none can be left out; fill its "
-                           f"subject column, or drop --subject, --fold and --without")
-    clips = unlabelled or labelled
-    if opt.pool == "both":
-        clips = dataset.merge(labelled, unlabelled, opt.pairs)
+    clips = dataset.read_pool(opt)
     if opt.crop_low < 1 and clips.encoding["difference"] == "wrap":
         raise BadInput(f"--crop_low {opt.crop_low:g}: resizing destroys differences modulo 256; "
                        f"leave it at 1, or prepare signed differences")
@@ -126,12 +113,7 @@ def set_loader(opt):
 
 def exclusions(opt, clips):
     """(name, persons left out) of every run that --subject, --fold and --without ask for."""
-    everyone = clips
-    if opt.pool == "unlabelled" and (opt.fold or opt.subject or opt.without):
-        # who is left out may be in the lists alone
-        lists = dataset.read_clips(opt.data_folder, opt.list_folder, opt.view, opt.encoding)
-        everyone = replace(lists, clips=lists.clips + clips.clips)
-    runs = dataset.left_out(everyone, opt.subject, opt.fold, opt.without)
+    runs = dataset.left_out(opt, clips)
     return distributed.deal(runs) if opt.subject == "each" else runs
 
 
@@ -157,11 +139,6 @@ def set_model(opt, channels, n_data, device):
     model = model.to(device, memory_format=torch.channels_last)
     epochs.check_slices(n_data, opt.batch_size, model, device)
     return model, contrast.to(device), criterion.to(device)
-
-
-def set_optimizer(opt, model):
-    return torch.optim.SGD(model.parameters(), lr=opt.learning_rate, momentum=opt.momentum,
-                           weight_decay=opt.weight_decay)
 
 
 # ---------------------------------------------------------------- training
@@ -202,12 +179,8 @@ def train(epoch, opt, pool, normalization, networks, optimizer, precision, withi
         values = distributed.mean(torch.stack([
             losses[0].detach(), criterion.positive_probability(out_rgb),
             losses[1].detach(), criterion.positive_probability(out_depth)]), len(mine))
-        for name, value in zip(METERS, values.tolist()):
-            means[name].update(value, len(index))
-            if not math.isfinite(value):
-                raise util.RunFailed(f"the loss is not finite in epoch {epoch}, step {step} of "
-                                     f"{len(order)}; the last checkpoint is kept; lower "
-                                     f"--learning_rate, now {opt.learning_rate:g}")
+        means.add(values.tolist(), len(index))
+        epochs.check_loss(values, epoch, step, f"{epochs.KEPT} {opt.learning_rate:g}")
         optimizer.zero_grad(set_to_none=True)
         # gradients are averaged over ranks, whose slices may differ by one clip
         share = len(mine) * distributed.size() / len(index)
@@ -225,7 +198,8 @@ def pretrain(opt, argv, device, data, members, run):
     data_digest = hashlib.sha256(f"{data.digest} {members.tolist()}".encode()).hexdigest()
     precision = epochs.mixed_precision(opt.amp, device)
     model, contrast, criterion = set_model(opt, clips.channels, len(members), device)
-    optimizer = set_optimizer(opt, model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=opt.learning_rate, momentum=opt.momentum,
+                                weight_decay=opt.weight_decay)
     states = {"model": model, "contrast": contrast, "optimizer": optimizer,
               "scaler": precision.scaler}
     if resume:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 import dataset
 from dataset import ClipSet, Data, Folds
@@ -44,8 +45,10 @@ def read_labelled(opt: argparse.Namespace) -> Data:
             print(f"{opt.dataset} alone, of {', '.join(databases)}; --dataset all takes every one")
         clips = clips.subset([c.database == wanted for c in clips.clips])
     if opt.without:
-        out = set(dataset.find_people(opt.without, clips, "--without"))
+        out = dataset.find_without(opt, clips)
         clips = clips.subset([c.person not in out for c in clips.clips])
+        if not clips.clips:
+            raise BadInput(f"{clips.folder}: --without leaves no subject; name fewer")
     with distributed.in_turn():
         return Data(clips, *dataset.load_images(clips, opt.cache, opt.num_workers, opt.size))
 
@@ -122,6 +125,8 @@ def checked_states(run: Run, header: dict, encoders: Encoders,
     """name → checkpoint of the trainings that --resume goes on with; raises BadInput."""
     states = {}
     for path, state in run.states(names):
+        if run.opt.resume == "auto" and state.get("unit") not in names:
+            continue  # last.pth, of one that is finished, maybe in another job
         run.check_resumable(path, state, data_digest=header["data_digest"])
         if "classifier" not in state:  # of heads, from an earlier release: they start anew
             continue
@@ -163,6 +168,9 @@ class HeldOut:
         wanted = dataset.find_people(opt.subject, clips) if opt.subject else clips.people
         self.names = clips.names
         self.encoders = Encoders(opt, clips, wanted)
+        if not folds and opt.resume not in (None, "auto"):
+            raise BadInput(f"--resume {opt.resume}: heads on a frozen encoder are trained in one "
+                           f"pass and keep no checkpoint; --resume auto does what is left")
         self.header = make_header(opt, argv, script, data,
                                   self.encoders.sha256.get(self.encoders.source))
         done = open_run(run, self.header, {
@@ -295,12 +303,21 @@ class Everybody:
     def __init__(self, run: Run, argv: list[str], script: str, data: Data):
         self.run, self.encoders = run, Encoders(run.opt, data.clips, [])
         self.header = make_header(run.opt, argv, script, data,
-                                          self.encoders.sha256[self.encoders.source])
+                                  self.encoders.sha256[self.encoders.source])
         open_run(run, self.header, {})
         self.encoders.check(self.encoders.source)  # a wrong one leaves no run folder behind
         self.states = checked_states(run, self.header, self.encoders, {"all"})
         self.log = open_log(run, self.header, {"all"}, {
             name: state["epoch"] for name, state in self.states.items()})
+
+
+def train_frozen(held: HeldOut, group: Group, folds: Folds, recipe: probing.Recipe,
+                 device: torch.device) -> tuple[Classifier, probing.Frozen]:
+    """Trains the heads of the folds that hold out a Group, on its encoder as it is."""
+    classifier = held.encoders.load(group.path).to(device)
+    held_out = sorted(set(folds.of[held.data.clips.members(group.people)].tolist()))
+    return classifier, probing.train_frozen(held.run.opt, classifier, held.data, folds, held_out,
+                                            recipe, held.log, group.name)
 
 
 def keep_frozen(held: HeldOut, group: Group, classifier: Classifier,

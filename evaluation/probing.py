@@ -26,7 +26,7 @@ from training import checkpoint, epochs
 from training.options import PENALTIES
 from training.record import Log
 from training.supervised import class_weights, classification_loss
-from util import BadInput, RunFailed
+from util import BadInput
 
 FEW = 1e-3  # where there are too few subjects to choose
 INNER_FOLDS = 5  # groups of training subjects that choose penalty, epochs and learning rate
@@ -57,18 +57,17 @@ def encode(classifier: Classifier, images: np.ndarray, autocast: Callable, views
     with torch.no_grad():
         coming = cache.fetch(images, parts, device)
         for batch in tqdm(coming, "encoding", len(parts), disable=None):
-            crops = [transforms.eval_transform(batch, classifier.normalization, mirror, shift)
-                     for mirror, shift in VIEWS[:views]]
+            plain, *crops = [transforms.eval_transform(batch, classifier.normalization, *view)
+                             for view in VIEWS[:views]]
             with autocast():
-                for v, x in enumerate(crops):
-                    taps = model(x, layer)
-                    pooled = head.pool(*taps)
-                    if v == 0:
-                        embedded.append(torch.stack(model.embed(taps, layer)).float().cpu())
-                    if features is None:
-                        positions = head.pooling(taps[0]).shape[2:].numel()
-                        features = torch.empty(views, len(members), pooled.shape[1], device=device)
-                    features[v, start:start + len(batch)] = pooled.float()
+                taps = model(plain, layer)
+                embedded.append(torch.stack(model.embed(taps, layer)).float().cpu())
+                pooled = [head.pool(*taps), *map(classifier.features, crops)]
+            if features is None:
+                positions = head.pooling(taps[0]).shape[2:].numel()
+                features = torch.empty(views, len(members), pooled[0].shape[1], device=device)
+            for of_view, rows in zip(features, pooled):
+                of_view[start:start + len(batch)] = rows
             start += len(batch)
     return Encoded(features, positions, torch.cat(embedded, 1))
 
@@ -116,6 +115,12 @@ class FoldHeads:
         """The same heads for features that are not standardised: (weight, bias)."""
         weight = self.weight / self.std[:, None]
         return weight, self.bias - (weight * self.mean[:, None]).sum(2)
+
+    def state(self, place: int) -> dict:
+        """The state_dict of one of them as a LinearClassifier."""
+        return {"mean": self.mean[place], "std": self.std[place],
+                "classifier.weight": self.weight[place].detach(),
+                "classifier.bias": self.bias[place].detach()}
 
     def __call__(self, features: Tensor) -> Tensor:
         """`[B, D]` → logits `[B, F, C]`"""
@@ -296,16 +301,14 @@ class Descent:
             each = classification_loss(logits, target, self.loss, self.weights) * mask
             count = mask.sum(0)
             total = (each.sum(0) / count.clamp(min=1)).sum()
-            if not torch.isfinite(total):
-                raise RunFailed(f"the loss is not finite in epoch {epoch}, step {step}; lower "
-                                f"--learning_rate, now {opt.learning_rate:g}")
+            epochs.check_loss(total, epoch, step,
+                              f"lower --learning_rate, now {opt.learning_rate:g}")
             rate = epochs.scheduled(opt, self.rates, epoch, step, len(parts))
             heads.step(total, count > 0, rate * self.scale, opt.momentum, self.decays)
             seen = int(mask.sum())
             if seen:
                 hits = ((logits.argmax(-1) == target) & mask).sum() / seen
-                means["train_loss"].update(each.detach().sum() / seen, seen)
-                means["train_accuracy"].update(hits, seen)
+                means.add((each.detach().sum() / seen, hits), seen)
         return means.means()
 
     def run(self) -> None:
@@ -541,7 +544,7 @@ class Start:
                 regression=self.regression)
             print(choice.describe(opt.l2 is not None))
             l2 = choice.l2[0]
-            state |= {"classifier.weight": heads.weight[0], "classifier.bias": heads.bias[0]}
+            state = heads.state(0)
         elif opt.head == "zero":
             state["classifier.weight"] = torch.zeros_like(head.classifier.weight)
         head.load_state_dict({**head.state_dict(), **state})

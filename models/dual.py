@@ -48,6 +48,11 @@ class DualView(nn.Module):
         self.rgb_to_d = tower(self.in_channels[0])
         self.d_to_rgb = tower(self.in_channels[1])
 
+    @property
+    def feat_dim(self) -> int:
+        """Length of the features that `forward` ends in: that of the last bias of a tower."""
+        return len(list(self.rgb_to_d.parameters())[-1])
+
     def forward(self, x: Tensor, layer: int | None = None) -> tuple[Tensor, Tensor]:
         """x `[B, C1+C2, H, W]`, RGB then depth → (feat_rgb, feat_depth) at the tap `layer`.
 

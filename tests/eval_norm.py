@@ -30,7 +30,7 @@ def die_after_two_steps():
 if __name__ == "__main__":
     torch.set_num_threads(1)
     _BatchNorm.train = lambda self, mode=True: torch.nn.Module.train(self, False)
-    argv = sys.argv[1:]
+    argv = sorted(sys.argv[1:], key=lambda word: word.startswith("--local-rank"))  # else the first
     if argv[0] == "--die":
         die_after_two_steps()
         argv = argv[1:]

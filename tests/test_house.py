@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, finetune, script
+from conftest import ROOT, finetune, probe, script
 
 import dataset
 import util
@@ -102,6 +102,13 @@ def test_length_of_features_is_the_checkpoints(drawn, quick, tmp_path):
     (path,) = tmp_path.glob("*/last.pth")
     finetune("--data_folder", drawn, "--model_path", path, "--save_path", tmp_path / "r", *quick,
              "--size", 32, "--subject", "s1")
+    (tuned,) = (tmp_path / "r").glob("*/last.pth")
+    state = torch.load(tuned, weights_only=True)
+    assert state["opt"].pop("feat_dim") == 48
+    torch.save(state, tmp_path / "earlier.pth")  # earlier releases did not write it there
+    for number, source in enumerate((tuned, tmp_path / "earlier.pth")):
+        probe("--data_folder", drawn, "--model_path", source, "--save_path",
+              tmp_path / f"p{number}", *quick, "--size", 32, "--subject", "s1")
     state = torch.load(path, weights_only=True)
     state["opt"]["feat_dim"] = 64
     torch.save(state, path)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from training import distributed
 from training.record import Log
-from util import BadInput, Stopped, handled
+from util import BadInput, RunFailed, Stopped, handled
 
 SAVED = "stopped and saved; go on with --resume auto"
 
@@ -174,11 +174,25 @@ class Meters(dict):
     def __init__(self, names: Iterable[str], state: dict | None = None):
         super().__init__({name: AverageMeter(*(state or {}).get(name, ())) for name in names})
 
+    def add(self, values: Iterable[float], n: int) -> None:
+        """Adds a mean over `n` samples of each quantity."""
+        for meter, value in zip(self.values(), values):
+            meter.update(value, n)
+
     def state(self) -> dict:
         return {name: [meter.total, meter.count] for name, meter in self.items()}
 
     def means(self) -> dict:
         return {name: meter.avg for name, meter in self.items()}
+
+
+KEPT = "the last checkpoint is kept; lower --learning_rate, now"
+
+
+def check_loss(loss: Tensor, epoch: int, step: int, fix: str) -> None:
+    """Raises RunFailed for a loss that is not finite; fix: what the user does about it."""
+    if not loss.isfinite().all():
+        raise RunFailed(f"the loss is not finite in epoch {epoch}, step {step}; {fix}")
 
 
 class Keeper:

@@ -18,11 +18,16 @@ def check_size(parser: ArgumentParser, model: str, size: int) -> None:
                      f"pixels or more")
 
 
-class _Ignored(argparse.Action):
-    """A flag that leaves no trace in the options."""
+class Ignored(argparse.Action):
+    """A flag that leaves no trace in the options; `const`: why, which is printed."""
+
+    def __init__(self, option_strings, dest, const=None, **kwargs):
+        super().__init__(option_strings, argparse.SUPPRESS, const=const,
+                         default=argparse.SUPPRESS, help=argparse.SUPPRESS, **kwargs)
 
     def __call__(self, parser, namespace, values, option_string=None):
-        pass
+        if self.const:
+            print(f"{option_string}: {self.const}")
 
 
 def add_data_options(parser: ArgumentParser) -> argparse._ArgumentGroup:
@@ -98,18 +103,19 @@ def add_optimisation_options(parser: ArgumentParser, default: Descent,
     return group
 
 
-def choose_schedule(parser: ArgumentParser, opt: argparse.Namespace, given: list[str]) -> None:
-    """Takes steps where a flag of theirs is `given`, and refuses them beside another schedule, and
-    a warm-up that is longer than the run; given: the flags of the optimisation group."""
+def choose_schedule(parser: ArgumentParser, given: list[str], schedule: str, warmup: float,
+                    epochs: int) -> str:
+    """The --lr_schedule: steps where a flag of theirs is `given`. Refuses them beside another
+    schedule, and a warm-up longer than the run; given: the flags of the optimisation group."""
+    if "--warmup_epochs" in given and warmup > epochs:
+        parser.error(f"argument --warmup_epochs: {warmup:g} is more than the {epochs} of --epochs")
     steps = [name for name in given if name in ("--lr_decay_epochs", "--lr_decay_rate")]
-    if steps and opt.lr_schedule != "step":
-        if "--lr_schedule" in given:
-            parser.error(f"{steps[0]} goes with --lr_schedule step")
-        print(f"{steps[0]}: the rate decays in steps; without it, in a {opt.lr_schedule}")
-        opt.lr_schedule = "step"
-    if "--warmup_epochs" in given and opt.warmup_epochs > opt.epochs:
-        parser.error(f"argument --warmup_epochs: {opt.warmup_epochs:g} is more than the "
-                     f"{opt.epochs} of --epochs")
+    if not steps or schedule == "step":
+        return schedule
+    if "--lr_schedule" in given:
+        parser.error(f"{steps[0]} goes with --lr_schedule step")
+    print(f"{steps[0]}: the rate decays in steps; without it, in a {schedule}")
+    return "step"
 
 
 def add_running_options(parser: ArgumentParser) -> argparse._ArgumentGroup:
@@ -128,8 +134,7 @@ def add_running_options(parser: ArgumentParser) -> argparse._ArgumentGroup:
                        help="go on from this checkpoint; auto: from the run's last.pth, or fresh "
                             "where there is none [refuse a run folder that exists]")
     # python -m torch.distributed.launch gives it; the environment says the same
-    group.add_argument("--local-rank", "--local_rank", action=_Ignored, type=int,
-                       default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    group.add_argument("--local-rank", "--local_rank", action=Ignored, type=int)
     return group
 
 
@@ -183,17 +188,17 @@ def add_contrast_options(parser: ArgumentParser) -> argparse._ArgumentGroup:
     return bank
 
 
-def choose_contrast(parser: ArgumentParser, opt: argparse.Namespace, given: list[str]) -> None:
-    """Fills in --contrast and its temperature; given: the flags that only banks have."""
-    if opt.contrast is None:
-        opt.contrast = "bank" if given else "batch"
+def choose_contrast(parser: ArgumentParser, given: list[str], contrast: str | None,
+                    temperature: float | None) -> tuple[str, float]:
+    """--contrast and its temperature, filled in; given: the flags that only banks have."""
+    if contrast == "batch" and given:
+        parser.error(f"{given[0]} goes with --contrast bank")
+    if contrast is None:
+        contrast = "bank" if given else "batch"
         if given:
             print(f"{given[0]}: clips are contrasted with memory banks; without it, with the "
                   f"others of their batch")
-    elif opt.contrast == "batch" and given:
-        parser.error(f"{given[0]} goes with --contrast bank")
-    if opt.nce_t is None:
-        opt.nce_t = 0.07 if opt.contrast == "bank" else 0.2
+    return contrast, temperature or (0.07 if contrast == "bank" else 0.2)
 
 
 # ---------------------------------------------------------------- heads

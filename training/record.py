@@ -46,6 +46,13 @@ def size_name(size: int) -> str:
     return "" if size == 224 else f"size_{size}"
 
 
+def say_where(name: str | Path, state: dict) -> None:
+    """Prints after which epoch and step the training of a checkpoint goes on."""
+    within = state.get("within")
+    print(f"{name}: goes on after epoch {state['epoch']}"
+          + (f", step {within['step']} of the next" if within else ""))
+
+
 class Run:
     """The folder of one run: its log, its checkpoints, and whether it goes on.
 
@@ -114,8 +121,7 @@ class Run:
         for name in states.keys() - {"model"}:
             states[name].load_state_dict(old[name])
         old["within"] = old.get("within") or {}
-        print(f"{path}: goes on after epoch {old['epoch']}"
-              + (f", step {old['within']['step']} of the next" if old["within"] else ""))
+        say_where(path, old)
         return old
 
     def states(self, names: Iterable[str | None]) -> Iterator[tuple[Path, dict]]:

@@ -11,7 +11,6 @@ from torch import Tensor
 from images import cache, transforms
 from models.classifier import Classifier
 from training import epochs
-from util import RunFailed
 
 
 def class_weights(labels: np.ndarray, n_label: int) -> Tensor:
@@ -85,17 +84,16 @@ def train_epoch(opt: argparse.Namespace, job: Training, epoch: int, within: dict
         with autocast():
             logits = classifier(batch).float()  # [B, C]
         loss = classification_loss(logits, target, opt.loss, weights).mean()
-        if not torch.isfinite(loss):
-            raise RunFailed(f"the loss is not finite in epoch {epoch}, step {step}; the last "
-                            f"checkpoint is kept; lower --learning_rate or --encoder_lr")
+        epochs.check_loss(loss, epoch, step, f"{epochs.KEPT} {opt.learning_rate:g}, or "
+                                             f"--encoder_lr, now {opt.encoder_lr:g}")
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         limit_gradient(classifier.encoder, opt.trust, opt.encoder_lr)
         scaler.step(optimizer)
         scaler.update()
-        means["train_loss"].update(loss.detach(), len(index))
-        means["train_accuracy"].update((logits.argmax(1) == target).float().mean(), len(index))
+        hits = (logits.argmax(1) == target).float().mean()
+        means.add((loss.detach(), hits), len(index))
         on_step({"step": step, "meters": means.state()})
     return means.means()
 

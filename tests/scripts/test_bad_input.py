@@ -426,7 +426,7 @@ def test_finished_heads_are_not_written_over(drawn, quick, pretrained, tmp_path,
     last = refused(capsys, run, *flags, "--resume", "auto", "--momentum", 0.5)
     assert "--momentum 0.9 there, 0.5 here" in last
     last = refused(capsys, run, *flags, "--resume", tmp_path / "nothing.pth")
-    assert "nothing.pth: no such checkpoint" in last
+    assert "nothing.pth: heads on a frozen encoder" in last
     assert snapshot(tmp_path) == before
 
 
@@ -530,6 +530,8 @@ def test_flags_that_do_not_fit_the_checkpoint_are_refused(drawn, quick, pretrain
     (["--oversample", "--loss", "balanced"], "--oversample excludes --loss balanced"),
     (["--oversample", "--freeze_encoder"], "--oversample"),
     (["--subject", "all", "s1"], "--subject all stands alone"),
+    (["--subject", "all", "--without", "s1", "s2", "s3", "s4"], "--without leaves no subject"),
+    (["--freeze_encoder", "--resume", "last.pth"], "--resume last.pth: heads on a frozen encoder"),
     (["--train_bn", "--batch_size", 1], "--train_bn needs a --batch_size of 2"),
     (["--train_bn", "--freeze_encoder"], "--train_bn"),
     (["--l2", 0.1, "--head", "zero"], "--l2 goes with --head probe"),

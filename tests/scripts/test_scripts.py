@@ -368,7 +368,7 @@ def test_persons_of_without_neither_train_nor_are_predicted(drawn, cache, pretra
     flags = ["--cache", cache, "--model", "resnet18v1", "--model_path", pretrained, *flags,
              *(["--batch_size", 8, "--epochs", 1] if run is finetune else [])]
     run("--data_folder", drawn, *flags, "--save_path", tmp_path / "whole")
-    run("--data_folder", drawn, *flags, "--save_path", tmp_path / "part", "--without", "s2")
+    run("--data_folder", drawn, *flags, "--save_path", tmp_path / "part", "--without", "s.2", "S2")
     write_lists(tmp_path / "lists",
                 [clip for clip in dataset.read_clips(drawn).clips if clip.subject != "s2"])
     shutil.copy(drawn / "encoding.json", tmp_path / "lists")
@@ -603,6 +603,19 @@ def test_fine_tuning_that_was_stopped_goes_on_to_the_same_result(drawn, quick, p
         == [(None, None), ("s1", 1), ("s1", 2), ("s2", 1), ("s2", 2)]
 
 
+def test_jobs_that_share_a_run_folder_resume_with_checkpoints_of_their_own(drawn, quick,
+                                                                           pretrained, tmp_path):
+    """last.pth may be of another job's subject, whose encoder was another one."""
+    for i in (1, 2):
+        state = torch.load(pretrained, weights_only=True)
+        torch.save(state | {"epoch": i}, tmp_path / f"s{i}.pth")
+    for i in (1, 2):
+        run, state = tuned(drawn, quick, tmp_path / "{subject}.pth", tmp_path / "r", "--subject",
+                           f"s{i}", "--resume", "auto")
+        assert state["unit"] == f"s{i}"
+    assert {r["subject"] for r in rows(run)} == {"s1", "s2"}
+
+
 @pytest.mark.parametrize("frozen", [[], ["--freeze_encoder"]], ids=["trained", "frozen"])
 def test_subject_all_makes_one_model_for_prediction(drawn, quick, pretrained, tmp_path, frozen):
     flags = ["--subject", "all", *frozen]
@@ -689,6 +702,14 @@ FLAGS = {
     "fine-tune_DVSCL": """dataset save_path layer encoder protocol subject head l2 freeze_encoder
         encoder_lr train_bn loss oversample lr_schedule warmup_epochs seeds oracle_curve save_freq
         save_minutes"""}
+
+
+def test_probing_takes_the_flags_of_checkpoints_that_it_no_longer_makes(capsys):
+    argv = ["--data_folder", "d", "--model_path", "m", "--save_path", "s", "--layer", "5"]
+    plain = script("LinearProbing_DVSCL_10fold").parse_option(argv)
+    assert vars(script("LinearProbing_DVSCL_10fold").parse_option(
+        [*argv, "--save_freq", "20"])) == vars(plain)
+    assert "--save_freq: the heads are found in one pass" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", FLAGS)

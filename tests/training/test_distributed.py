@@ -17,12 +17,13 @@ ROOT = Path(__file__).resolve().parents[2]
 DRIVER = ROOT / "tests" / "eval_norm.py"
 
 
-def run(ranks, *argv, folder):
+def run(ranks, *argv, folder, launcher="run"):
     """Runs the driver on `ranks` processes; returns the finished process."""
     launch = [sys.executable]
     if ranks > 1:
-        launch += ["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", 0,
-                   "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+        launch += ["-m", f"torch.distributed.{launcher}", "--nproc_per_node", ranks,
+                   "--master_port", 0, "--rdzv_backend", "c10d", "--rdzv_endpoint",
+                   "localhost:0"]
     return subprocess.run([str(a) for a in (*launch, DRIVER, *argv)], cwd=folder, text=True,
                           capture_output=True, timeout=300, check=False)
 
@@ -96,6 +97,21 @@ def test_folds_dealt_to_two_ranks_give_the_predictions_of_one(drawn, tmp_path, s
     assert [(r["key"], r["prediction"]) for r in one] == [(r["key"], r["prediction"]) for r in two]
     ours, theirs = (torch.tensor([r["probabilities"] for r in part]) for part in rows)
     assert torch.allclose(ours, theirs, atol=1e-4 if "--epochs" not in more else 1e-5)
+
+
+def test_one_model_on_every_clip_is_trained_by_the_first_of_two_ranks(drawn, tmp_path):
+    flags = ["fine-tune_DVSCL", "--data_folder", drawn, "--cache", tmp_path / "cache", "--model",
+             "resnet18v1", "--model_path", "random", "--batch_size", 8, "--epochs", 1,
+             "--subject", "all"]
+    states = []
+    for ranks in (1, 2):
+        done = run(ranks, *flags, "--save_path", tmp_path / str(ranks), folder=tmp_path,
+                   launcher="launch")  # which adds --local-rank
+        assert done.returncode == 0, done.stderr
+        (last,) = (tmp_path / str(ranks)).glob("finetune_*/last.pth")
+        states.append(checkpoint.load(last))
+    assert_close(states[0]["model"], states[1]["model"], 1e-6)
+    assert_close(states[0]["classifier"], states[1]["classifier"], 1e-6)
 
 
 def test_a_rank_that_dies_stops_the_others_with_an_error(drawn, tmp_path):
