@@ -105,7 +105,7 @@ def run_case(opt):
     for n in (8, 4096):
         prepare(opt, opt.case, n, 2, 4, device)()
     step = prepare(opt, opt.case, opt.n[0], opt.batch_size, opt.nce_k, device)
-    held, _ = memory(device, reset=True)
+    before, _ = memory(device, reset=True)
     step()
     _, peak = memory(device)
     times = []
@@ -113,7 +113,7 @@ def run_case(opt):
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)
-    return {"ms": 1e3 * min(times), "bytes": peak - held}
+    return {"ms": 1e3 * min(times), "bytes": peak - before}
 
 
 def run_apart(case, *argv, **flags):

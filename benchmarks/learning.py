@@ -126,12 +126,12 @@ class Bench:
         labels, said = (np.concatenate(of) for of in list(zip(*parts))[:2])
         people = [(str(seed), person) for seed, part in enumerate(parts) for person in part[2]]
         each = [measures.evaluate(*part[:2], 4)["uf1"] for part in parts]
-        found = {"name": name, "uf1": measures.evaluate(labels, said, 4)["uf1"], "seeds": len(each),
+        row = {"name": name, "uf1": measures.evaluate(labels, said, 4)["uf1"], "seeds": len(each),
                  "ci95": measures.intervals(labels, said, people, 4)["uf1"],
                  "std": float(np.std(each, ddof=1)) if len(each) > 1 else None}
-        self.rows.append(found)
+        self.rows.append(row)
         util.write_json(self.work / "rows.json", self.rows)
-        print(line(found), flush=True)
+        print(line(row), flush=True)
 
 
 def read(folder):
@@ -214,10 +214,10 @@ def scratch(passes):
 
 def draw(path, rows, pools):
     """UF1 against the size of the pool, with what it is held against."""
-    found = {row["name"]: row for row in rows}
+    by_name = {row["name"]: row for row in rows}
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    drawn = [(n, found[f"pre-trained on {n} pairs of others, probe"]) for n in pools]
+    drawn = [(n, by_name[f"pre-trained on {n} pairs of others, probe"]) for n in pools]
     x = [n for n, _ in drawn]
     uf1 = np.array([row["uf1"] for _, row in drawn])
     low, high = np.array([row["ci95"] for _, row in drawn]).T
@@ -229,8 +229,8 @@ def draw(path, rows, pools):
             ("ceiling: 5000 labelled clips of others", "ceiling: the pool labelled", "0.3", ":"),
             ("control: no expression, probe", "control: no expression", pictures.PURPLE, "--"),
             ("control: permuted labels, probe", "control: permuted labels", pictures.PURPLE, ":")):
-        if name in found:
-            axes.axhline(found[name]["uf1"], color=colour, linestyle=style, label=label)
+        if name in by_name:
+            axes.axhline(by_name[name]["uf1"], color=colour, linestyle=style, label=label)
     axes.set_xscale("log")
     axes.set_xticks(x, [f"{n:,}" for n in x])
     axes.minorticks_off()

@@ -174,11 +174,11 @@ def our_finetune(opt, amp):
 
 def best(rounds, **measures):
     """Best of the rounds of each measure, taken in turn."""
-    found = {name: [] for name in measures}
+    rates = {name: [] for name in measures}
     for _ in range(rounds):
         for name, measure in measures.items():
-            found[name].append(measure())
-    return {name: max(values) for name, values in found.items()}
+            rates[name].append(measure())
+    return {name: max(values) for name, values in rates.items()}
 
 
 # ---------------------------------------------------------------- parts
@@ -259,9 +259,9 @@ def growth(opt):
                    + [{"nce_k": k, "n": 100_000} for k in (1024, 16_384)]
                    + [{"feat_dim": d, "n": 100_000} for d in (64, 512)]):
         case = {**usual, **change}
-        found = bank_step.run_apart("ours", "--device", str(opt.device), **case)
-        print(f"  {case['n']:7d} {case['nce_k']:6d} {case['feat_dim']:4d} {found['ms']:8.1f} "
-              f"{found['bytes'] / 1e6:9.1f} {2e-6 * 4 * case['n'] * case['feat_dim']:9.1f}")
+        step = bank_step.run_apart("ours", "--device", str(opt.device), **case)
+        print(f"  {case['n']:7d} {case['nce_k']:6d} {case['feat_dim']:4d} {step['ms']:8.1f} "
+              f"{step['bytes'] / 1e6:9.1f} {2e-6 * 4 * case['n'] * case['feat_dim']:9.1f}")
     print(f"heads of all subjects, {len(opt.clips)} clips, batch {BATCH}\n"
           f"  subjects  features  ms/epoch")
     clips = len(opt.clips)

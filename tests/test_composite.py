@@ -31,16 +31,16 @@ def figures(rows, database=None):
 
 def read_log(path):
     """The challenge's log: {(database, subject): [(file, truth, prediction)]}."""
-    found = {}
+    actual = {}
     for line in path.read_text().splitlines():
         *words, last = line.split(" ")
         if len(words) == 1:
-            assert (words[0], last) not in found  # one block per subject
-            block = found[words[0], last] = []
+            assert (words[0], last) not in actual  # one block per subject
+            block = actual[words[0], last] = []
         else:
             file, truth = words
             block.append((file, int(truth), int(last)))
-    return found
+    return actual
 
 
 # ---------------------------------------------------------------- at the challenge's size
@@ -66,27 +66,27 @@ def test_442_clips_of_68_subjects(megc_rows, tmp_path):
         "transductive": False, "checkpoint": "x", "sha256": "1",
         "rows": [r for r in megc_rows if (r["database"], r["subject"]) == person]}
         for person in people})
-    found = result_files.write_results(tmp_path, {"protocol": "loso"}, 3, list("nps"))
-    assert (found["n"], found["n_subjects"]) == (442, 68)
-    assert [found["uf1"], found["uar"]] == pytest.approx(figures(megc_rows))
-    assert {k: (v["n"], v["n_subjects"]) for k, v in found["per_database"].items()} \
+    actual = result_files.write_results(tmp_path, {"protocol": "loso"}, 3, list("nps"))
+    assert (actual["n"], actual["n_subjects"]) == (442, 68)
+    assert [actual["uf1"], actual["uar"]] == pytest.approx(figures(megc_rows))
+    assert {k: (v["n"], v["n_subjects"]) for k, v in actual["per_database"].items()} \
         == {"smic": (164, 16), "casme2": (145, 24), "samm": (133, 28)}
-    for name, part in found["per_database"].items():
+    for name, part in actual["per_database"].items():
         assert [part["uf1"], part["uar"]] == pytest.approx(figures(megc_rows, name))
         assert np.sum(part["confusion"], 1).tolist() == list(MEGC[name][0])
     # the databases' figures come from the pooled predictions
-    assert np.sum([p["confusion"] for p in found["per_database"].values()], 0).tolist() \
-        == found["confusion"]
+    assert np.sum([p["confusion"] for p in actual["per_database"].values()], 0).tolist() \
+        == actual["confusion"]
     # 250 of 442 are negative
-    assert found["baselines"]["majority"]["uf1"] == pytest.approx(2 * 250 / (250 + 442) / 3)
+    assert actual["baselines"]["majority"]["uf1"] == pytest.approx(2 * 250 / (250 + 442) / 3)
     log = read_log(tmp_path / "megc2019.log")
     assert log.keys() == people and sum(map(len, log.values())) == 442
     assert uf1_uar(*zip(*[line[1:] for block in log.values() for line in block])) \
         == pytest.approx(figures(megc_rows))
     for r in megc_rows:
         assert (r["key"], r["label"], r["prediction"]) in log[r["database"], r["subject"]]
-    printed = result_files.describe(found)
-    for name, part in found["per_database"].items():
+    printed = result_files.describe(actual)
+    for name, part in actual["per_database"].items():
         assert f"{name:8s} UF1 {part['uf1']:.3f}, UAR {part['uar']:.3f}  ({part['n']} clips" \
             in printed
     assert "majority" in printed and "stratified random" in printed
@@ -104,9 +104,9 @@ def test_one_database_leaves_no_challenge_log(megc_rows, tmp_path):
     rows = [r for r in megc_rows if r["database"] == "smic"][::16]
     result_files.write_subjects(tmp_path, {"s01": {
         "rows": rows, "transductive": False, "checkpoint": "x", "sha256": "1"}})
-    found = result_files.write_results(tmp_path, {}, 3, list("nps"))
-    assert not (tmp_path / "megc2019.log").exists() and list(found["per_database"]) == ["smic"]
-    assert "smic" not in result_files.describe(found)
+    actual = result_files.write_results(tmp_path, {}, 3, list("nps"))
+    assert not (tmp_path / "megc2019.log").exists() and list(actual["per_database"]) == ["smic"]
+    assert "smic" not in result_files.describe(actual)
 
 
 # ---------------------------------------------------------------- from end to end
@@ -151,8 +151,8 @@ def probed(flags, tmp_path_factory):
 
 
 def test_equal_names_are_five_persons_and_fifteen_clips(composite, probed):
-    folder, found, rows = probed
-    assert (found["n"], found["n_subjects"], found["n_label"]) == (15, 5, 3)
+    folder, actual, rows = probed
+    assert (actual["n"], actual["n_subjects"], actual["n_label"]) == (15, 5, 3)
     assert Counter((r["database"], r["subject"]) for r in rows) \
         == {(dataset.DATABASES[d], s): 3 for d, _, s in PEOPLE}
     assert {p.stem for p in (folder / "subjects").iterdir()} \
@@ -168,11 +168,11 @@ def test_equal_names_are_five_persons_and_fifteen_clips(composite, probed):
 
 
 def test_full_and_per_database_figures_and_the_log(probed):
-    folder, found, rows = probed
-    assert [found["uf1"], found["uar"]] == pytest.approx(figures(rows))
-    assert {k: v["n"] for k, v in found["per_database"].items()} \
+    folder, actual, rows = probed
+    assert [actual["uf1"], actual["uar"]] == pytest.approx(figures(rows))
+    assert {k: v["n"] for k, v in actual["per_database"].items()} \
         == {"smic": 3, "casme2": 6, "samm": 6}
-    for name, part in found["per_database"].items():
+    for name, part in actual["per_database"].items():
         assert [part["uf1"], part["uar"]] == pytest.approx(figures(rows, name))
     assert read_log(folder / "megc2019.log") == {
         person: [(r["key"], int(r["label"]), int(r["prediction"])) for r in rows
@@ -206,8 +206,8 @@ def test_ten_folds_never_part_a_person_and_one_database_can_be_taken(flags, tmp_
     assert "MEGC2019" in capsys.readouterr().out
     assert results(tmp_path / "all")[1]["n"] == 15
     probe(*flags, "--dataset", "casme2", "--protocol", "loso", "--save_path", tmp_path / "one")
-    folder, found, _rows = results(tmp_path / "one")
-    assert (found["n"], found["n_subjects"]) == (6, 2)
+    folder, actual, _rows = results(tmp_path / "one")
+    assert (actual["n"], actual["n_subjects"]) == (6, 2)
     assert not (folder / "megc2019.log").exists()
     assert "MEGC2019" not in capsys.readouterr().out
 
@@ -215,7 +215,7 @@ def test_ten_folds_never_part_a_person_and_one_database_can_be_taken(flags, tmp_
 def test_fine_tuning_writes_the_same_kind_of_files(flags, tmp_path):
     finetune(*flags, "--epochs", 1, "--subject", "smic/sub01", "samm/sub01",
              "--save_path", tmp_path)
-    folder, found, _rows = results(tmp_path)
-    assert {k: v["n"] for k, v in found["per_database"].items()} == {"smic": 3, "samm": 3}
+    folder, actual, _rows = results(tmp_path)
+    assert {k: v["n"] for k, v in actual["per_database"].items()} == {"smic": 3, "samm": 3}
     assert {k: len(v) for k, v in read_log(folder / "megc2019.log").items()} \
         == {("smic", "sub01"): 3, ("samm", "sub01"): 3}

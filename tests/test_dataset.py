@@ -47,8 +47,8 @@ def one_clip(folder, rgb, second, view="RGB_D", encoding="signed", suffix="png",
         save_image(folder / clip.paths[0], rgb, **options)
         save_image(folder / clip.paths[1], second, **options)
     lists.write_lists(folder, clips, ("rgb", name))
-    found = dataset.read_clips(folder, view=view, difference=encoding)
-    return dataset.load_images(found)[0][0]
+    actual = dataset.read_clips(folder, view=view, difference=encoding)
+    return dataset.load_images(actual)[0][0]
 
 
 @pytest.fixture
@@ -78,8 +78,8 @@ def test_views_are_paired_by_identity_whatever_the_order_of_the_depth_lists(fres
     (["a_diff_gray.png", "b_diff_other.png", "c.png"], ["a", "b_diff_other", "c"]),
 ])
 def test_identity_is_the_shortest_unique_tail(paths, keys):
-    found = lists.clip_keys(paths, ("rgb", "gray", "depth"))
-    assert [found[path] for path in paths] == keys
+    actual = lists.clip_keys(paths, ("rgb", "gray", "depth"))
+    assert [actual[path] for path in paths] == keys
 
 
 def test_paths_that_nothing_tells_apart_are_refused():
@@ -102,9 +102,9 @@ def test_the_same_file_name_under_several_subjects_is_told_apart_by_its_folder(t
              for clip in megc_clips()]
     touch(tmp_path, clips)
     lists.write_lists(tmp_path, clips)
-    found = dataset.read_clips(tmp_path)
+    actual = dataset.read_clips(tmp_path)
     paths = [clip.paths for clip in clips]
-    assert {c.key: c.paths for c in found.clips} == {
+    assert {c.key: c.paths for c in actual.clips} == {
         "CASME2/sub01/EP1": paths[0], "EP2": paths[1],
         "sub02/EP1": paths[2],
         "SMIC/sub01/EP1": paths[3],
@@ -116,13 +116,13 @@ def test_a_subject_name_in_two_databases_is_two_persons_and_two_folds(tmp_path):
              for clip in megc_clips()]
     touch(tmp_path, clips)
     lists.write_lists(tmp_path, clips)
-    found = dataset.read_clips(tmp_path)
-    assert found.people == [(1, "s9"), (1, "sub01"), (2, "sub01"), (2, "sub02"), (3, "006")]
-    names, fold_of = dataset.subject_folds(found)
+    actual = dataset.read_clips(tmp_path)
+    assert actual.people == [(1, "s9"), (1, "sub01"), (2, "sub01"), (2, "sub02"), (3, "006")]
+    names, fold_of = dataset.subject_folds(actual)
     assert names == ["smic_s9", "smic_sub01", "casme2_sub01", "casme2_sub02", "samm_006"]
     assert fold_of.tolist() == [0, 1, 2, 2, 3, 4]
-    assert dataset.find_people(["casme2/sub01"], found) == [(2, "sub01")]
-    assert dataset.find_people(["sub01"], found) == [(1, "sub01"), (2, "sub01")]
+    assert dataset.find_people(["casme2/sub01"], actual) == [(2, "sub01")]
+    assert dataset.find_people(["sub01"], actual) == [(1, "sub01"), (2, "sub01")]
 
 
 def test_pairs_of_different_folders_meet_by_file_name_alone(tmp_path):
@@ -191,37 +191,37 @@ def test_without_encoding_json_pixels_are_wrap_and_the_reader_is_told(fresh, cap
 
 def test_luminance_stands_in_for_missing_gray_lists(tmp_path):
     draw_set(tmp_path, 2, 2, size=256)
-    found = dataset.read_clips(tmp_path, view="RGB_gray")
-    assert found.luminance and found.channels == (3, 1)
-    image = dataset.load_images(found)[0][0].astype(float)
+    actual = dataset.read_clips(tmp_path, view="RGB_gray")
+    assert actual.luminance and actual.channels == (3, 1)
+    image = dataset.load_images(actual)[0][0].astype(float)
     assert np.abs(image[3] - np.tensordot([0.299, 0.587, 0.114], image[:3], 1)).max() <= 0.5001
 
 
 def test_luminance_of_wrap_is_that_of_the_differences(tmp_path):
     draw_set(tmp_path, 2, 2, size=256)
     (tmp_path / "encoding.json").unlink()
-    found = dataset.read_clips(tmp_path, view="RGB_gray", difference="wrap")
+    actual = dataset.read_clips(tmp_path, view="RGB_gray", difference="wrap")
     change = np.full((256, 256, 3), (-3, 2, -2))  # luminance 0.05
     change[0] = (-5, -5, -5)
-    save_image(tmp_path / found.clips[0].paths[0], (change % 256).astype(np.uint8))
-    grey = dataset.load_images(found)[0][0][3]
+    save_image(tmp_path / actual.clips[0].paths[0], (change % 256).astype(np.uint8))
+    grey = dataset.load_images(actual)[0][0][3]
     assert (grey[0] == 251).all() and (grey[1:] == 0).all()
 
 
 def test_gray_lists_are_taken_where_there_are_some(tmp_path):
     draw_set(tmp_path, second="gray")
-    found = dataset.read_clips(tmp_path, view="RGB_gray")
-    assert not found.luminance
-    assert all("_diff_gray" in clip.paths[1] for clip in found.clips)
+    actual = dataset.read_clips(tmp_path, view="RGB_gray")
+    assert not actual.luminance
+    assert all("_diff_gray" in clip.paths[1] for clip in actual.clips)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_another_second_view_has_one_or_three_channels(tmp_path, channels):
     draw_set(tmp_path, second="flow", channels=channels)
-    found = dataset.read_clips(tmp_path, view="RGB_flow")
-    assert found.channels == (3, channels)
-    assert [clip.key for clip in found.clips[:3]] == ["s1-a-0", "s1-b-1", "s1-c-2"]
-    image = dataset.load_images(found)[0][0]
+    actual = dataset.read_clips(tmp_path, view="RGB_flow")
+    assert actual.channels == (3, channels)
+    assert [clip.key for clip in actual.clips[:3]] == ["s1-a-0", "s1-b-1", "s1-c-2"]
+    image = dataset.load_images(actual)[0][0]
     assert image.shape == (3 + channels, 256, 256)
     if channels == 3:
         assert (image[3] != image[4]).any()
@@ -285,8 +285,8 @@ def test_wrap_is_taken_as_it_is_but_never_resized(tmp_path, images):
 def test_blank_clips_are_those_without_any_change_in_rgb(drawn):
     clips = dataset.read_clips(drawn)
     pixels, _ = dataset.load_images(clips)
-    found = encoding.blank(pixels, clips.encoding["difference"])
-    assert [c.key for c, is_blank in zip(clips.clips, found) if is_blank] == ["s2-a-10"]
+    actual = encoding.blank(pixels, clips.encoding["difference"])
+    assert [c.key for c, is_blank in zip(clips.clips, actual) if is_blank] == ["s2-a-10"]
     for difference, level in (("signed", 128), ("wrap", 0), ("absolute", 0)):
         flat = np.full((2, 4, 8, 8), level, np.uint8)
         flat[1, 2, 3, 4] += 1
@@ -318,12 +318,12 @@ def test_batches_are_fetched_in_order(drawn, tmp_path, device, kind, monkeypatch
     images, _ = dataset.load_images(clips, tmp_path if kind == "memory map" else "off")
     assert isinstance(images, cache.Stream) == (kind == "stream")
     batches = [np.array(b) for b in ([3, 1], [0], [5, 5, 2], [11, 7])] * 3
-    device, found = torch.device(device), []
+    device, actual = torch.device(device), []
     for batch in cache.fetch(images, batches, device):
         assert batch.device.type == device.type and batch.dtype == torch.uint8
-        found.append(batch.cpu().numpy())
-    assert len(found) == len(batches)
-    assert all((a == plain[b]).all() for a, b in zip(found, batches))
+        actual.append(batch.cpu().numpy())
+    assert len(actual) == len(batches)
+    assert all((a == plain[b]).all() for a, b in zip(actual, batches))
     assert list(cache.fetch(images, [], device)) == []
 
 
@@ -386,16 +386,16 @@ def test_no_fold_is_empty(subjects):
 # ---------------------------------------------------------------- pairs.tsv
 
 def test_pairs_are_read(drawn):
-    found = dataset.read_pairs(drawn / "pairs.tsv", drawn)
-    assert len(found) == 6
-    assert {(c.person, c.label, c.paths[0], c.paths[1]) for c in found.clips} == {
+    actual = dataset.read_pairs(drawn / "pairs.tsv", drawn)
+    assert len(actual) == 6
+    assert {(c.person, c.label, c.paths[0], c.paths[1]) for c in actual.clips} == {
         ((0, f"s{i % 4 + 1}"), -1, f"free/u{i}_diff.png", f"free/u{i}_diff_depth.png")
         for i in range(6)}
 
 
 def test_min_intensity_is_a_threshold_on_the_intensity_column(drawn):
-    found = dataset.read_pairs(drawn / "pairs.tsv", drawn, min_intensity=3)
-    assert {c.paths[0] for c in found.clips} == {f"free/u{i}_diff.png" for i in (3, 4, 5)}
+    actual = dataset.read_pairs(drawn / "pairs.tsv", drawn, min_intensity=3)
+    assert {c.paths[0] for c in actual.clips} == {f"free/u{i}_diff.png" for i in (3, 4, 5)}
     with pytest.raises(BadInput, match=r"pairs.tsv: no pair of intensity 5.5 or more"):
         dataset.read_pairs(drawn / "pairs.tsv", drawn, min_intensity=5.5)
 
@@ -410,9 +410,9 @@ def test_a_pair_named_twice_is_refused_with_both_lines(fresh):
 def test_pairs_do_not_mind_line_endings_or_luminance(fresh):
     path = fresh / "pairs.tsv"
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
-    found = dataset.read_pairs(path, fresh, view="RGB_gray")
-    assert found.luminance and len(found) == 6
-    assert all(c.paths[1] == c.paths[0] for c in found.clips)
+    actual = dataset.read_pairs(path, fresh, view="RGB_gray")
+    assert actual.luminance and len(actual) == 6
+    assert all(c.paths[1] == c.paths[0] for c in actual.clips)
 
 
 # ---------------------------------------------------------------- the published lists

@@ -74,10 +74,10 @@ def test_images_are_searched_for_blanks_by_the_writer_alone(monkeypatch):
         raise AssertionError("images were read")
     monkeypatch.setattr(encoding, "blank", refuse)
     monkeypatch.setattr(distributed, "first", lambda: False)
-    held = object.__new__(heldout.HeldOut)
+    kept = object.__new__(heldout.HeldOut)
     clips = dataset.ClipSet([], None, ("rgb", "depth"), (3, 1), {"difference": "signed"})
-    held.run, held.data = None, dataset.Data(clips, np.zeros((0, 4, 8, 8), np.uint8), "")
-    assert held.finish() is None
+    kept.run, kept.data = None, dataset.Data(clips, np.zeros((0, 4, 8, 8), np.uint8), "")
+    assert kept.finish() is None
 
 
 def test_preparation_leaves_what_others_are_writing(tmp_path):

@@ -80,27 +80,27 @@ def rates(opt, warmup, steps=5, base=2.0):
 
 
 def test_rates_in_steps_are_those_of_the_epoch():
-    found = rates(options(), 0)
-    assert found.tolist() == [[epochs.step_rate(2.0, epoch, [4, 6], 0.1)] * 5
+    actual = rates(options(), 0)
+    assert actual.tolist() == [[epochs.step_rate(2.0, epoch, [4, 6], 0.1)] * 5
                               for epoch in range(1, 9)]
-    assert found[:, 0] == pytest.approx([2] * 4 + [0.2] * 2 + [0.02] * 2)
+    assert actual[:, 0] == pytest.approx([2] * 4 + [0.2] * 2 + [0.02] * 2)
 
 
 @pytest.mark.parametrize("schedule", ["step", "cosine"])
 @pytest.mark.parametrize("warmup", [1, 2, 1.5, 0.3])
 def test_rates_rise_in_a_line_over_the_warm_up(schedule, warmup):
-    found = rates(options(lr_schedule=schedule), warmup, steps=10).ravel()
+    actual = rates(options(lr_schedule=schedule), warmup, steps=10).ravel()
     last = round(10 * warmup)
-    assert found[:last] == pytest.approx(2.0 * np.arange(1, last + 1) / last)
-    assert (np.diff(found[last - 1:]) <= 1e-12).all() and found[last] == pytest.approx(2.0)
+    assert actual[:last] == pytest.approx(2.0 * np.arange(1, last + 1) / last)
+    assert (np.diff(actual[last - 1:]) <= 1e-12).all() and actual[last] == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("warmup", [0, 2])
 def test_rates_fall_as_half_a_cosine_to_nearly_nothing(warmup):
-    found = rates(options(lr_schedule="cosine"), warmup).ravel()[5 * warmup:]
-    n = len(found)
-    assert found == pytest.approx(1 + np.cos(np.pi * np.arange(n) / n))
-    assert found[0] == 2 and 0 < found[-1] < 0.01
+    actual = rates(options(lr_schedule="cosine"), warmup).ravel()[5 * warmup:]
+    n = len(actual)
+    assert actual == pytest.approx(1 + np.cos(np.pi * np.arange(n) / n))
+    assert actual[0] == 2 and 0 < actual[-1] < 0.01
 
 
 # ---------------------------------------------------------------- jobs in one folder

@@ -149,12 +149,12 @@ def test_gradients_see_the_banks_as_they_were_scored(device, path):
         wanted += [(w.unsqueeze(2) * bank[idx]).sum(1) / 0.07 for w, bank in zip(weight, before)]
         outs += [(out * w).sum() for out, w in zip(contrast(*feats, index, idx), weight)]
         views += feats
-    held = contrast.memory_rgb.clone(), contrast.memory_depth.clone()
+    kept = contrast.memory_rgb.clone(), contrast.memory_depth.clone()
     for i in (2, 0, 3, 1):
         outs[i].backward()
         agree(views[i].grad, wanted[i])
-    assert torch.equal(contrast.memory_rgb, held[0])
-    assert torch.equal(contrast.memory_depth, held[1])
+    assert torch.equal(contrast.memory_rgb, kept[0])
+    assert torch.equal(contrast.memory_depth, kept[1])
 
 
 @on_devices
@@ -400,8 +400,8 @@ def test_the_batch_is_scored_as_a_loop_over_its_pairs():
     for i in range(5):
         others = [i] + [j for j in range(5) if j != i]
         assert out_rgb[i, 0].item() == pytest.approx((rgb[i] @ depth[i]).item() / 0.2, rel=1e-5)
-        for found, one, other in ((out_rgb, rgb, depth), (out_depth, depth, rgb)):
-            assert sorted(found[i].tolist()) == pytest.approx(
+        for actual, one, other in ((out_rgb, rgb, depth), (out_depth, depth, rgb)):
+            assert sorted(actual[i].tolist()) == pytest.approx(
                 sorted((one[i] @ other[j]).item() / 0.2 for j in others), rel=1e-5)
     loss = sum(map(NCESoftmaxLoss(), (out_rgb, out_depth)))
     scores = rgb @ depth.t() / 0.2

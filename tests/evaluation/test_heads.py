@@ -58,9 +58,9 @@ def scores(run, *flags):
     """UF1 of a run of a script on the untrained encoder."""
     save_path = flags[flags.index("--save_path") + 1]
     run("--model_path", "random", "--protocol", "loso", *flags)
-    found = json.loads((only(save_path) / "results.json").read_text())
-    print(f"{' '.join(map(str, flags))}: UF1 {found['uf1']:.3f}")
-    return found["uf1"]
+    actual = json.loads((only(save_path) / "results.json").read_text())
+    print(f"{' '.join(map(str, flags))}: UF1 {actual['uf1']:.3f}")
+    return actual["uf1"]
 
 
 WAYS = [([], 0.98), (["--l2", 0.001], 0.98), (["--solver", "sgd", "--batch_size", 16], 0.95),
@@ -90,15 +90,15 @@ def test_a_plain_spot_is_told_by_alexnet_with_every_command(tmp_path, monkeypatc
     monkeypatch.setattr(transforms, "CROP", 224)
     data = draw_spots(tmp_path / "data", 1)
     flags = ["--data_folder", data, "--cache", tmp_path / "cache", "--model", "alexnet"]
-    found = {" ".join(map(str, way)): (scores(
+    actual = {" ".join(map(str, way)): (scores(
         probe, *flags, "--save_path", tmp_path / f"out{i}", *way), least)
         for i, (way, least) in enumerate(WAYS)}
-    found["fine-tuned"] = scores(finetune, *flags, "--save_path", tmp_path / "tuned", *TUNED), 0.95
-    found["fine-tuned as published"] = scores(
+    actual["fine-tuned"] = scores(finetune, *flags, "--save_path", tmp_path / "tuned", *TUNED), 0.95
+    actual["fine-tuned as published"] = scores(
         finetune, *flags, "--save_path", tmp_path / "published", "--learning_rate", 0.1, "--layer",
         5, "--epochs", 5, "--subject", "s1", "s2"), 0.95
-    print(json.dumps(found, indent=1))
-    assert all(uf1 >= least for uf1, least in found.values()), found
+    print(json.dumps(actual, indent=1))
+    assert all(uf1 >= least for uf1, least in actual.values()), actual
 
 
 # ---------------------------------------------------------------- held-out labels
@@ -124,9 +124,9 @@ def test_garbage_labels_of_a_held_out_subject_change_no_bit_of_its_probabilities
             probe("--data_folder", fresh, *flags, "--model_path", pretrained, "--save_path",
                   tmp_path / turn / name, "--subject", name)
             run = only(tmp_path / turn / name)
-            about = json.loads((run / "subjects" / f"{name}.json").read_text())
-            kept.append((about.get("choice"), [r["probabilities"] for r in about["rows"]],
-                         [r["label"] for r in about["rows"]], record.read_log(run)[1:]))
+            details = json.loads((run / "subjects" / f"{name}.json").read_text())
+            kept.append((details.get("choice"), [r["probabilities"] for r in details["rows"]],
+                         [r["label"] for r in details["rows"]], record.read_log(run)[1:]))
     (choice, p, labels, log), (_, others, _, _), (again, q, garbage, same), (_, changed, *_) = kept
     assert labels == [1 - label for label in garbage]
     assert (choice, p, log) == (again, q, same)
@@ -161,18 +161,18 @@ def test_a_head_that_is_not_trained_is_that_of_probing(drawn, quick, cache, pret
 
 def test_heads_of_zeros_and_random_ones(drawn, quick, pretrained, tmp_path):
     flags = ["--data_folder", drawn, *quick, "--model_path", pretrained, *STILL]
-    found = {}
+    actual = {}
     for head, seed in (("zero", 0), ("random", 0), ("random", 1)):
         finetune(*flags, "--head", head, "--seed", seed, "--save_path", tmp_path / f"{head}{seed}")
         run = only(tmp_path / f"{head}{seed}")
         assert f"_{head}_loso_" in run.name
-        found[head, seed] = kept(run)
-    assert (found["zero", 0] == 0.5).all()
+        actual[head, seed] = kept(run)
+    assert (actual["zero", 0] == 0.5).all()
     for seed in (0, 1):
         # normal with deviation 0.01 on features of unit length, give or take
-        logit = np.log(found["random", seed][:, 0] / found["random", seed][:, 1])
+        logit = np.log(actual["random", seed][:, 0] / actual["random", seed][:, 1])
         assert 0 < abs(logit).max() < 0.08
-    assert not np.allclose(found["random", 0], found["random", 1], atol=1e-4)
+    assert not np.allclose(actual["random", 0], actual["random", 1], atol=1e-4)
 
 
 @pytest.mark.parametrize("head", ["probe", "zero", "random"])
@@ -195,7 +195,7 @@ def test_the_head_holds_the_statistics_of_its_training_clips(drawn, quick, pretr
 
 
 def test_norms_that_move_start_from_the_training_clips_alone(fresh, quick, tmp_path):
-    clips, found = dataset.read_clips(fresh), []
+    clips, actual = dataset.read_clips(fresh), []
     for turn in ("right", "wrong"):
         if turn == "wrong":
             for member in clips.members([(0, "s1")]):
@@ -203,13 +203,13 @@ def test_norms_that_move_start_from_the_training_clips_alone(fresh, quick, tmp_p
                            np.full((256, 256, 3), 140, np.uint8))
         finetune("--data_folder", fresh, *quick[:2], "--cache", "off", *quick[4:], "--model_path",
                  "random", "--train_bn", "--save_path", tmp_path / turn, *STILL[:-1])
-        found.append(load(only(tmp_path / turn) / "last.pth"))
+        actual.append(load(only(tmp_path / turn) / "last.pth"))
     # of the first convolution's output; one step away from the initial 1 it would be 0.9
-    assert found[0]["model"]["rgb_to_d.bn1.running_var"].median() < 0.5
-    for name, value in found[0]["model"].items():
-        assert torch.equal(value, found[1]["model"][name]), name
-    for name, value in found[0]["classifier"].items():
-        assert torch.allclose(value, found[1]["classifier"][name], atol=1e-5), name
+    assert actual[0]["model"]["rgb_to_d.bn1.running_var"].median() < 0.5
+    for name, value in actual[0]["model"].items():
+        assert torch.equal(value, actual[1]["model"][name]), name
+    for name, value in actual[0]["classifier"].items():
+        assert torch.allclose(value, actual[1]["classifier"][name], atol=1e-5), name
 
 
 def test_the_first_step_normalises_as_the_start_of_the_head_did(drawn):
@@ -217,14 +217,14 @@ def test_the_first_step_normalises_as_the_start_of_the_head_did(drawn):
     images = dataset.load_images(clips)[0]
     normalization = encoding.fixed_normalization("wrap", clips.views, clips.channels)
     x = transforms.eval_transform(torch.from_numpy(images), normalization)
-    found = {}
+    actual = {}
     for turn in ("before", "after"):
         with torch.no_grad():
-            found[turn] = model.eval()(x, 5)[0]
-            wanted = found["wanted"] = model.train()(x, 5)[0]
+            actual[turn] = model.eval()(x, 5)[0]
+            wanted = actual["wanted"] = model.train()(x, 5)[0]
         supervised.set_norms(Classifier(model, None, 5, normalization), images,
                              np.arange(len(images)), len(images))
-    apart = {turn: ((found[turn] - wanted).norm() / wanted.norm()).item() for turn in found}
+    apart = {turn: ((actual[turn] - wanted).norm() / wanted.norm()).item() for turn in actual}
     assert apart["after"] < 0.05 and apart["before"] > 0.5, apart
 
 
@@ -326,8 +326,8 @@ def test_fine_tuning_by_ten_folds_holds_out_whole_groups(many, quick, tmp_path, 
         np.flatnonzero(fold_of != f).tolist() for f in wanted)
     run = only(tmp_path)
     assert "_10fold_" in run.name
-    found = json.loads((run / "results.json").read_text())
-    assert found["protocol"] == "10fold"
+    actual = json.loads((run / "results.json").read_text())
+    assert actual["protocol"] == "10fold"
     assert {p.stem for p in (run / "subjects").glob("*.json")} == (
         {c.subject for c in clips.clips} if everybody else {one})
     if frozen:
@@ -372,17 +372,17 @@ def figures(p, data):
 def by_scikit_learn(data, penalties):
     """`[N, F, C]` with the penalty of each fold."""
     features, labels, fold_of = data
-    found = np.zeros((len(labels), len(penalties), 4))
+    actual = np.zeros((len(labels), len(penalties), 4))
     for fold, l2 in enumerate(penalties):
         classes, p = fit(features, labels, fold_of != fold, l2)
-        found[:, fold, classes] = p
-    return found
+        actual[:, fold, classes] = p
+    return actual
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", [6, 4])
 def test_no_head_fits_more_and_tells_less_than_scikit_learns(tmp_path, layer):
-    parse, found = script("LinearProbing_DVSCL_10fold").parse_option, []
+    parse, actual = script("LinearProbing_DVSCL_10fold").parse_option, []
     for seed in range(5):
         folder = tmp_path / str(seed)
         script("render").main([
@@ -413,10 +413,10 @@ def test_no_head_fits_more_and_tells_less_than_scikit_learns(tmp_path, layer):
             probing.Descent(heads, task, positions, opt).run()
             ours[f"sgd {batch}"] = heads, choice.l2
         with torch.no_grad():
-            found.append({name: (figures(heads(features[0]).softmax(2).numpy(), data),
+            actual.append({name: (figures(heads(features[0]).softmax(2).numpy(), data),
                                  figures(by_scikit_learn(data, l2), data))
                           for name, (heads, l2) in ours.items()})
-    mean = {name: np.mean([each[name] for each in found], 0) for name in found[0]}
+    mean = {name: np.mean([each[name] for each in actual], 0) for name in actual[0]}
     for name, ((fitted, told), (theirs, reference)) in mean.items():
         print(f"layer {layer}, {name:8s} trained {fitted:.3f}, held out UF1 {told:.3f}; "
               f"scikit-learn {theirs:.3f}, {reference:.3f}")

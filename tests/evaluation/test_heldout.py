@@ -52,9 +52,9 @@ def test_results_without_subjects_resample_images_and_say_so():
 
 def test_the_unit_of_resampling_is_the_scripts_choice():
     given = [row | {"video": f"v{i % 8}"} for i, row in enumerate(rows(subject="s"))]
-    found = measures.summarise(given, 3, unit="video")
-    assert found["resampled"] == "videos" and found["n_subjects"] == 8
-    assert found["ci95"] == measures.summarise(
+    actual = measures.summarise(given, 3, unit="video")
+    assert actual["resampled"] == "videos" and actual["n_subjects"] == 8
+    assert actual["ci95"] == measures.summarise(
         [row | {"subject": row["video"]} for row in given], 3)["ci95"]
 
 

@@ -70,10 +70,10 @@ def probabilities(heads, features):
 def assert_agrees(data, l2, loss="crossentropy"):
     """Every fold's head predicts as scikit-learn's; returns the largest difference."""
     features, labels, fold_of = data
-    found, most = probabilities(solve(data, l2, loss=loss)[0], features), 0
+    actual, most = probabilities(solve(data, l2, loss=loss)[0], features), 0
     for fold in range(FOLDS):
         classes, expected = fit(features, labels, fold_of != fold, l2, loss == "balanced")
-        ours = found[:, fold]
+        ours = actual[:, fold]
         assert (ours.argmax(1) == classes[expected.argmax(1)]).all(), f"fold {fold}"
         assert ours[:, classes] == pytest.approx(expected, abs=1e-4), f"fold {fold}"
         most = max(most, abs(ours[:, classes] - expected).max())
@@ -161,27 +161,27 @@ def test_statistics_are_those_of_the_training_clips_over_all_views():
     features, _, fold_of = data = draw(40, 30, views=3)
     training = task_of(data).training()
     for block in (1024, 7):
-        found = logistic.statistics(features, training, block)
-        assert found.mean.shape == found.std.shape == found.varies.shape == (FOLDS, 30)
+        actual = logistic.statistics(features, training, block)
+        assert actual.mean.shape == actual.std.shape == actual.varies.shape == (FOLDS, 30)
         for fold in range(FOLDS):
             rows = features[:, fold_of != fold].double().numpy().reshape(-1, 30)
             constant = [5, 7] if fold != 2 else [5, 6, 7]
-            assert np.flatnonzero(~found.varies[fold].numpy()).tolist() == constant
-            assert found.mean[fold].numpy() == pytest.approx(rows.mean(0), rel=1e-6, abs=1e-7)
+            assert np.flatnonzero(~actual.varies[fold].numpy()).tolist() == constant
+            assert actual.mean[fold].numpy() == pytest.approx(rows.mean(0), rel=1e-6, abs=1e-7)
             std = np.where(np.isin(np.arange(30), constant), 1, rows.std(0))
-            assert found.std[fold].numpy() == pytest.approx(std, rel=1e-5)
-            assert (found.std[fold][constant] == 1).all()
+            assert actual.std[fold].numpy() == pytest.approx(std, rel=1e-5)
+            assert (actual.std[fold][constant] == 1).all()
 
 
 def test_statistics_of_features_far_from_zero_keep_their_digits():
     rng = np.random.default_rng(0)
     features = torch.from_numpy(
         (1e4 + rng.normal(0, 0.5, (2, 50, 8)) * np.logspace(-1, 1, 8)).astype(np.float32))
-    found = logistic.statistics(features, torch.ones(50, 1, dtype=torch.bool))
+    actual = logistic.statistics(features, torch.ones(50, 1, dtype=torch.bool))
     rows = features.double().numpy().reshape(-1, 8)
-    assert found.std[0].numpy() == pytest.approx(rows.std(0), rel=1e-5)
-    assert found.mean[0].numpy() == pytest.approx(rows.mean(0), rel=1e-6)
-    assert found.varies.all()
+    assert actual.std[0].numpy() == pytest.approx(rows.std(0), rel=1e-5)
+    assert actual.mean[0].numpy() == pytest.approx(rows.mean(0), rel=1e-6)
+    assert actual.varies.all()
 
 
 # ---------------------------------------------------------------- choice
@@ -294,7 +294,7 @@ def uf1(labels, said):
 @pytest.mark.parametrize("way", ["chosen", "fixed", "sgd"])
 def test_labels_that_only_name_the_subject_stay_at_chance_for_others(way):
     from test_probing import options
-    found, by_chance, rng = [], [], np.random.default_rng(0)
+    actual, by_chance, rng = [], [], np.random.default_rng(0)
     for number in range(DRAWS):
         features, subject, labels = identity_only(number)
         task = task_of((features, labels, subject), range(PEOPLE), KINDS)
@@ -312,13 +312,13 @@ def test_labels_that_only_name_the_subject_stay_at_chance_for_others(way):
         hits = p.argmax(2) == labels[:, None]
         if way != "chosen":  # inner folds, held out as well, rightly trust no such head
             assert hits[training.numpy()].mean() == 1
-        found.append(uf1(labels, p.argmax(2)[np.arange(len(labels)), subject]))
+        actual.append(uf1(labels, p.argmax(2)[np.arange(len(labels)), subject]))
         by_chance.append([uf1(labels, rng.permutation(np.arange(PEOPLE) % KINDS)[subject])
                           for _ in range(200)])
     # subjects, not clips, are drawn: one who is named wrongly is so in all clips
     limit = np.quantile(np.mean(by_chance, 0), 0.975)
-    print(f"UF1 {np.mean(found):.3f}, 97.5 % of chance {limit:.3f}")
-    assert np.mean(found) <= limit
+    print(f"UF1 {np.mean(actual):.3f}, 97.5 % of chance {limit:.3f}")
+    assert np.mean(actual) <= limit
 
 
 @pytest.mark.parametrize("kind", ["a subject of other scale", "sparse"])
@@ -333,7 +333,7 @@ def test_a_feature_that_lives_in_the_held_out_clips_is_no_obstacle(kind, capsys)
     fold_of = np.repeat(np.arange(6), 10)
     task = task_of((features, labels, fold_of), range(6), 4)
     heads, _ = probing.solve_heads(task, 0.1)
-    found = probing.predict(heads, task)
+    actual = probing.predict(heads, task)
     for fold in range(6):
         keep = fold_of != fold
         rows = features[:, keep].double().flatten(0, 1).numpy()
@@ -343,5 +343,5 @@ def test_a_feature_that_lives_in_the_held_out_clips_is_no_obstacle(kind, capsys)
         theirs = LogisticRegression(C=1 / (0.1 * varies.sum() * len(rows)), tol=1e-10,
                                     max_iter=10_000).fit(rows, np.tile(labels[keep], 2))
         seen = ((features[0, ~keep].double().numpy() - mean) / np.where(varies, std, 1))[:, varies]
-        assert np.abs(theirs.predict_proba(seen) - found[~keep]).max() < 1e-4
+        assert np.abs(theirs.predict_proba(seen) - actual[~keep]).max() < 1e-4
     assert "converged" not in capsys.readouterr().out

@@ -22,18 +22,18 @@ def random_case(seed, n_label=4, n=120):
 @pytest.mark.parametrize("n", [3, 20, 300])
 def test_measures_agree_with_scikit_learn(seed, n):
     labels, predictions, _ = random_case(seed, n=n)
-    found = measures.evaluate(labels, predictions, 4)
+    actual = measures.evaluate(labels, predictions, 4)
     ids = {"labels": range(4), "zero_division": 0}
-    assert found["uf1"] == pytest.approx(
+    assert actual["uf1"] == pytest.approx(
         sklearn.f1_score(labels, predictions, average="macro", **ids))
-    assert found["uar"] == pytest.approx(
+    assert actual["uar"] == pytest.approx(
         sklearn.recall_score(labels, predictions, average="macro", **ids))
-    assert found["accuracy"] == pytest.approx(sklearn.accuracy_score(labels, predictions))
-    assert found["per_class_f1"] == pytest.approx(
+    assert actual["accuracy"] == pytest.approx(sklearn.accuracy_score(labels, predictions))
+    assert actual["per_class_f1"] == pytest.approx(
         sklearn.f1_score(labels, predictions, average=None, **ids))
-    assert found["per_class_recall"] == pytest.approx(
+    assert actual["per_class_recall"] == pytest.approx(
         sklearn.recall_score(labels, predictions, average=None, **ids))
-    assert found["confusion"] == sklearn.confusion_matrix(
+    assert actual["confusion"] == sklearn.confusion_matrix(
         labels, predictions, labels=range(4)).tolist()
 
 
@@ -53,11 +53,11 @@ def test_counts_are_pooled_over_folds_though_a_class_is_missing_from_one():
 
 
 def test_a_class_without_support_counts_as_zero():
-    found = measures.evaluate([0, 0, 1], [0, 0, 1], 3)
-    assert found["per_class_f1"] == [1, 1, 0]
-    assert found["uf1"] == pytest.approx(2 / 3)
-    assert found["uar"] == pytest.approx(2 / 3)
-    assert found["accuracy"] == 1
+    actual = measures.evaluate([0, 0, 1], [0, 0, 1], 3)
+    assert actual["per_class_f1"] == [1, 1, 0]
+    assert actual["uf1"] == pytest.approx(2 / 3)
+    assert actual["uar"] == pytest.approx(2 / 3)
+    assert actual["accuracy"] == 1
 
 
 @pytest.mark.parametrize("labels, predictions", [
@@ -70,7 +70,7 @@ def test_ids_outside_and_unequal_lengths_are_refused(labels, predictions):
 
 def test_intervals_agree_with_a_loop_over_resampled_subjects():
     labels, predictions, subjects = random_case(0)
-    found = measures.intervals(labels, predictions, subjects, 4)
+    actual = measures.intervals(labels, predictions, subjects, 4)
     rng, names, draws = np.random.default_rng(1), np.unique(subjects), []
     for _ in range(1500):
         chosen = np.concatenate([np.flatnonzero(subjects == s)
@@ -78,7 +78,7 @@ def test_intervals_agree_with_a_loop_over_resampled_subjects():
         one = measures.evaluate(labels[chosen], predictions[chosen], 4)
         draws.append([one["uf1"], one["uar"], one["accuracy"]])
     for name, column in zip(("uf1", "uar", "accuracy"), np.array(draws).T):
-        assert found[name] == pytest.approx(np.percentile(column, [2.5, 97.5]), abs=0.015)
+        assert actual[name] == pytest.approx(np.percentile(column, [2.5, 97.5]), abs=0.015)
 
 
 def test_intervals_equal_a_loop_over_the_same_resamples(monkeypatch):
@@ -93,16 +93,16 @@ def test_intervals_equal_a_loop_over_the_same_resamples(monkeypatch):
         draws.append([sklearn.f1_score(*pair, average="macro", **ids),
                       sklearn.recall_score(*pair, average="macro", **ids),
                       sklearn.accuracy_score(*pair)])
-    found = measures.intervals(labels, predictions, subjects, 4, seed=5)
+    actual = measures.intervals(labels, predictions, subjects, 4, seed=5)
     for name, column in zip(("uf1", "uar", "accuracy"), np.array(draws).T):
-        assert found[name] == pytest.approx(np.percentile(column, [2.5, 97.5]))
+        assert actual[name] == pytest.approx(np.percentile(column, [2.5, 97.5]))
 
 
 def test_a_class_without_support_in_a_resample_scores_zero():
     # three subjects, a class each, all right: 3 of 27 resamples hold one class, 18 two, 6 all
     labels = np.repeat([0, 1, 2], 4)
-    found = measures.intervals(labels, labels, labels, 3)
-    assert found == {"uf1": pytest.approx([1 / 3, 1]), "uar": pytest.approx([1 / 3, 1]),
+    actual = measures.intervals(labels, labels, labels, 3)
+    assert actual == {"uf1": pytest.approx([1 / 3, 1]), "uar": pytest.approx([1 / 3, 1]),
                      "accuracy": [1, 1]}
 
 
@@ -134,26 +134,26 @@ def test_intervals_take_database_and_name_as_the_subject():
 
 
 def test_majority_baseline_by_hand():
-    found = measures.baselines(np.repeat([0, 1, 2, 3], [508, 170, 64, 201]), 4)["majority"]
-    assert found["uf1"] == pytest.approx(2 * 508 / (508 + 943) / 4)
-    assert found["uar"] == pytest.approx(1 / 4)
-    assert found["accuracy"] == pytest.approx(508 / 943)
+    actual = measures.baselines(np.repeat([0, 1, 2, 3], [508, 170, 64, 201]), 4)["majority"]
+    assert actual["uf1"] == pytest.approx(2 * 508 / (508 + 943) / 4)
+    assert actual["uar"] == pytest.approx(1 / 4)
+    assert actual["accuracy"] == pytest.approx(508 / 943)
 
 
 def test_random_baseline_is_near_its_expectation():
     counts = np.array([508, 170, 64, 201])
     share = counts / counts.sum()
-    found = measures.baselines(np.repeat(range(4), counts), 4)["stratified_random"]
-    assert found["accuracy"] == pytest.approx((share ** 2).sum(), abs=0.002)
-    assert found["uar"] == pytest.approx(1 / 4, abs=0.002)
+    actual = measures.baselines(np.repeat(range(4), counts), 4)["stratified_random"]
+    assert actual["accuracy"] == pytest.approx((share ** 2).sum(), abs=0.002)
+    assert actual["uar"] == pytest.approx(1 / 4, abs=0.002)
     # F1 of class c at equal numbers of true and predicted clips is about its share
-    assert found["uf1"] == pytest.approx(1 / 4, abs=0.003)
+    assert actual["uf1"] == pytest.approx(1 / 4, abs=0.003)
 
 
 def test_random_baseline_is_the_mean_of_drawn_predictions():
     # so few clips that classes go without prediction, and the mean F1 is not the share
     labels = np.repeat([0, 1, 2], [7, 2, 1])
-    found = measures.baselines(labels, 3)["stratified_random"]
+    actual = measures.baselines(labels, 3)["stratified_random"]
     rng, draws = np.random.default_rng(1), []
     for _ in range(4000):
         one = measures.evaluate(labels, rng.choice(labels, len(labels)), 3)
@@ -161,7 +161,7 @@ def test_random_baseline_is_the_mean_of_drawn_predictions():
     for name, values in zip(("uf1", "uar", "accuracy"), np.transpose(draws)):
         # three standard errors of the two means, of 4,000 and 10,000 draws
         error = values.std() * (1 / 4000 + 1 / 10_000) ** 0.5
-        assert found[name] == pytest.approx(values.mean(), abs=3 * error)
+        assert actual[name] == pytest.approx(values.mean(), abs=3 * error)
 
 
 def test_rows_without_subjects_resample_images():
@@ -172,9 +172,9 @@ def test_rows_without_subjects_resample_images():
     rows = [{"database": "smic" if i < 20 else "samm", "subject": "", "key": f"k{i % 20}",
              "label": int(label), "prediction": int(guess)}
             for i, (label, guess) in enumerate(zip(labels, said))]
-    found = measures.summarise(rows, 3)
-    assert found["resampled"] == "images" and found["n_subjects"] is None
-    assert [part["n_subjects"] for part in found["per_database"].values()] == [None, None]
+    actual = measures.summarise(rows, 3)
+    assert actual["resampled"] == "images" and actual["n_subjects"] is None
+    assert [part["n_subjects"] for part in actual["per_database"].values()] == [None, None]
     images, draws = sorted({(r["database"], r["key"]) for r in rows}), []
     assert len(images) == 40
     place = np.array([[(r["database"], r["key"]) for r in rows].index(image) for image in images])
@@ -184,14 +184,14 @@ def test_rows_without_subjects_resample_images():
         f1, recall, accuracy = measures.scores(confusion)
         draws.append((f1.mean(), recall.mean(), accuracy))
     for name, column in zip(measures.MEASURES, np.array(draws).T):
-        assert found["ci95"][name] == pytest.approx(np.percentile(column, [2.5, 97.5]))
+        assert actual["ci95"][name] == pytest.approx(np.percentile(column, [2.5, 97.5]))
     # one row that names somebody, and it is subjects that are resampled
     named = measures.summarise([dict(rows[0], subject="s1"), *rows[1:]], 3)
     assert named["resampled"] == "subjects" and named["n_subjects"] == 3
     by_name = measures.intervals(labels, said, [("smic", "s1"), *[
         (r["database"], "") for r in rows[1:]]], 3)
     assert named["ci95"] == by_name
-    assert "intervals resample images" in result_files.describe({**found, "transductive": None})
+    assert "intervals resample images" in result_files.describe({**actual, "transductive": None})
     assert "of 3 held-out subjects" in result_files.describe({**named, "transductive": None})
 
 
@@ -206,9 +206,9 @@ ROWS = [row("smic", "a", "k1", 0, [0.25, 0.75]), row("casme3", "b", "k3", 1, [0.
         row("casme3", "b", "k2", 0, [1.0, 0.0]), row("casme3", "a", "k9", 1, [0.5, 0.5])]
 
 
-def write(folder, rows=ROWS, blank_keys=(), **about):
+def write(folder, rows=ROWS, blank_keys=(), **details):
     result_files.write_subjects(folder, {name: {
-        "transductive": False, "checkpoint": "x.pth", "sha256": "1", **about.get(name, {}),
+        "transductive": False, "checkpoint": "x.pth", "sha256": "1", **details.get(name, {}),
         "rows": [r for r in rows if f"{r['database']}_{r['subject']}" == name]}
         for name in ("smic_a", "casme3_b", "casme3_a")})
     return result_files.write_results(folder, {"protocol": "loso"}, 2, ["no", "yes"], blank_keys)
@@ -217,12 +217,12 @@ def write(folder, rows=ROWS, blank_keys=(), **about):
 def test_predictions_are_sorted_and_read_back(tmp_path):
     write(tmp_path)
     with open(tmp_path / "predictions.csv", newline="") as file:
-        found = list(csv.DictReader(file))
-    assert list(found[0]) == ["database", "subject", "key", "label", "prediction", "p_0", "p_1"]
-    assert [(r["database"], r["subject"], r["key"]) for r in found] == [
+        actual = list(csv.DictReader(file))
+    assert list(actual[0]) == ["database", "subject", "key", "label", "prediction", "p_0", "p_1"]
+    assert [(r["database"], r["subject"], r["key"]) for r in actual] == [
         ("casme3", "a", "k9"), ("casme3", "b", "k2"), ("casme3", "b", "k3"), ("smic", "a", "k1")]
     expected = {r["key"]: r for r in ROWS}
-    for r in found:
+    for r in actual:
         assert int(r["label"]) == expected[r["key"]]["label"]
         assert int(r["prediction"]) == expected[r["key"]]["prediction"]
         assert [float(r["p_0"]), float(r["p_1"])] == expected[r["key"]]["probabilities"]
@@ -230,28 +230,28 @@ def test_predictions_are_sorted_and_read_back(tmp_path):
 
 def test_results_hold_the_figures_of_the_rows(tmp_path):
     returned = write(tmp_path, blank_keys={("casme3", "b", "k2")})
-    found = json.loads((tmp_path / "results.json").read_text())
-    assert found == returned
+    actual = json.loads((tmp_path / "results.json").read_text())
+    assert actual == returned
     labels = [r["label"] for r in ROWS]
     predictions = [r["prediction"] for r in ROWS]
     expected = measures.evaluate(labels, predictions, 2)
-    assert {name: found[name] for name in expected} == expected
-    assert (found["n"], found["n_label"], found["n_subjects"]) == (4, 2, 3)
-    assert found["protocol"] == "loso" and found["classes"] == ["no", "yes"]
-    assert set(found["ci95"]) == {"uf1", "uar", "accuracy"}
-    assert set(found["baselines"]) == {"majority", "stratified_random"}
-    assert found["baselines"]["majority"]["accuracy"] == 0.5
+    assert {name: actual[name] for name in expected} == expected
+    assert (actual["n"], actual["n_label"], actual["n_subjects"]) == (4, 2, 3)
+    assert actual["protocol"] == "loso" and actual["classes"] == ["no", "yes"]
+    assert set(actual["ci95"]) == {"uf1", "uar", "accuracy"}
+    assert set(actual["baselines"]) == {"majority", "stratified_random"}
+    assert actual["baselines"]["majority"]["accuracy"] == 0.5
 
 
 def test_per_database_and_without_blank_clips_are_figures_of_their_clips(tmp_path):
-    found = write(tmp_path, blank_keys={("casme3", "b", "k2"), ("smic", "b", "k3")})
-    assert set(found["per_database"]) == {"casme3", "smic"}
-    assert found["per_database"]["smic"]["n"] == 1
-    assert found["per_database"]["smic"]["accuracy"] == 0
-    assert found["per_database"]["casme3"]["accuracy"] == pytest.approx(2 / 3)
+    actual = write(tmp_path, blank_keys={("casme3", "b", "k2"), ("smic", "b", "k3")})
+    assert set(actual["per_database"]) == {"casme3", "smic"}
+    assert actual["per_database"]["smic"]["n"] == 1
+    assert actual["per_database"]["smic"]["accuracy"] == 0
+    assert actual["per_database"]["casme3"]["accuracy"] == pytest.approx(2 / 3)
     # k2 was right; the key of another database is none of these clips
-    assert found["without_blank_clips"]["n"] == 3
-    assert found["without_blank_clips"]["accuracy"] == pytest.approx(1 / 3)
+    assert actual["without_blank_clips"]["n"] == 3
+    assert actual["without_blank_clips"]["accuracy"] == pytest.approx(1 / 3)
 
 
 def test_only_blank_clips_leave_no_figures(tmp_path):
@@ -264,9 +264,9 @@ def test_only_blank_clips_leave_no_figures(tmp_path):
     ([None, True, False], True)])
 def test_transductive_is_true_if_any_subject_was_seen_and_unknown_if_any_is(
         tmp_path, values, expected):
-    about = {name: {"transductive": value}
+    details = {name: {"transductive": value}
              for name, value in zip(("smic_a", "casme3_b", "casme3_a"), values)}
-    assert write(tmp_path, **about)["transductive"] is expected
+    assert write(tmp_path, **details)["transductive"] is expected
 
 
 def test_rows_name_the_likeliest_class():

@@ -26,21 +26,21 @@ LONG = [f"a class with a very long name, $number {i}_ of them" for i in range(3)
 def drawn_figure(monkeypatch):
     """Draws with a function of pictures.py; its figure, laid out and not written."""
     def draw(function, *args):
-        found = []
+        actual = []
         with monkeypatch.context() as patch:
-            patch.setattr(pictures, "write_figure", lambda _, figure: found.append(figure))
+            patch.setattr(pictures, "write_figure", lambda _, figure: actual.append(figure))
             function(*args)
-        FigureCanvasAgg(found[0]).draw()
-        return found[0]
+        FigureCanvasAgg(actual[0]).draw()
+        return actual[0]
     return draw
 
 
 def texts(figure):
     """{text: its box in pixels} of all that is written in a figure."""
     renderer = FigureCanvasAgg(figure).get_renderer()
-    found = {t.get_text(): t.get_window_extent(renderer)
+    actual = {t.get_text(): t.get_window_extent(renderer)
              for t in figure.findobj(lambda a: hasattr(a, "get_text") and a.get_visible())}
-    return {text: box for text, box in found.items() if text.strip() and box.width > 0}
+    return {text: box for text, box in actual.items() if text.strip() and box.width > 0}
 
 
 def assert_inside(figure):
@@ -74,15 +74,15 @@ def test_maps_are_grad_cam_of_each_clips_own_class(name, layer, encoder, size):
     model = create_model(name).eval()
     head = create_classifier(name, layer, 3, encoder=encoder)
     x, targets = torch.randn(2, 4, size, size), [2, 0]
-    found = Classifier(model, head, layer, None).maps(x, head.classifier.weight[targets].detach())
+    actual = Classifier(model, head, layer, None).maps(x, head.classifier.weight[targets].detach())
     for side, view in enumerate(("rgb", "depth")):
         if encoder not in ("both", view):
-            assert found[side] is None
+            assert actual[side] is None
             continue
         for clip in range(2):
             expected = reference_map(model, head, x[clip:clip + 1], layer, targets[clip], side)
-            assert expected.max() > 0 or found[side][clip].max() == 0
-            torch.testing.assert_close(found[side][clip], expected, rtol=1e-3, atol=1e-6)
+            assert expected.max() > 0 or actual[side][clip].max() == 0
+            torch.testing.assert_close(actual[side][clip], expected, rtol=1e-3, atol=1e-6)
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -91,9 +91,9 @@ def test_the_map_of_a_pooled_vector_is_the_weighted_sum_of_channels():
     model = create_model("resnet18v1").eval()
     head = create_classifier("resnet18v1", 6, 2)
     x, weights = torch.randn(1, 4, 64, 64), torch.randn(1, 512)
-    found = Classifier(model, head, 6, None).maps(x, weights)
+    actual = Classifier(model, head, 6, None).maps(x, weights)
     with torch.no_grad():
-        for tap, part, ours in zip(model(x, 5), weights.split(256, 1), found):
+        for tap, part, ours in zip(model(x, 5), weights.split(256, 1), actual):
             expected = F.relu(torch.einsum("bchw,bc->bhw", tap, part) / tap[0, 0].numel())
             torch.testing.assert_close(ours, expected)
 
@@ -129,12 +129,12 @@ def test_groups_that_keep_their_own_mistakes_hold_those_of_all(tmp_path):
                  "probabilities": p[i].tolist()} for i in mine]}})
             result_files.add_maps(tmp_path, {f"s{person}": {
                 f"k{i:03}": maps[i] for i in mine if i in maps}})
-    found, (wrong, n) = result_files.read_mistakes(tmp_path)
+    actual, (wrong, n) = result_files.read_mistakes(tmp_path)
     assert n == 150 and wrong == int((p.argmax(1) != labels).sum())
     expected = [i for i in clips if p[i].argmax() != labels[i]]
     expected = sorted(expected, key=lambda i: -p[i].max())[:measures.MISTAKES]
-    assert [row["key"] for row, _ in found] == [f"k{i:03}" for i in expected]
-    assert [int(first[0, 0]) for _, (first, _) in found] == expected
+    assert [row["key"] for row, _ in actual] == [f"k{i:03}" for i in expected]
+    assert [int(first[0, 0]) for _, (first, _) in actual] == expected
 
 
 def test_maps_that_cannot_be_read_are_refused_by_name(tmp_path):
@@ -184,10 +184,10 @@ def test_every_run_leaves_its_pictures(runs, pretrained):
 
 def test_the_confusion_that_is_drawn_is_that_of_the_results(drawn, quick, pretrained, tmp_path,
                                                             monkeypatch, small_crops):
-    found = []
-    monkeypatch.setattr(pictures, "draw_confusion", lambda *args: found.append(args))
+    actual = []
+    monkeypatch.setattr(pictures, "draw_confusion", lambda *args: actual.append(args))
     probe("--data_folder", drawn, *quick, "--model_path", pretrained, "--save_path", tmp_path)
-    ((path, confusion, classes, title),) = found
+    ((path, confusion, classes, title),) = actual
     results = json.loads((path.parent / "results.json").read_text())
     assert path.name == "confusion.png" and not list(path.parent.glob("confusion*"))
     assert confusion.tolist() == results["confusion"] and confusion.sum() == 12
@@ -216,8 +216,8 @@ def test_maps_are_those_of_the_head_that_held_the_clip_out(runs, heads, drawn, p
     model.load_state_dict(old["model"])
     clips = dataset.read_clips(drawn)
     images, _ = dataset.load_images(clips)
-    found, _ = result_files.read_mistakes(runs[0])
-    for row, maps in found:
+    actual, _ = result_files.read_mistakes(runs[0])
+    for row, maps in actual:
         i = next(i for i, c in enumerate(clips.clips) if c.key == row["key"])
         fold = clips.people.index((0, row["subject"]))
         head = weight[fold] / std[fold]
@@ -235,9 +235,9 @@ def test_a_view_the_head_leaves_out_has_no_map(drawn, quick, pretrained, tmp_pat
     finetune("--data_folder", drawn, *quick, "--model_path", pretrained, "--save_path", tmp_path,
              "--subject", "s1", "s2", "--encoder", encoder)
     (run,) = tmp_path.glob("finetune_*")
-    found, _ = result_files.read_mistakes(run)
-    assert found and (run / "mistakes.png").exists()
-    for _, maps in found:
+    actual, _ = result_files.read_mistakes(run)
+    assert actual and (run / "mistakes.png").exists()
+    for _, maps in actual:
         assert maps[none] is None and maps[1 - none] is not None
 
 
@@ -319,20 +319,20 @@ def test_mistakes_with_long_names_are_told_in_full_and_not_cut_off(drawn_figure,
     maps = [np.arange(36, dtype=np.uint8).reshape(6, 6), None]
     figure = drawn_figure(pictures.draw_mistakes, tmp_path / "x.png", *mistakes_of(n, LONG, maps))
     assert_inside(figure)
-    found = texts(figure)
-    assert any(text.startswith(f"{n} most confidently" if n else "no mistake") for text in found)
-    told = [(text, box) for text, box in found.items() if "→" in text]
+    actual = texts(figure)
+    assert any(text.startswith(f"{n} most confidently" if n else "no mistake") for text in actual)
+    told = [(text, box) for text, box in actual.items() if "→" in text]
     assert len(told) == n
     true, taken = (pictures.shorten(LONG[i], 20) for i in (0, 2))
     for text, box in told:
         assert f"{true} → {taken}  (p 0.90, true 0.10)" in text
         half = figure.bbox.width / 2
         assert box.x1 < half or box.x0 > half  # not into the clip beside it
-    assert ("not seen" in found) == (n > 0)
+    assert ("not seen" in actual) == (n > 0)
     clips, images, rows, counts = mistakes_of(n, LONG, [None, None])  # kept by an earlier version
-    found = texts(drawn_figure(pictures.draw_mistakes, tmp_path / "x.png", clips, images, rows,
+    actual = texts(drawn_figure(pictures.draw_mistakes, tmp_path / "x.png", clips, images, rows,
                                counts))
-    assert ("no map kept" in found) == (n > 0) and "not seen" not in found
+    assert ("no map kept" in actual) == (n > 0) and "not seen" not in actual
 
 
 @pytest.mark.parametrize("encoding, level, grey", [("signed", 128, 0.5), ("wrap", 0, 0.5),

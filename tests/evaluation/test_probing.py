@@ -229,11 +229,11 @@ def test_no_head_ever_sees_a_subject_it_holds_out(protocol):
 def test_every_clip_is_predicted_by_the_head_that_holds_it_out_and_no_other(data):
     features, _, fold_of = data
     heads = trained(data, list(range(FOLDS)))
-    found = probing.predict(heads, task_of(data, list(range(FOLDS))))
+    actual = probing.predict(heads, task_of(data, list(range(FOLDS))))
     for i, fold in enumerate(fold_of):
         seen = standardised(features, fold_of != fold)[0, i]
         logits = heads.weight[fold] @ seen + heads.bias[fold]
-        assert found[i] == pytest.approx(logits.softmax(0).detach().numpy(), abs=1e-5)
+        assert actual[i] == pytest.approx(logits.softmax(0).detach().numpy(), abs=1e-5)
     some = probing.predict(heads, task_of(data, [4]))
     assert (np.isnan(some).all(1) == (fold_of != 4)).all()
     assert not np.isnan(some[fold_of == 4]).any()
@@ -284,9 +284,9 @@ def test_losses_agree_with_their_formulas(kind):
     torch.manual_seed(0)
     logits, labels = 3 * torch.randn(9, CLASSES), torch.arange(9) % CLASSES
     weights = torch.tensor([0.2, 1.0, 3.0])
-    found = supervised.classification_loss(logits, labels, kind, weights)
-    assert found.shape == (9,)
-    assert found.mean().item() == pytest.approx(slow_loss(logits, labels, kind, weights).item(),
+    actual = supervised.classification_loss(logits, labels, kind, weights)
+    assert actual.shape == (9,)
+    assert actual.mean().item() == pytest.approx(slow_loss(logits, labels, kind, weights).item(),
                                                 rel=1e-5)
 
 
@@ -302,14 +302,14 @@ def test_the_learning_rate_is_that_of_features_of_unit_length(data):
     assert probing.rate_scale(1.0, 1) == 1
     assert probing.rate_scale(50.0, 25) == pytest.approx(0.5)
     features, labels, fold_of = data
-    found = []
+    actual = []
     for scale, offset in ((1, 0), (64, 0), (1, 30)):
         changed = scale * features + offset, labels, fold_of
-        found.append(trained(changed, [0, 1], options(weight_decay=0)))
-    assert found[0].weight.abs().max() > 0.1
-    for other in found[1:]:  # unit and offset of the features leave no trace
-        assert torch.allclose(found[0].weight, other.weight, atol=1e-4)
-        assert torch.allclose(found[0].bias, other.bias, atol=1e-4)
+        actual.append(trained(changed, [0, 1], options(weight_decay=0)))
+    assert actual[0].weight.abs().max() > 0.1
+    for other in actual[1:]:  # unit and offset of the features leave no trace
+        assert torch.allclose(actual[0].weight, other.weight, atol=1e-4)
+        assert torch.allclose(actual[0].bias, other.bias, atol=1e-4)
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_epoch(data):
@@ -339,27 +339,27 @@ def test_encoded_features_are_the_pooled_taps_of_the_plain_and_mirrored_view(
     images = np.random.default_rng(0).integers(0, 256, (3, 4, 256, 256), dtype=np.uint8)
     normalization = encoding.fixed_normalization("signed", ("rgb", "depth"), (3, 1))
     classifier = Classifier(encoder, head, layer, normalization)
-    found = probing.encode(classifier, images, torch.no_grad, views=2, batch_size=2)
-    assert found.positions == positions
+    actual = probing.encode(classifier, images, torch.no_grad, views=2, batch_size=2)
+    assert actual.positions == positions
     x = transforms.eval_transform(torch.from_numpy(images), normalization)
     with torch.no_grad():
-        for view, batch in zip(found.features, (x, x.flip(-1))):
+        for view, batch in zip(actual.features, (x, x.flip(-1))):
             assert torch.allclose(view, head.pool(*encoder(batch, layer)), atol=1e-3)
             assert torch.equal(head.pool(*encoder(batch, layer)), classifier.features(batch))
     some = probing.encode(classifier, images, torch.no_grad, members=np.array([2, 0]))
-    assert torch.allclose(some.features[0], found.features[0][[2, 0]], atol=1e-3)
-    assert torch.allclose(some.embedded, found.embedded[:, [2, 0]], atol=1e-3)
+    assert torch.allclose(some.features[0], actual.features[0][[2, 0]], atol=1e-3)
+    assert torch.allclose(some.embedded, actual.embedded[:, [2, 0]], atol=1e-3)
     assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
 
 
 def test_a_random_encoder_follows_from_the_seed(tmp_path):
     draw_set(tmp_path, 2, 2)
     clips = dataset.read_clips(tmp_path)
-    found = []
+    actual = []
     for seed in (0, 0, 1):
         opt = SimpleNamespace(model="resnet18v1", seed=seed, size=224, layer=6)
         classifier, seen = encoders.load_classifier(opt, "random", clips, None)
         assert classifier.normalization["std"] == [8 / 255] * 3 + [4 / 255]
         assert seen == (set(), True)
-        found.append(classifier.encoder.rgb_to_d.conv1.weight)
-    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+        actual.append(classifier.encoder.rgb_to_d.conv1.weight)
+    assert torch.equal(actual[0], actual[1]) and not torch.equal(actual[0], actual[2])

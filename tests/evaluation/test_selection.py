@@ -98,10 +98,10 @@ def test_garbage_labels_of_the_held_out_fold_change_neither_choice_nor_weights(d
     _, labels, fold_of, _ = data
     for fold in (0, 4):
         garbage = np.where(fold_of == fold, (labels + 1) % CLASSES, labels)
-        (plain, heads), (other, found) = nested(data), nested(data, labels=garbage)
+        (plain, heads), (other, actual) = nested(data), nested(data, labels=garbage)
         assert plain.chosen(fold) == other.chosen(fold)
-        assert torch.equal(heads.weight[fold], found.weight[fold])
-        assert torch.equal(heads.bias[fold], found.bias[fold])
+        assert torch.equal(heads.weight[fold], actual.weight[fold])
+        assert torch.equal(heads.bias[fold], actual.bias[fold])
         assert any(plain.chosen(f) != other.chosen(f) for f in range(FOLDS))
 
 
@@ -239,13 +239,13 @@ def test_inner_selection_takes_three_subjects(drawn, quick, pretrained, tmp_path
 def test_the_same_command_gives_the_same_predictions(drawn, quick, pretrained, tmp_path):
     for run, name, more in ((probe, "probe", ["--protocol", "loso"]),
                             (finetune, "tuned", ["--subject", "s1"])):
-        found = []
+        actual = []
         for place in "ab":
             save = tmp_path / name / place
             run("--data_folder", drawn, *quick, *more, "--model_path", pretrained,
                 "--save_path", save)
-            found.append((only(save) / "predictions.csv").read_bytes())
-        assert found[0] == found[1]
+            actual.append((only(save) / "predictions.csv").read_bytes())
+        assert actual[0] == actual[1]
 
 
 def test_several_seeds_are_run_and_averaged(drawn, quick, tmp_path, capsys):
@@ -254,15 +254,16 @@ def test_several_seeds_are_run_and_averaged(drawn, quick, tmp_path, capsys):
     runs = sorted(p.parent.name for p in tmp_path.glob("*/results.json"))
     assert [name.rpartition("_seed_")[2] for name in runs] == ["0", "4"]
     (path,) = tmp_path.glob("*_seeds_0_4.json")
-    found, each = json.loads(path.read_text()), [
+    actual, each = json.loads(path.read_text()), [
         json.loads((tmp_path / run / "results.json").read_text()) for run in runs]
-    assert found["seeds"] == [0, 4] and found["runs"] == runs
+    assert actual["seeds"] == [0, 4] and actual["runs"] == runs
     assert each[0]["opt"]["seed"] == 0 and each[1]["opt"]["seed"] == 4
     for name in measures.MEASURES:
         a, b = each[0][name], each[1][name]
-        assert found[name]["mean"] == pytest.approx((a + b) / 2)
-        assert found[name]["std"] == pytest.approx(abs(a - b) / 2 ** 0.5)
-    assert f"uf1 {found['uf1']['mean']:.3f} ± {found['uf1']['std']:.3f}" in capsys.readouterr().out
+        assert actual[name]["mean"] == pytest.approx((a + b) / 2)
+        assert actual[name]["std"] == pytest.approx(abs(a - b) / 2 ** 0.5)
+    uf1 = actual["uf1"]
+    assert f"uf1 {uf1['mean']:.3f} ± {uf1['std']:.3f}" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- picked on the test subjects
@@ -272,18 +273,18 @@ def kept(labels, history):
 
 
 def test_oracle_best_epoch_by_hand():
-    found = measures.oracle_best_epoch(result_files.histories_of([
+    actual = measures.oracle_best_epoch(result_files.histories_of([
         kept([0, 1, 1], [[1, 0, 0], [1, 1, 0], [1, 1, 1]]),   # 2, 3, 2 correct
         kept([0, 2], [[0, 1, 1], [1, 1, 2]])]), 3)             # 1, 0, 1 correct
-    assert found["per_subject"]["epochs"] == [2, 1]
-    assert found["per_subject"]["accuracy"] == pytest.approx(4 / 5)
+    assert actual["per_subject"]["epochs"] == [2, 1]
+    assert actual["per_subject"]["accuracy"] == pytest.approx(4 / 5)
     # class 0: 2 of 2; class 1: two hits, one of class 2 called 1; class 2: none
-    assert found["per_subject"]["uf1"] == pytest.approx((1 + 4 / 5 + 0) / 3)
+    assert actual["per_subject"]["uf1"] == pytest.approx((1 + 4 / 5 + 0) / 3)
     truth, said = [0, 1, 1, 0, 2], {1: [1, 1, 1, 0, 1], 2: [0, 1, 1, 1, 1], 3: [0, 0, 1, 1, 2]}
     each = {e: f1_score(truth, s, average="macro", labels=range(3), zero_division=0)
             for e, s in said.items()}
-    assert found["common"]["epoch"] == max(each, key=each.get)
-    assert found["common"]["uf1"] == pytest.approx(max(each.values()))
+    assert actual["common"]["epoch"] == max(each, key=each.get)
+    assert actual["common"]["uf1"] == pytest.approx(max(each.values()))
 
 
 def test_oracle_best_epoch_needs_everybody_over_the_same_epochs():
@@ -304,15 +305,15 @@ def test_the_last_epoch_of_the_history_is_the_prediction(drawn, quick, pretraine
     run("--data_folder", drawn, *quick, *flags, "--epochs", 2, "--model_path", pretrained,
         "--save_path", tmp_path, "--oracle_curve")
     folder = only(tmp_path)
-    for about, said in result_files.read_subjects(folder).values():
-        history = np.array(about["history"])
+    for details, said in result_files.read_subjects(folder).values():
+        history = np.array(details["history"])
         assert history.shape == (len(said), 2)
         assert history[:, -1].tolist() == [row["prediction"] for row in said]
     results = json.loads((folder / "results.json").read_text())
     assert results["oracle_best_epoch"]["common"]["uf1"] >= results["uf1"] - 1e-9
     each = results["oracle_best_epoch"]["per_subject"]["epochs"]
-    for name, (about, said) in result_files.read_subjects(folder).items():
-        right = np.array(about["history"]) == np.array([[row["label"]] for row in said])
+    for name, (details, said) in result_files.read_subjects(folder).items():
+        right = np.array(details["history"]) == np.array([[row["label"]] for row in said])
         assert each.pop(name) == 1 + right.sum(0).argmax()
     assert not each
     shown = curves(tmp_path / "tensorboard" / folder.name)["oracle/uf1"]
@@ -341,9 +342,9 @@ def test_retrieval_by_hand():
     depth = torch.eye(5)[[1, 0, 2, 3, 4]]      # the two clips of a are mixed up
     depth[3] = torch.tensor([0, 0, 0, 0.5, 0.8])
     depth[4] = torch.tensor([0, 0, 0, 0.9, 0.4])  # c looks like the second clip of b
-    found = shortcuts.retrieval(clips, rgb, depth)
-    assert found["all"] == {"n": 5, "top1": pytest.approx(1 / 5), "chance": 1 / 5}
-    assert found["within"] == {"n": 4, "top1": pytest.approx(2 / 4), "chance": pytest.approx(0.5)}
+    actual = shortcuts.retrieval(clips, rgb, depth)
+    assert actual["all"] == {"n": 5, "top1": pytest.approx(1 / 5), "chance": 1 / 5}
+    assert actual["within"] == {"n": 4, "top1": pytest.approx(2 / 4), "chance": pytest.approx(0.5)}
 
 
 @pytest.mark.parametrize("l2", [None, [1e-3, 1e-2, 1e-4]], ids=["sgd", "solved"])
@@ -358,9 +359,9 @@ def test_subjects_are_told_apart_where_the_features_do_and_not_otherwise(l2):
     def named(features, l2):
         return shortcuts.subject_probe(opt, clips, SimpleNamespace(
             encoded=probing.Encoded(features, 1, None), l2=l2))
-    found = named(told, l2)
-    assert (found["n"], found["n_subjects"]) == (21, 2)
-    assert found["accuracy"] > 0.95 and found["chance"] == pytest.approx(12 / 21)
+    actual = named(told, l2)
+    assert (actual["n"], actual["n_subjects"]) == (21, 2)
+    assert actual["accuracy"] > 0.95 and actual["chance"] == pytest.approx(12 / 21)
     assert named(noise, l2)["accuracy"] < 0.8
 
 
@@ -371,21 +372,21 @@ def test_head_motion_correlates_by_ranks(tmp_path):
         {"shift": s, "residual": 0.5, "files": {f"{i}.png": ""}} for i, s in enumerate(shift)]})
     said = [{"database": "casme3", "subject": "a", "key": f"k{i:02d}", "label": 0,
              "prediction": i % 2, "probabilities": [v, 1 - v]} for i, v in enumerate(p)]
-    found = shortcuts.head_motion(clips, said, tmp_path)
+    actual = shortcuts.head_motion(clips, said, tmp_path)
     expected = np.corrcoef(rankdata(shift), rankdata(p))[0, 1]
-    assert found["shift"]["n"] == 7 and found["shift"]["p_0"] == pytest.approx(expected)
-    assert found["shift"]["p_1"] == pytest.approx(-expected)
-    assert found["residual"]["p_0"] is None
+    assert actual["shift"]["n"] == 7 and actual["shift"]["p_0"] == pytest.approx(expected)
+    assert actual["shift"]["p_1"] == pytest.approx(-expected)
+    assert actual["residual"]["p_0"] is None
     assert shortcuts.head_motion(clips, said, tmp_path / "nowhere") is None
 
 
 def test_probing_reports_the_shortcuts(drawn, quick, pretrained, tmp_path, capsys):
     probe("--data_folder", drawn, *quick, "--protocol", "loso", "--model_path", pretrained,
           "--save_path", tmp_path)
-    found = json.loads((only(tmp_path) / "results.json").read_text())["shortcuts"]
-    assert found["subject"]["n"] == len(rows(only(tmp_path))) == 12
-    assert found["subject"]["chance"] == pytest.approx(1 / 4)
-    assert found["retrieval"]["all"]["chance"] == pytest.approx(1 / 12)
-    assert found["retrieval"]["within"]["chance"] == pytest.approx(1 / 3)
-    assert found["head_motion"] is None
+    actual = json.loads((only(tmp_path) / "results.json").read_text())["shortcuts"]
+    assert actual["subject"]["n"] == len(rows(only(tmp_path))) == 12
+    assert actual["subject"]["chance"] == pytest.approx(1 / 4)
+    assert actual["retrieval"]["all"]["chance"] == pytest.approx(1 / 12)
+    assert actual["retrieval"]["within"]["chance"] == pytest.approx(1 / 3)
+    assert actual["head_motion"] is None
     assert "the same features name the subject of 12 clips" in capsys.readouterr().out

@@ -35,8 +35,8 @@ def expected():
 def test_any_items_are_decoded_once_to_their_own_shape_and_type(tmp_path, counted, place):
     decode, calls = counted
     folder, stamp = "off" if place == "off" else tmp_path / "cache", hashlib.sha256().hexdigest()
-    found, digest = cache.cached(ITEMS, decode, (3, 2), np.float16, stamp, folder, num_workers=2)
-    assert (found.shape, found.dtype) == ((7, 3, 2), np.float16) and (found == expected()).all()
+    actual, digest = cache.cached(ITEMS, decode, (3, 2), np.float16, stamp, folder, num_workers=2)
+    assert (actual.shape, actual.dtype) == ((7, 3, 2), np.float16) and (actual == expected()).all()
     assert digest == hashlib.sha256(expected().tobytes()).hexdigest()
     assert calls == dict.fromkeys(ITEMS, 1)
     again, same = cache.cached(ITEMS, decode, (3, 2), np.float16, stamp, folder)
@@ -47,8 +47,8 @@ def test_any_items_are_decoded_once_to_their_own_shape_and_type(tmp_path, counte
         return
     assert isinstance(again, np.memmap)
     assert {path.suffix for path in folder.iterdir()} == {".npy", ".json"}
-    (about,) = folder.glob("*.json")
-    assert json.loads(about.read_text())["sha256"] == digest
+    (details,) = folder.glob("*.json")
+    assert json.loads(details.read_text())["sha256"] == digest
     cache.cached(ITEMS, decode, (3, 2), np.float16, "another", folder)  # follows from other things
     assert calls == dict.fromkeys(ITEMS, 2) and len(list(folder.iterdir())) == 4
 
@@ -56,12 +56,12 @@ def test_any_items_are_decoded_once_to_their_own_shape_and_type(tmp_path, counte
 def test_items_that_fit_nowhere_are_decoded_as_they_are_asked_for(monkeypatch, counted, capsys):
     decode, calls = counted
     monkeypatch.setattr(cache, "_free_memory", lambda: 7 * 3 * 2 * 2)  # bytes: no room to spare
-    found, digest = cache.cached(ITEMS, decode, (3, 2), np.float16, "stamp", "off")
-    assert digest == "stamp" and not calls and len(found) == 7
+    actual, digest = cache.cached(ITEMS, decode, (3, 2), np.float16, "stamp", "off")
+    assert digest == "stamp" and not calls and len(actual) == 7
     assert "decoded for every batch anew" in capsys.readouterr().out
     for index in (np.array([5, 0, 5]), slice(1, 4), 6):
-        assert (found[index] == expected()[index]).all() and found[index].dtype == np.float16
-    batches = list(cache.fetch(found, [np.array([2, 1]), np.array([6])], torch.device("cpu")))
+        assert (actual[index] == expected()[index]).all() and actual[index].dtype == np.float16
+    batches = list(cache.fetch(actual, [np.array([2, 1]), np.array([6])], torch.device("cpu")))
     assert [batch.shape for batch in batches] == [(2, 3, 2), (1, 3, 2)]
     assert (torch.cat(batches).numpy() == expected()[[2, 1, 6]]).all()
 
@@ -121,8 +121,8 @@ def test_each_of_three_views_is_augmented_by_its_own_numbers(three):
     assert drawn["gain"].shape == drawn["offset"].shape == (5, 3)
     drawn["flip"] = torch.tensor([True, False, True, False, False])
     drawn["grey"] = torch.tensor([False, False, False, False, True])
-    found = transforms.train_transform(images, drawn, normalization, "signed", CHANNELS).numpy()
-    assert found.shape == (5, 7, 224, 224)
+    actual = transforms.train_transform(images, drawn, normalization, "signed", CHANNELS).numpy()
+    assert actual.shape == (5, 7, 224, 224)
     for clip in range(5):
         change = pixels[clip, :, 16:240, 16:240] - 128.0
         change = change[..., ::-1] if drawn["flip"][clip] else change
@@ -132,7 +132,7 @@ def test_each_of_three_views_is_augmented_by_its_own_numbers(three):
                 view = np.tensordot(encoding.GREY, view, 1)[None].repeat(3, 0)
             gain, offset = (drawn[name][clip, number].item() for name in ("gain", "offset"))
             shifted = (view + offset * np.sqrt(np.square(view).mean())) * gain
-            assert np.allclose(found[clip, low:high], shifted / (4 if number else 8), atol=1e-4)
+            assert np.allclose(actual[clip, low:high], shifted / (4 if number else 8), atol=1e-4)
 
 
 def test_one_box_crops_three_views_alike(three):
@@ -141,15 +141,15 @@ def test_one_box_crops_three_views_alike(three):
     images[:, 3:] = images[:, :1]  # what one channel holds, all of the other views hold
     plain = {"mean": [0.0] * 7, "std": [1 / 255] * 7}
     drawn = transforms.draw(5, epochs.generator(4), "absolute", 0, 0.3, views=3)
-    found = transforms.train_transform(images, drawn, plain, "absolute", CHANNELS)
-    assert drawn["box"].shape == (5, 4) and found.shape == (5, 7, 224, 224)
+    actual = transforms.train_transform(images, drawn, plain, "absolute", CHANNELS)
+    assert drawn["box"].shape == (5, 4) and actual.shape == (5, 7, 224, 224)
     for channel in range(3, 7):
-        assert torch.allclose(found[:, channel], found[:, 0], atol=1e-3)
+        assert torch.allclose(actual[:, channel], actual[:, 0], atol=1e-3)
 
 
 def test_the_deviation_of_three_views_is_estimated_per_channel(three):
     pixels = three[1]
-    found = encoding.estimate_normalization(pixels, np.arange(5), "signed", VIEWS, CHANNELS)
+    actual = encoding.estimate_normalization(pixels, np.arange(5), "signed", VIEWS, CHANNELS)
     deviation = np.sqrt(np.square(pixels - 128.0).mean((0, 2, 3))) / 255
-    assert found["std"] == pytest.approx(deviation.tolist())
-    assert found["mean"] == [128 / 255] * 7
+    assert actual["std"] == pytest.approx(deviation.tolist())
+    assert actual["mean"] == [128 / 255] * 7

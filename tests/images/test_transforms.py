@@ -173,8 +173,8 @@ def test_half_a_batch_with_half_of_the_draws_gives_half_of_the_result(encoding, 
 
 
 def test_wrap_takes_the_published_constants():
-    found = estimate_normalization(noise(2).numpy(), [0, 1], "wrap", VIEWS, CHANNELS)
-    assert found == {"mean": [.4454, .4474, .4504, .0423], "std": [.4474, .4505, .4502, .1761]}
+    actual = estimate_normalization(noise(2).numpy(), [0, 1], "wrap", VIEWS, CHANNELS)
+    assert actual == {"mean": [.4454, .4474, .4504, .0423], "std": [.4474, .4505, .4502, .1761]}
 
 
 def test_signed_deviation_is_estimated_about_128_from_the_members_alone():
@@ -182,9 +182,9 @@ def test_signed_deviation_is_estimated_about_128_from_the_members_alone():
     images[0, :3] += 10  # a constant change has no variance, but a deviation from "no change"
     images[1, 3, :128] -= 6
     images[3] = 255
-    found = estimate_normalization(images, [0, 1], "signed", VIEWS, CHANNELS)
-    assert [255 * m for m in found["mean"]] == [128] * 4
-    assert found["std"] == pytest.approx([np.sqrt(50) / 255] * 3 + [np.sqrt(9) / 255])
+    actual = estimate_normalization(images, [0, 1], "signed", VIEWS, CHANNELS)
+    assert [255 * m for m in actual["mean"]] == [128] * 4
+    assert actual["std"] == pytest.approx([np.sqrt(50) / 255] * 3 + [np.sqrt(9) / 255])
 
 
 def test_signed_128_maps_to_exactly_zero_and_its_neighbours_do_not():
@@ -198,8 +198,8 @@ def test_signed_128_maps_to_exactly_zero_and_its_neighbours_do_not():
 
 def test_a_channel_without_any_change_keeps_the_fixed_deviation():
     images = np.full((2, 4, 256, 256), 128, np.uint8)
-    found = estimate_normalization(images, [0, 1], "signed", VIEWS, CHANNELS)
-    assert found["std"] == [8 / 255] * 3 + [4 / 255]
+    actual = estimate_normalization(images, [0, 1], "signed", VIEWS, CHANNELS)
+    assert actual["std"] == [8 / 255] * 3 + [4 / 255]
 
 
 def test_resized_crop_agrees_with_interpolation_of_the_same_box():

@@ -314,7 +314,7 @@ def test_features_from_any_tap_are_those_from_the_image(name, side):
         for layer in range(1, len(model.rgb_to_d.stages()) + 1):
             taps = model(x, layer)
             kept = [tap.clone() for tap in taps]
-            for found, want in zip(model.embed(taps, layer), expected):
-                assert torch.allclose(found, want, atol=1e-6), layer
+            for actual, want in zip(model.embed(taps, layer), expected):
+                assert torch.allclose(actual, want, atol=1e-6), layer
             # a head reads the taps as well
             assert all(torch.equal(*pair) for pair in zip(taps, kept)), layer

@@ -74,10 +74,10 @@ def rises(path, numbers, usable=None, **changed):
 def test_largest_rise_within_the_window(tmp_path):
     path = write_openface(tmp_path / "a.csv", curves(
         100, AU12=[(20, 30, 3.0)], AU04=[(60, 64, 1.2)], AU01=[(60, 64, 0.9)]))
-    found = rises(path, range(1, 101))
-    assert [f[3] for f in found] == ["AU12", "AU04"]
-    assert [f[2] for f in found] == pytest.approx([3.0, 1.2])
-    onset, apex = found[0][:2]
+    actual = rises(path, range(1, 101))
+    assert [f[3] for f in actual] == ["AU12", "AU04"]
+    assert [f[2] for f in actual] == pytest.approx([3.0, 1.2])
+    onset, apex = actual[0][:2]
     # a five-frame median keeps a ramp's inside and rounds off its ends; frame = row + 1
     assert onset <= 21 and apex >= 31 and apex - onset <= 15
     narrow = rises(path, range(1, 101), window=5)
@@ -119,9 +119,9 @@ def test_windows_do_not_reach_across_frames_that_do_not_count(tmp_path, what):
     else:
         usable[25] = False
     path = write_openface(tmp_path / "a.csv", values, confidence, rotation, success=success)
-    found = rises(path, numbers, usable)
-    assert found and all(f[2] < 2.0 for f in found)  # the halves of a rise of 3
-    assert all(f[1] <= numbers[25] or f[0] >= numbers[25] for f in found)
+    actual = rises(path, numbers, usable)
+    assert actual and all(f[2] < 2.0 for f in actual)  # the halves of a rise of 3
+    assert all(f[1] <= numbers[25] or f[0] >= numbers[25] for f in actual)
     whole = rises(write_openface(tmp_path / "b.csv", values), range(1, 61))
     assert [f[2] for f in whole] == pytest.approx([3.0])
 
@@ -129,10 +129,10 @@ def test_windows_do_not_reach_across_frames_that_do_not_count(tmp_path, what):
 def test_windows_do_not_overlap(tmp_path):
     rng = np.random.default_rng(0)
     values = np.abs(np.cumsum(rng.normal(0, 0.4, (400, 5)), 0)) % 5
-    found = rises(write_openface(tmp_path / "a.csv", values), range(400))
-    assert len(found) > 15
-    assert all(a[1] < b[0] for a, b in itertools.pairwise(found))
-    assert all(0 < f[1] - f[0] <= 15 and f[2] >= 0.5 for f in found)
+    actual = rises(write_openface(tmp_path / "a.csv", values), range(400))
+    assert len(actual) > 15
+    assert all(a[1] < b[0] for a, b in itertools.pairwise(actual))
+    assert all(0 < f[1] - f[0] <= 15 and f[2] >= 0.5 for f in actual)
 
 
 def test_rows_in_the_order_of_names_as_strings(tmp_path):
@@ -196,8 +196,8 @@ def test_pairs_of_unlabelled_videos(videos, tmp_path, capsys):
     assert "left out spNO.1-b: 79 rows of action units for 80 frames" in out
     assert dataset.read_pairs(tmp_path / "set" / "pairs.tsv", tmp_path / "set",
                               min_intensity=1.5).people == [(0, "spNO1")]
-    found = json.loads((tmp_path / "set" / "manifest.json").read_text())["unlabelled"]
-    assert found["per_unit"] == {"AU04": 1, "AU12": 1, "AU25": 1} and found["pairs"] == 3
+    actual = json.loads((tmp_path / "set" / "manifest.json").read_text())["unlabelled"]
+    assert actual["per_unit"] == {"AU04": 1, "AU12": 1, "AU25": 1} and actual["pairs"] == 3
 
 
 def test_what_befalls_unlabelled_pairs_is_reported_too(videos, tmp_path, capsys, monkeypatch):

@@ -150,8 +150,8 @@ def level_change(folder, path):
 # ---------------------------------------------------------------- rules and counts
 
 def test_every_irregularity_is_counted(cut):
-    found = manifest(cut)
-    names = {k: sorted(v) for k, v in found["repairs"].items()}
+    actual = manifest(cut)
+    names = {k: sorted(v) for k, v in actual["repairs"].items()}
     assert names == {
         BLANK: [key("spNO.1", "b", 12, 12), key("spNO.2", "b", 0, 0)],
         OUTSIDE: [key("spNO.1", "c", 12, 40)],
@@ -166,7 +166,7 @@ def test_every_irregularity_is_counted(cut):
                                                   key("spNO.3", "a", 10, 14)],
         "subject folder without the dot (spNO210)": [key("spNO.210", "a", 10, 15)],
     }
-    reasons = {d["clip"]: d["reason"] for d in found["dropped"]}
+    reasons = {d["clip"]: d["reason"] for d in actual["dropped"]}
     assert len(reasons) == len(ROWS) - len(KEPT) == 8
     for clip, words in ((key("spNO.5", "c", 10, 13), "apex 13 is missing, the nearest frame is 12"),
                         (key("spNO.5", "d", 10, 22), "apex 22 is missing, the nearest frame is 19"),
@@ -177,12 +177,12 @@ def test_every_irregularity_is_counted(cut):
                         (key("spNO.5", "h", 10, 16), "emotion 'bored' is not known"),
                         (key("spNO.6", "a", 10, 16), "no RGB frames of video a found")):
         assert words in reasons[clip]
-    assert found["counts"]["classes"] == {"negative": 6, "others": 1, "positive": 3, "surprise": 2}
-    assert found["counts"]["blank"] == {"negative": 1, "others": 0, "positive": 2, "surprise": 0}
-    assert found["counts"]["subjects"] == {"spNO1": 4, "spNO2": 3, "spNO3": 1, "spNO4": 1,
+    assert actual["counts"]["classes"] == {"negative": 6, "others": 1, "positive": 3, "surprise": 2}
+    assert actual["counts"]["blank"] == {"negative": 1, "others": 0, "positive": 2, "surprise": 0}
+    assert actual["counts"]["subjects"] == {"spNO1": 4, "spNO2": 3, "spNO3": 1, "spNO4": 1,
                                            "spNO5": 2, "spNO210": 1}
-    assert found["annotation"]["sha256"] == hashlib.sha256(
-        (cut.parent.parent / found["options"]["annotation"]).read_bytes()).hexdigest()
+    assert actual["annotation"]["sha256"] == hashlib.sha256(
+        (cut.parent.parent / actual["options"]["annotation"]).read_bytes()).hexdigest()
 
 
 def test_names_folders_and_lists_are_as_published(cut):
@@ -222,14 +222,14 @@ def test_blank_clips_are_no_change(cut):
 def test_the_middle_frame_may_stand_in_for_a_blank_apex(raw, tmp_path):
     prepare("--raw", raw, "--annotation", raw / "labels.csv", "--data_folder", tmp_path / "set",
             "--blank_apex", "middle", *PLAIN)
-    found = manifest(tmp_path / "set")
+    actual = manifest(tmp_path / "set")
     rows = {c.key: c for c in dataset.read_clips(tmp_path / "set").clips}
     for clip, apex in ((KEPT[2], 16), (KEPT[3], 16)):
         change = level_change(tmp_path / "set", rows[clip].paths[1])
         assert change == pytest.approx(-12.7 * 0.4 * (apex - 12), rel=0.06)
-    reasons = {d["clip"]: d["reason"] for d in found["dropped"]}
+    reasons = {d["clip"]: d["reason"] for d in actual["dropped"]}
     assert reasons[KEPT[5]] == "onset 0 is missing, the nearest frame is 8"
-    assert sum(found["counts"]["blank"].values()) == 0
+    assert sum(actual["counts"]["blank"].values()) == 0
 
 
 def test_the_middle_of_a_clip_of_several_seconds_is_bound_too(tmp_path):
@@ -240,9 +240,9 @@ def test_the_middle_of_a_clip_of_several_seconds_is_bound_too(tmp_path):
                                                           ("spNO.2", "a", 10, 10, 90, "4", "sad")])
     prepare("--raw", tmp_path / "raw", "--annotation", labels, "--data_folder", tmp_path / "set",
             "--blank_apex", "middle", *PLAIN)
-    found = manifest(tmp_path / "set")
-    assert [clip["clip"] for clip in found["clips"]] == [key("spNO.2", "a", 10, 10)]
-    assert found["dropped"] == [{"clip": key("spNO.1", "a", 10, 10), "reason": "50 frames from "
+    actual = manifest(tmp_path / "set")
+    assert [clip["clip"] for clip in actual["clips"]] == [key("spNO.2", "a", 10, 10)]
+    assert actual["dropped"] == [{"clip": key("spNO.1", "a", 10, 10), "reason": "50 frames from "
                                  "onset to apex, more than --max_gap 45"}]
 
 
@@ -263,9 +263,9 @@ def test_clips_that_still_move_are_dropped(tmp_path):
     per_pixel = 112 / 90  # the box fills 7/8 of the crop
     assert left == pytest.approx([s * per_pixel for s in shifts.values()], abs=0.15)
     prepare(*argv, "--register", "none", "--max_motion", 2, "--data_folder", tmp_path / "calm")
-    found = manifest(tmp_path / "calm")
-    assert [clip["clip"][7:8] for clip in found["clips"]] == ["a", "b"]
-    (lost,) = found["dropped"]
+    actual = manifest(tmp_path / "calm")
+    assert [clip["clip"][7:8] for clip in actual["clips"]] == ["a", "b"]
+    (lost,) = actual["dropped"]
     assert lost["reason"] == f"residual motion {left[2]:.2f} pixels, more than --max_motion 2"
     assert len(list((tmp_path / "calm").rglob("*_diff*.png"))) == 4
     prepare(*argv, "--max_motion", 2, "--data_folder", tmp_path / "registered")
@@ -363,14 +363,14 @@ def test_every_irregularity_of_rendered_frames(tmp_path):
     planted = irregular.plant(tmp_path / "raw")
     prepare("--raw", tmp_path / "raw", "--annotation", tmp_path / "raw" / "annotation.csv",
             "--data_folder", tmp_path / "set", "--crop", "none", "--size", 64)
-    found = manifest(tmp_path / "set")
-    reasons = {d["clip"]: d["reason"] for d in found["dropped"]}
+    actual = manifest(tmp_path / "set")
+    reasons = {d["clip"]: d["reason"] for d in actual["dropped"]}
 
     def where(name, onset=None, apex=None):
         row = planted.pop(name)
         onset = row["Onset"] if onset is None else onset
         return row, key(row["Subject"], row["Filename"], onset, apex or row["Apex"])
-    repairs = found["repairs"]
+    repairs = actual["repairs"]
     for name, rule in (("Others beside others", "emotion with capitals (Others)"),
                        ("apex frame missing", NEAREST), ("apex frame missing in depth", NEAREST),
                        ("offset 0", "offset 0: onset + 15"),
@@ -394,7 +394,7 @@ def test_every_irregularity_of_rendered_frames(tmp_path):
     clip = key(row["Subject"], row["Filename"].upper(), row["Onset"], row["Apex"])
     assert clip in repairs["video letter in another case (J, j)"]
     assert not planted and not reasons
-    assert found["counts"]["clips"] == 24 - 2
+    assert actual["counts"]["clips"] == 24 - 2
 
 
 @pytest.mark.slow
@@ -402,8 +402,8 @@ def test_rendered_clip_package(tmp_path):
     render(tmp_path / "raw", "ME_clip", "--subjects", 2, "--clips_per_subject", 4)
     prepare("--raw", tmp_path / "raw", "--annotation", tmp_path / "raw" / "annotation.csv",
             "--data_folder", tmp_path / "set", "--crop", "none", "--size", 64)
-    found = manifest(tmp_path / "set")
-    assert found["counts"]["clips"] == 8 and found["repairs"] == {}
+    actual = manifest(tmp_path / "set")
+    assert actual["counts"]["clips"] == 8 and actual["repairs"] == {}
 
 
 # ---------------------------------------------------------------- bytes and stops
@@ -432,8 +432,8 @@ def test_damaged_and_stale_images_are_made_anew(raw, cut, tmp_path):
     images[0].write_bytes(b"cut off")
     (tmp_path / "set" / "v_rgb" / ".x.1.part").write_text("half")
     prepare(*argv, *PLAIN)
-    found, expected = digests(tmp_path / "set"), digests(cut)
-    assert {k: v for k, v in found.items() if k != "manifest.json"} == \
+    actual, expected = digests(tmp_path / "set"), digests(cut)
+    assert {k: v for k, v in actual.items() if k != "manifest.json"} == \
         {k: v for k, v in expected.items() if k != "manifest.json"}
     prepare(*argv, *PLAIN, "--max_gap", 6)
     assert sorted((tmp_path / "set").rglob("*_diff*.png")) == images
@@ -504,9 +504,9 @@ def test_kept_crops_serve_another_difference(raw, tmp_path, monkeypatch):
     prepare(*argv, "--data_folder", tmp_path / "set", "--save_crops", "--difference", "absolute")
     # the clip whose apex is no image was not kept: it alone is tried again
     assert {os.path.dirname(os.path.dirname(path))[-8:] for path in decoded} == {"spNO.5/f"}
-    found, expected = digests(tmp_path / "set"), digests(tmp_path / "other")
+    actual, expected = digests(tmp_path / "set"), digests(tmp_path / "other")
     images = {k for k in expected if "_diff" in k}
-    assert images and {k: found[k] for k in images} == {k: expected[k] for k in images}
+    assert images and {k: actual[k] for k in images} == {k: expected[k] for k in images}
 
 
 def test_dry_run_writes_pictures_only(raw, tmp_path, capsys):
@@ -543,10 +543,10 @@ def test_published_lists_come_out_byte_for_byte(tmp_path):
         published = {p.name: p.read_bytes() for p in (tmp_path / "lists" / view).iterdir()}
         written = {p.name: p.read_bytes() for p in (tmp_path / "set" / view).iterdir()}
         assert written == published
-    found = manifest(tmp_path / "set")
-    assert found["counts"]["classes"] == {"negative": 508, "others": 170, "positive": 64,
+    actual = manifest(tmp_path / "set")
+    assert actual["counts"]["classes"] == {"negative": 508, "others": 170, "positive": 64,
                                           "surprise": 201}
-    assert sum(found["counts"]["blank"].values()) == 62 and found["dropped"] == []
+    assert sum(actual["counts"]["blank"].values()) == 62 and actual["dropped"] == []
     assert len(dataset.read_clips(tmp_path / "set")) == 943
 
 
@@ -578,8 +578,8 @@ def test_workbook_says_the_same_as_csv(cut, raw, tmp_path):
     book.save(tmp_path / "labels.xlsx")
     prepare("--raw", raw, "--annotation", tmp_path / "labels.xlsx", "--data_folder",
             tmp_path / "set", *PLAIN)
-    found, expected = digests(tmp_path / "set"), digests(cut)
-    assert {k: v for k, v in found.items() if k != "manifest.json"} == \
+    actual, expected = digests(tmp_path / "set"), digests(cut)
+    assert {k: v for k, v in actual.items() if k != "manifest.json"} == \
         {k: v for k, v in expected.items() if k != "manifest.json"}
     assert manifest(tmp_path / "set")["counts"] == manifest(cut)["counts"]
 
@@ -659,14 +659,14 @@ def test_boxes_are_written_and_can_be_given_back(raw, tmp_path):
     assert lines[1] == ("casme3,spNO.1,a,10,50.000,20.000,60.000,80.000,0.000,10.jpg,160,120")
     assert len(lines) == 12  # all but the blank clip without frames
     prepare(*argv, "--data_folder", tmp_path / "b", "--crop", "boxes", tmp_path / "a" / "boxes.csv")
-    found = [{k: v for k, v in digests(tmp_path / n).items()
+    actual = [{k: v for k, v in digests(tmp_path / n).items()
               if k.endswith(".png") or k == "boxes.csv"} for n in "ab"]
-    assert found[0] == found[1]
+    assert actual[0] == actual[1]
     (tmp_path / "few.csv").write_text("subject,x,y,width,height\nspNO.1,50,20,60,80\n")
     prepare(*argv, "--data_folder", tmp_path / "c", "--crop", "boxes", tmp_path / "few.csv")
-    found = manifest(tmp_path / "c")
-    assert found["counts"]["subjects"] == {"spNO1": 4, "spNO2": 1}  # the frameless blank one stays
-    assert sum("no box in" in d["reason"] for d in found["dropped"]) == 8
+    actual = manifest(tmp_path / "c")
+    assert actual["counts"]["subjects"] == {"spNO1": 4, "spNO2": 1}  # the frameless blank one stays
+    assert sum("no box in" in d["reason"] for d in actual["dropped"]) == 8
 
 
 def test_a_box_outside_the_frame_is_named(raw, tmp_path, capsys):
@@ -675,9 +675,9 @@ def test_a_box_outside_the_frame_is_named(raw, tmp_path, capsys):
             *PLAIN[2:], "--crop", "box"]
     for box in ((500, 20, 60, 80), (-4e8, -4e8, 8e8, 8e8)):
         prepare(*argv, *box)
-        found = manifest(tmp_path / "set")
-        assert len(found["clips"]) == sum(found["counts"]["blank"].values()) == 3
-        assert {d["reason"] for d in found["dropped"]} >= {
+        actual = manifest(tmp_path / "set")
+        assert len(actual["clips"]) == sum(actual["counts"]["blank"].values()) == 3
+        assert {d["reason"] for d in actual["dropped"]} >= {
             "the box is not within the frame of 160x120 pixels"}
     line = refusal(capsys, *argv, *box, "--blank_apex", "drop")
     assert "no clip can be cut" in line and not (tmp_path / "set" / "manifest.json").exists()

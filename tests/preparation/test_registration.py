@@ -69,8 +69,8 @@ def test_registration_recovers_a_known_shift(shift, motion):
     warp, converged = registration.register(*crops, [stable], motion)
     assert converged
     centre = np.argwhere(stable).mean(0)[::-1]
-    found = warp @ [*centre, 1] - centre
-    assert found == pytest.approx(np.array(shift) / matrix[0, 0], abs=0.1)
+    actual = warp @ [*centre, 1] - centre
+    assert actual == pytest.approx(np.array(shift) / matrix[0, 0], abs=0.1)
 
 
 @pytest.mark.parametrize("degrees, scale, shift", [(1.5, 1.01, (0, 0)), (-2, 0.99, (2, 1)),
@@ -93,9 +93,9 @@ def test_similarity_is_recovered_in_numbers(seed, degrees, scale, shift):
                                 registration.compose(turn, matrix))
     centre = np.array([*np.argwhere(stable).mean(0)[::-1], 1])
     assert converged and np.linalg.norm((warp - true) @ centre) < 0.1
-    found, wanted = (complex(m[0, 0], m[1, 0]) for m in (warp, true))
-    assert abs(np.degrees(np.angle(found / wanted))) < 0.15
-    assert abs(found / wanted) == pytest.approx(1, abs=0.004)
+    actual, wanted = (complex(m[0, 0], m[1, 0]) for m in (warp, true))
+    assert abs(np.degrees(np.angle(actual / wanted))) < 0.15
+    assert abs(actual / wanted) == pytest.approx(1, abs=0.004)
 
 
 def test_registration_recovers_a_known_similarity():

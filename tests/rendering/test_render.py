@@ -38,10 +38,10 @@ def refused(capsys, *argv):
 
 def digest(folder):
     """SHA-256 over names and bytes of every file below `folder`."""
-    found = hashlib.sha256()
+    actual = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        found.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
-    return found.hexdigest()
+        actual.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return actual.hexdigest()
 
 
 def table(path, delimiter=","):
@@ -87,15 +87,15 @@ def test_the_difference_of_two_frames_is_what_the_encoding_says():
     apex = onset + np.uint8(7)  # the whole face brighter: not a change
     apex[0, 0] += 10
     apex[7, 7] -= 5
-    found = filming.rgb_difference(onset, apex)
-    assert (found[0, 0] == 133).all() and (found[7, 7] == 125).all() and found[3, 3, 0] == 128
+    actual = filming.rgb_difference(onset, apex)
+    assert (actual[0, 0] == 133).all() and (actual[7, 7] == 125).all() and actual[3, 3, 0] == 128
     near = np.full((8, 8), 600.0)
     far = near + 3  # the head moved back by 3 mm
     far[0, 0] += 4
     far[7, 7] -= 25
     far[1, 1] = near[2, 2] = 0
-    found = filming.depth_difference(near, far)
-    assert found[0, 0] == 128 + 51 and found[7, 7] == 1 and (found == 128).sum() == 62
+    actual = filming.depth_difference(near, far)
+    assert actual[0, 0] == 128 + 51 and actual[7, 7] == 1 and (actual == 128).sum() == 62
 
 
 @pytest.mark.parametrize("unit", sorted(model.ACTION_UNITS))
@@ -129,8 +129,8 @@ def test_sub_pixel_motion_is_measured_by_its_gradient(face):
     image = still(face)[0].mean(-1)
     moved = still(face, Pose(x=0.4))[0].mean(-1)  # a fifth of a pixel
     slope = -np.gradient(image, axis=1)
-    found = ((moved - image) * slope).sum() / (slope ** 2).sum()
-    assert found == pytest.approx(0.2, abs=0.03)
+    actual = ((moved - image) * slope).sum() / (slope ** 2).sum()
+    assert actual == pytest.approx(0.2, abs=0.03)
 
 
 def test_a_unit_changes_both_views_at_the_same_place(face):
@@ -215,12 +215,12 @@ def test_unlabelled_pairs(rendered):
     rows, truth = table(rendered / "pairs.tsv", "\t"), table(rendered / "truth.csv")
     assert tuple(rows[0]) == dataset.PAIR_COLUMNS
     assert {p.subject for p in pairs.clips} == {f"spNO{i}" for i in range(1, 5)}
-    known = {row["key"]: row for row in truth if not row["label"]}
-    assert len(rows) == len(known) == 6
+    given = {row["key"]: row for row in truth if not row["label"]}
+    assert len(rows) == len(given) == 6
     for row in rows:
         key = row["rgb"].rsplit("/", 1)[1].removesuffix("_diff.png")
-        assert float(row["intensity"]) == pytest.approx(float(known[key]["amplitude_px"]), abs=.01)
-        assert row["unit"] == known[key]["unit"] and int(row["onset"]) < int(row["apex"])
+        assert float(row["intensity"]) == pytest.approx(float(given[key]["amplitude_px"]), abs=.01)
+        assert row["unit"] == given[key]["unit"] and int(row["onset"]) < int(row["apex"])
         assert 0 <= float(row["intensity"]) <= 5
 
 
@@ -363,15 +363,15 @@ def test_action_units_rise_from_onset_to_apex_and_fall_to_offset(raw):
     assert sum(row["label"] == "" for row in truth.values()) == 2
     for row in table(raw / "annotation.csv"):
         name = f"{row['Subject']}-{row['Filename']}"
-        known = truth[f"{name}-{row['Apex']}-{name}-{row['Onset']}"]
+        given = truth[f"{name}-{row['Apex']}-{name}-{row['Onset']}"]
         frames = raw / "part_A" / row["Subject"] / row["Filename"] / "color"
         values = openface(raw / "openface" / f"{row['Subject']}_{row['Filename']}.csv",
                           [int(p.stem) for p in frames.glob("*.jpg")])
-        unit = known["unit"].replace("24", "23") + "_r"
+        unit = given["unit"].replace("24", "23") + "_r"
         at = [values[int(row[key])][unit] for key in ("Onset", "Apex", "Offset")]
-        assert at[1] == pytest.approx(min(float(known["amplitude_px"]), 5), abs=0.2)
+        assert at[1] == pytest.approx(min(float(given["amplitude_px"]), 5), abs=0.2)
         assert at[0] < 0.2 and at[2] < 0.2
-        assert known["action_units"] == row["AU"] and known["emotion"] == row["emotion"]
+        assert given["action_units"] == row["AU"] and given["emotion"] == row["emotion"]
 
 
 def test_the_clips_package(tmp_path):
@@ -382,8 +382,8 @@ def test_the_clips_package(tmp_path):
     assert len(list((package / "depth").iterdir())) == len(rows) == 8
     for row in rows:
         name = f"{row['Subject']}_{row['Filename']}_{row['Onset']}"
-        found = sorted(int(p.stem) for p in (package / "frame" / name).glob("*.jpg"))
-        assert found == list(range(int(row["Onset"]), int(row["Offset"]) + 1))
+        actual = sorted(int(p.stem) for p in (package / "frame" / name).glob("*.jpg"))
+        assert actual == list(range(int(row["Onset"]), int(row["Offset"]) + 1))
     assert not (tmp_path / "set" / "part_A").exists()
 
 

@@ -260,8 +260,8 @@ def path_with_two_dots(data):
 def absolute_path_outside(data):
     outside = data.parent / "outside"
     outside.mkdir()
-    (found,) = (data / "rgb").rglob("s4-a-30_diff.png")
-    shutil.copyfile(found, outside / found.name)
+    (actual,) = (data / "rgb").rglob("s4-a-30_diff.png")
+    shutil.copyfile(actual, outside / actual.name)
     for path in data.glob("v_rgb/*.txt"):
         if "/s4-a-30_" in path.read_text():
             edit(path, lambda text: re.sub(r"rgb/\d/s4-a-30_", f"{outside}/s4-a-30_", text))

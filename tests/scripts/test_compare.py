@@ -108,11 +108,11 @@ def test_holm_by_hand():
 
 
 def test_mean_and_deviation_over_seeds_by_hand():
-    found = measures.over_seeds([{"uf1": u, "uar": 0.5, "accuracy": a}
+    actual = measures.over_seeds([{"uf1": u, "uar": 0.5, "accuracy": a}
                                  for u, a in ((0.1, 0), (0.2, 1), (0.4, 0))])
-    assert found["uf1"] == pytest.approx((0.7 / 3, 0.152753), abs=1e-6)
-    assert found["uar"] == (0.5, 0)
-    assert found["accuracy"] == pytest.approx((1 / 3, 0.577350), abs=1e-6)
+    assert actual["uf1"] == pytest.approx((0.7 / 3, 0.152753), abs=1e-6)
+    assert actual["uar"] == (0.5, 0)
+    assert actual["accuracy"] == pytest.approx((1 / 3, 0.577350), abs=1e-6)
 
 
 # ---------------------------------------------------------------- the script
@@ -126,7 +126,7 @@ def make(tmp_path):
     """make(name, predictions, …): writes a result of these predictions, returns its path."""
     labels = np.random.default_rng(0).choice(3, 40, p=[0.5, 0.3, 0.2])
 
-    def write(name, skill, keep=40, labels=labels, databases=("casme3",), about=None,
+    def write(name, skill, keep=40, labels=labels, databases=("casme3",), details=None,
               transductive=False, **options):
         rng = np.random.default_rng(int(skill * 1000) + options.get("seed", 0))
         rows = []
@@ -141,7 +141,7 @@ def make(tmp_path):
             for person in {(r["database"], r["subject"]) for r in rows}})
         result_files.write_results(tmp_path / name, {
             "opt": {**OPTIONS, **options}, "protocol": "loso", "data_digest": "d" * 64,
-            **(about or {})}, 3, list("abc"))
+            **(details or {})}, 3, list("abc"))
         return tmp_path / name / "results.json"
     return write
 
@@ -153,14 +153,14 @@ def compare(capsys, *argv):
 
 def tables(printed):
     """The Markdown tables as lists of rows of cells, by the first words of their captions."""
-    found, caption = {}, None
+    actual, caption = {}, None
     for line in printed.splitlines():
         if line.startswith("| "):
-            found.setdefault(caption, []).append(
+            actual.setdefault(caption, []).append(
                 [c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]])
         elif line:
             caption = " ".join(line.split()[:2])
-    return {k: rows[:1] + rows[2:] for k, rows in found.items()}
+    return {k: rows[:1] + rows[2:] for k, rows in actual.items()}
 
 
 def refused(capsys, *argv):
@@ -185,12 +185,12 @@ def column(rows, name):
 def test_table_changed_options_and_tests_of_three_results(make, capsys):
     paths = [make("probe_a", 0.9), make("probe_b", 0.5, learning_rate=0.3, num_workers=1),
              make("finetune_c", 0.2, model_path="x/last.pth", freeze_encoder=True)]
-    found = tables(compare(capsys, *paths))
-    assert found["What changed"] == [
+    actual = tables(compare(capsys, *paths))
+    assert actual["What changed"] == [
         ["option", "1", "2", "3"], ["stage", "probe", "probe", "finetune"],
         ["model_path", "random", "random", "x/last.pth"], ["learning_rate", "0.1", "0.3", "0.1"],
         ["freeze_encoder", "-", "-", "true"]]
-    rows = {r[0]: r[1:] for r in found["Held-out subjects,"]}
+    rows = {r[0]: r[1:] for r in actual["Held-out subjects,"]}
     assert list(rows) == ["", "baseline: majority", "baseline: stratified random",
                           "1: probe, untrained alexnet, loso", "2: probe, untrained alexnet, loso",
                           "3: finetune, pre-trained alexnet, frozen, loso"]
@@ -200,7 +200,8 @@ def test_table_changed_options_and_tests_of_three_results(make, capsys):
         assert line[1].startswith(f"{uf1(labels, guesses, 3):.3f} [")
         assert line[2].startswith(f"{recall_score(labels, guesses, average='macro'):.3f} [")
         assert line[3].startswith(f"{np.mean(np.equal(labels, guesses)):.3f} [")
-    tests, guesses = found["Paired permutation"][1:], [column(read(p), "prediction") for p in paths]
+    tests = actual["Paired permutation"][1:]
+    guesses = [column(read(p), "prediction") for p in paths]
     assert [t[0] for t in tests] == ["1 minus 2", "1 minus 3", "2 minus 3"]
     people = [(r["database"], r["subject"]) for r in read(paths[0])]
     expected = [measures.permutation_test(labels, guesses[i], guesses[j], people, 3)
@@ -213,10 +214,10 @@ def test_table_changed_options_and_tests_of_three_results(make, capsys):
 def test_one_result_and_two_that_differ_in_bookkeeping_alone(make, capsys):
     a = make("a", 0.9)
     assert set(tables(compare(capsys, a))) == {"Held-out subjects,"}
-    found = tables(compare(capsys, a, make("b", 0.9, save_path="elsewhere", num_workers=9)))
-    assert set(found) == {"What changed", "Held-out subjects,", "Paired permutation"}
-    assert found["What changed"] == [["option", "1", "2"], ["stage", "a", "b"]]
-    assert found["Paired permutation"][1] == ["1 minus 2", "+0.000", "1.0000", "1.0000"]
+    actual = tables(compare(capsys, a, make("b", 0.9, save_path="elsewhere", num_workers=9)))
+    assert set(actual) == {"What changed", "Held-out subjects,", "Paired permutation"}
+    assert actual["What changed"] == [["option", "1", "2"], ["stage", "a", "b"]]
+    assert actual["Paired permutation"][1] == ["1 minus 2", "+0.000", "1.0000", "1.0000"]
 
 
 def test_differing_clips_are_refused_or_cut_to_the_common_ones(make, capsys):
@@ -225,20 +226,20 @@ def test_differing_clips_are_refused_or_cut_to_the_common_ones(make, capsys):
     assert str(paths[1]) in line and "25 clips" in line and "40" in line and "--common" in line
     printed = compare(capsys, "--common", *paths)
     assert "on the 25 clips that all results hold" in printed
-    found = tables(printed)
+    actual = tables(printed)
     shared = [r for r in read(paths[0]) if int(r["key"][1:]) < 25]
-    assert all(r[1] == "25 / 5" for r in found["Held-out subjects,"][1:])
+    assert all(r[1] == "25 / 5" for r in actual["Held-out subjects,"][1:])
     labels = column(shared, "label")
     ours = uf1(labels, column(shared, "prediction"), 3)
     theirs = uf1(column(read(paths[1]), "label"), column(read(paths[1]), "prediction"), 3)
-    assert found["Held-out subjects,"][3][2].startswith(f"{ours:.3f} [")
-    assert found["Held-out subjects,"][4][2].startswith(f"{theirs:.3f} [")
+    assert actual["Held-out subjects,"][3][2].startswith(f"{ours:.3f} [")
+    assert actual["Held-out subjects,"][4][2].startswith(f"{theirs:.3f} [")
     majority = max(labels.count(c) for c in range(3)) / 25
-    assert found["Held-out subjects,"][1][4] == f"{majority:.3f}"
-    assert found["Paired permutation"][1][1] == f"{ours - theirs:+.3f}"
+    assert actual["Held-out subjects,"][1][4] == f"{majority:.3f}"
+    assert actual["Paired permutation"][1][1] == f"{ours - theirs:+.3f}"
     # the baselines are those of the common clips, whichever result comes first
     assert tables(compare(capsys, "--common", *paths[::-1]))["Held-out subjects,"][1:3] \
-        == found["Held-out subjects,"][1:3]
+        == actual["Held-out subjects,"][1:3]
 
 
 def test_the_same_key_in_another_database_is_another_clip(make, capsys):
@@ -255,9 +256,9 @@ def test_other_labels_or_classes_are_refused_though_clips_are_cut(make, capsys):
     for flags in ([], ["--common"]):
         line = refused(capsys, *flags, a, b)
         assert "2 clips carry another label" in line and "casme3/s0/k3 the first" in line
-    found = json.loads(b.read_text())
-    b.write_text(json.dumps({**found, "n_label": 4,
-                             "confusion": [[*r, 0] for r in found["confusion"]] + [[0] * 4]}))
+    actual = json.loads(b.read_text())
+    b.write_text(json.dumps({**actual, "n_label": 4,
+                             "confusion": [[*r, 0] for r in actual["confusion"]] + [[0] * 4]}))
     assert "tells 4 classes apart" in refused(capsys, a, b)
 
 
@@ -314,8 +315,8 @@ def test_results_that_differ_in_the_seed_are_also_one_row(make, capsys):
     paths += [make(f"probe_r{s}", 0.3, seed=s, learning_rate=0.5, **more)
               for s, more in ((4, {}), (5, {"without": []}))]
     paths += [make("probe_z", 0.5, seed=0)]
-    found = tables(compare(capsys, *paths))["Held-out subjects,"]
-    rows = {r[0]: r[1:] for r in found if "mean and standard deviation" in r[0]}
+    actual = tables(compare(capsys, *paths))["Held-out subjects,"]
+    rows = {r[0]: r[1:] for r in actual if "mean and standard deviation" in r[0]}
     assert list(rows) == [
         "1, 2, 3: probe, pre-trained alexnet, loso, x, mean and standard deviation over 3 seeds",
         "4, 5: probe, untrained alexnet, loso, mean and standard deviation over 2 seeds"]
@@ -337,7 +338,7 @@ def test_seeds_of_pre_training_alone_count_and_repeated_runs_do_not(make, capsys
 
 def test_other_data_or_options_are_not_another_seed(make, capsys):
     paths = [make("probe_a", 0.7), make("probe_b", 0.7, seed=1, learning_rate=0.2),
-             make("probe_c", 0.7, seed=2, about={"data_digest": "e" * 64}),
+             make("probe_c", 0.7, seed=2, details={"data_digest": "e" * 64}),
              make("finetune_d", 0.7, seed=3)]
     printed = compare(capsys, *paths)
     assert "deviation" not in printed
@@ -360,9 +361,9 @@ def test_whether_held_out_subjects_were_seen_has_a_column(make, capsys):
                   learning_rate=rate)
              for s, (value, rate) in enumerate([(False, 1), (None, 1), (False, 1), (True, 2),
                                                 (None, 2), (False, 3), (False, 3)])]
-    found = json.loads(paths[2].read_text())
-    del found["transductive"]  # as who wrote none
-    paths[2].write_text(json.dumps(found))
+    actual = json.loads(paths[2].read_text())
+    del actual["transductive"]  # as who wrote none
+    paths[2].write_text(json.dumps(actual))
     rows = tables(compare(capsys, *paths))["Held-out subjects,"]
     place = rows[0].index("transductive")
     assert all(len(r) == len(rows[0]) for r in rows)
@@ -377,7 +378,7 @@ def test_whether_held_out_subjects_were_seen_has_a_column(make, capsys):
 
 
 def test_rendered_data_are_named(make, capsys):
-    a = make("a", 0.9, about={"rendered": True})
+    a = make("a", 0.9, details={"rendered": True})
     assert "rendered stand-in data, not CAS(ME)^3" in compare(capsys, a)
     assert r"not CAS(ME)\textasciicircum{}3" in compare(capsys, "--latex", a)
 
@@ -402,9 +403,9 @@ def test_latex_holds_the_same_cells_escaped(make, capsys):
         assert body.splitlines()[1] == r"\midrule" and len(lines) == len(rows)
         for line, cells in zip(lines, rows):
             assert line.endswith(r" \\")
-            found = re.split(r"(?<!\\)&", line[:-3])
-            assert len(found) == len(columns) == len(cells)
-            for cell, text in zip(found, cells):
+            actual = re.split(r"(?<!\\)&", line[:-3])
+            assert len(actual) == len(columns) == len(cells)
+            for cell, text in zip(actual, cells):
                 cell = cell.strip().replace(r"\allowbreak{}", "")
                 whole = cell.removeprefix(r"\parbox[t]{20em}{\raggedright ")
                 assert (whole != cell) == (len(text) > 44)

@@ -37,17 +37,17 @@ def scores(state, model, data):
     return (rgb @ depth.t()).numpy(), np.array([clips.clips[i].subject for i in keep])
 
 
-def above(found, subjects=None):
+def above(actual, subjects=None):
     """Share of non-matching pairs that score below the matching one, 0.5 at chance.
 
     subjects: compare with other clips of the same subject only.
     """
     wins = []
-    for i in range(len(found)):
-        others = np.arange(len(found)) != i
+    for i in range(len(actual)):
+        others = np.arange(len(actual)) != i
         if subjects is not None:
             others &= subjects == subjects[i]
-        wins += [found[i, i] > found[i, others], found[i, i] > found[others, i]]
+        wins += [actual[i, i] > actual[i, others], actual[i, i] > actual[others, i]]
     return np.concatenate(wins).mean()
 
 
@@ -83,10 +83,10 @@ FLAGS = ["--batch_size", 8, "--epochs", 20, "--no_flip", "--jitter", 0]
 def test_views_of_people_never_seen_match_after_training(small_crops, blobs, cache, tmp_path):
     seen, unseen = blobs
     state, lines = train(seen, tmp_path, cache, "resnet18v1", *FLAGS)
-    found, subjects = scores(state, "resnet18v1", unseen)
+    actual, subjects = scores(state, "resnet18v1", unseen)
     assert fall(lines, "rgb") > 0.2 and fall(lines, "depth") > 0.2
-    assert above(found) > 0.7
-    assert above(found, subjects) > 0.7
+    assert above(actual) > 0.7
+    assert above(actual, subjects) > 0.7
 
 
 @pytest.mark.slow
@@ -94,8 +94,8 @@ def test_nothing_is_learnt_from_permuted_pairs(small_crops, blobs, cache, tmp_pa
     seen, unseen = blobs
     permute(seen)
     state, _ = train(seen, tmp_path, cache, "resnet18v1", *FLAGS)
-    found, _ = scores(state, "resnet18v1", unseen)
-    assert 0.4 < above(found) < 0.6
+    actual, _ = scores(state, "resnet18v1", unseen)
+    assert 0.4 < above(actual) < 0.6
 
 
 @pytest.mark.parametrize("rate", [0.003, 0.03])
@@ -122,7 +122,7 @@ def test_the_demos_settings_learn_from_rendered_faces(cache, tmp_path, monkeypat
     for view in ("rgb", "depth"):
         assert lines[-1][f"{view}_loss"] < lines[0][f"{view}_loss"] - chance / 5
         assert lines[-1][f"{view}_loss"] < 0.8 * chance
-    found, subjects = scores(state, "alexnet", tmp_path / "unseen")
-    print(json.dumps({"all": above(found), "same subject": above(found, subjects)}))
-    assert above(found) > 0.55
-    assert above(found, subjects) > 0.53
+    actual, subjects = scores(state, "alexnet", tmp_path / "unseen")
+    print(json.dumps({"all": above(actual), "same subject": above(actual, subjects)}))
+    assert above(actual) > 0.55
+    assert above(actual, subjects) > 0.53

@@ -53,10 +53,10 @@ def raw(tmp_path_factory):
 @pytest.fixture(scope="module")
 def made(raw, tmp_path_factory):
     """A function of the preparation's flags and those of training: (data folder, last.pth)."""
-    known = {}
+    given = {}
 
     def make(crop, *flags):
-        if (crop, flags) not in known:
+        if (crop, flags) not in given:
             folder = tmp_path_factory.mktemp("made")
             data = folder / "data"
             script("prepare").main([
@@ -66,8 +66,8 @@ def made(raw, tmp_path_factory):
             finetune("--data_folder", data, "--cache", "off", "--model_path", "random", "--model",
                      "resnet18v1", "--epochs", 2, "--batch_size", 4, "--subject", "all",
                      "--save_path", folder, "--freeze_encoder", *flags)
-            known[crop, flags] = data, next(folder.glob("finetune_*/last.pth"))
-        return known[crop, flags]
+            given[crop, flags] = data, next(folder.glob("finetune_*/last.pth"))
+        return given[crop, flags]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transforms, "CROP", 64)
         patch.setattr("preparation.audit.draw_all", lambda *args: None)
@@ -77,9 +77,9 @@ def made(raw, tmp_path_factory):
 def frames(raw, row, depth=True):
     """The flags that name the frames of a clip."""
     folder = raw / row[0] / row[1]
-    found = ["--onset", folder / "color" / f"{row[2]}.jpg", "--apex",
+    actual = ["--onset", folder / "color" / f"{row[2]}.jpg", "--apex",
              folder / "color" / f"{row[3]}.jpg"]
-    return found + (["--depth_onset", folder / "depth" / f"{row[2]}.png", "--depth_apex",
+    return actual + (["--depth_onset", folder / "depth" / f"{row[2]}.png", "--depth_apex",
                      folder / "depth" / f"{row[3]}.png"] if depth else [])
 
 
@@ -91,15 +91,15 @@ def by_hand(path, data, layer=6):
     head = state["classifier"]
     clips = dataset.read_clips(data)
     images, _ = dataset.load_images(clips)
-    found, (mean, std) = {}, (torch.tensor(state["normalization"][n]) for n in ("mean", "std"))
+    actual, (mean, std) = {}, (torch.tensor(state["normalization"][n]) for n in ("mean", "std"))
     for clip, image in zip(clips.clips, images):
         x = torch.from_numpy(image[:, 96:160, 96:160]).float() / 255
         x = (x - mean[:, None, None]) / std[:, None, None]
         with torch.no_grad():
             features = (torch.cat(model(x[None], layer), 1) - head["mean"]) / head["std"]
-            found[clip.key] = (features @ head["classifier.weight"].t()
+            actual[clip.key] = (features @ head["classifier.weight"].t()
                                + head["classifier.bias"]).softmax(1)[0].numpy()
-    return found
+    return actual
 
 
 @pytest.mark.parametrize("crop, box", [
@@ -112,14 +112,14 @@ def test_raw_frames_give_the_numbers_of_the_prepared_list(raw, made, capsys, cro
     expected = by_hand(path, data)
     listed = {}
     for name in ("spNO1_test.txt", "spNO2_test.txt"):
-        found = predicted(capsys, "--model_path", path, "--data_folder", data, "--list",
+        actual = predicted(capsys, "--model_path", path, "--data_folder", data, "--list",
                           data / "v_rgb" / name)
-        assert found["classes"] == ["negative", "positive", "surprise"]
-        listed |= {clip["key"]: clip for clip in found["clips"]}
+        assert actual["classes"] == ["negative", "positive", "surprise"]
+        listed |= {clip["key"]: clip for clip in actual["clips"]}
     assert listed.keys() == expected.keys() and len(listed) == 6
     for row in ROWS:
-        found = predicted(capsys, "--model_path", path, *frames(raw, row), *box)
-        (clip,) = found["clips"]
+        actual = predicted(capsys, "--model_path", path, *frames(raw, row), *box)
+        (clip,) = actual["clips"]
         (key,) = [k for k in listed if k.startswith(f"{row[0]}-{row[1]}-")]
         p = clip["probabilities"]
         assert p == pytest.approx(listed[key]["probabilities"], abs=1e-6)
@@ -133,7 +133,7 @@ def test_another_box_gives_other_numbers(raw, made, capsys):
     _, path = made(("box", *BOX))
     here, there = (predicted(capsys, "--model_path", path, *frames(raw, ROWS[0]), "--box", *box)
                    for box in (BOX, (50, 10, 60, 60)))
-    ours, theirs = (list(found["clips"][0]["probabilities"].values()) for found in (here, there))
+    ours, theirs = (list(actual["clips"][0]["probabilities"].values()) for actual in (here, there))
     assert abs(np.subtract(ours, theirs)).max() > 1e-3
 
 
@@ -141,14 +141,14 @@ def test_the_table_holds_the_numbers_of_the_json(made, capsys):
     data, path = made(("none",))
     argv = ["--model_path", path, "--data_folder", data, "--list",
             data / "v_rgb" / "spNO1_train.txt"]
-    found = predicted(capsys, *argv)
+    actual = predicted(capsys, *argv)
     predict(*argv)
     printed = capsys.readouterr()
     head, *lines = printed.out.splitlines()
     assert head.split() == ["clip", "prediction", "negative", "positive", "surprise"]
     assert [line.split() for line in lines] == [
         [clip["key"], clip["prediction"], *(f"{p:.3f}" for p in clip["probabilities"].values())]
-        for clip in found["clips"]]
+        for clip in actual["clips"]]
     assert len({len(line) for line in (head, *lines)}) == 1
 
 
@@ -180,7 +180,7 @@ def test_a_model_whose_encoder_was_trained_too(drawn, quick, pretrained, tmp_pat
     finetune("--data_folder", drawn, *quick, "--model_path", pretrained, "--save_path", tmp_path,
              "--subject", "all", "--layer", 4)
     (path,) = tmp_path.glob("finetune_*/last.pth")
-    found = predicted(capsys, "--model_path", path, "--data_folder", drawn, "--list",
+    actual = predicted(capsys, "--model_path", path, "--data_folder", drawn, "--list",
                       drawn / "v_rgb" / "s2_test.txt")
     state, head = torch.load(path, weights_only=True), create_classifier("resnet18v1", 4, 2)
     model = create_model("resnet18v1").eval()
@@ -191,9 +191,9 @@ def test_a_model_whose_encoder_was_trained_too(drawn, quick, pretrained, tmp_pat
     x = transforms.eval_transform(torch.from_numpy(images), state["normalization"])
     with torch.no_grad():
         expected = head(*model(x, 4)).softmax(1).numpy()
-    assert [clip["key"] for clip in found["clips"]] == [f"s2-{v}-{10 + i}"
+    assert [clip["key"] for clip in actual["clips"]] == [f"s2-{v}-{10 + i}"
                                                         for i, v in enumerate("abc")]
-    for clip in found["clips"]:
+    for clip in actual["clips"]:
         i = next(i for i, c in enumerate(clips.clips) if c.key == clip["key"])
         assert list(clip["probabilities"].values()) == pytest.approx(expected[i].tolist(), abs=1e-5)
 
@@ -208,10 +208,10 @@ def test_a_fine_tuned_head_gives_the_probabilities_that_the_results_hold(
     state = torch.load(path, weights_only=True)["classifier"]
     assert (state["std"] != 1).any() and (state["mean"] != 0).any()
     kept = json.loads((path.parent / "subjects" / "s3.json").read_text())["rows"]
-    found = predicted(capsys, "--model_path", path, "--data_folder", drawn, "--list",
+    actual = predicted(capsys, "--model_path", path, "--data_folder", drawn, "--list",
                       drawn / "v_rgb" / "s3_test.txt")["clips"]
-    assert [clip["key"] for clip in found] == [row["key"] for row in kept]
-    for clip, row in zip(found, kept):
+    assert [clip["key"] for clip in actual] == [row["key"] for row in kept]
+    for clip, row in zip(actual, kept):
         assert list(clip["probabilities"].values()) == pytest.approx(row["probabilities"], abs=1e-6)
 
 
@@ -353,18 +353,18 @@ def test_lists_that_do_not_fit(raw, made, tmp_path, capsys):
     shutil.copytree(data, other)
     argv = ["--model_path", path, "--data_folder", other, "--list",
             other / "v_rgb" / "spNO1_test.txt"]
-    known = json.loads((data / "encoding.json").read_text())
+    given = json.loads((data / "encoding.json").read_text())
     for change, message in (({"difference": "absolute"}, "difference"),
                             ({"registration": "none"}, "registration none"),
-                            ({"crop": {**known["crop"], "margin": 0.5}}, "crop margin 0.5"),
+                            ({"crop": {**given["crop"], "margin": 0.5}}, "crop margin 0.5"),
                             ({"depth_range_mm": 20}, "depth_range_mm 20"),
                             ({"classes": ["x", "y", "z"]}, "classes")):
-        util.write_json(other / "encoding.json", known | change)
+        util.write_json(other / "encoding.json", given | change)
         assert message in refused(capsys, *argv)
     (other / "encoding.json").unlink()
     assert "difference wrap" in refused(capsys, *argv)
     predict(*argv, "--encoding", "signed")
-    util.write_json(other / "encoding.json", known)
+    util.write_json(other / "encoding.json", given)
     assert "drop the flag" in refused(capsys, *argv, "--encoding", "wrap")
     row, *rest = (other / "v_depth" / "spNO1_test.txt").read_text().splitlines(True)
     (other / "v_depth" / "spNO1_test.txt").write_text("".join(rest))

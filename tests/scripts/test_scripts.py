@@ -126,8 +126,8 @@ def test_a_subject_left_out_leaves_no_trace(fresh, quick, strict, tmp_path):
             shutil.copyfile(fresh / clips.clips[0].paths[0], fresh / clip.paths[0])
     pretrain("--data_folder", fresh, *quick, "--model_path", tmp_path / "runs", "--subject", "s3")
     name = f"{RUN}_without_s3"
-    found = states_differ(tmp_path / "runs" / name / "last.pth", strict / name / "last.pth")
-    assert found == ["/data_digest"]
+    actual = states_differ(tmp_path / "runs" / name / "last.pth", strict / name / "last.pth")
+    assert actual == ["/data_digest"]
 
 
 def test_fold_leaves_a_group_of_subjects_out(drawn, quick, tmp_path):
@@ -274,31 +274,31 @@ def solved(small_crops, plain, tmp_path_factory):
 @pytest.mark.parametrize("run", ["probed", "solved"])
 def test_every_clip_is_predicted_exactly_once(run, drawn, request):
     clips = dataset.read_clips(drawn)
-    found = rows(request.getfixturevalue(run))
-    assert [(r["database"], r["subject"], r["key"], int(r["label"])) for r in found] \
+    actual = rows(request.getfixturevalue(run))
+    assert [(r["database"], r["subject"], r["key"], int(r["label"])) for r in actual] \
         == [("casme3", c.subject, c.key, c.label) for c in clips.clips]
-    for r in found:
+    for r in actual:
         p = [float(r["p_0"]), float(r["p_1"])]
         assert sum(p) == pytest.approx(1, abs=1e-5)
         assert int(r["prediction"]) == int(np.argmax(p))
 
 
 def test_results_hold_what_the_design_promises(probed, pretrained):
-    found = json.loads((probed / "results.json").read_text())
-    assert found["protocol"] == "loso" and found["transductive"] is True
-    assert (found["n"], found["n_label"], found["n_subjects"]) == (12, 2, 4)
-    assert found.keys() >= {*FIGURES, "opt", "versions", "command", "data_digest", "list_digest",
+    actual = json.loads((probed / "results.json").read_text())
+    assert actual["protocol"] == "loso" and actual["transductive"] is True
+    assert (actual["n"], actual["n_label"], actual["n_subjects"]) == (12, 2, 4)
+    assert actual.keys() >= {*FIGURES, "opt", "versions", "command", "data_digest", "list_digest",
                             "checkpoints"}
-    assert found["opt"]["protocol"] == "loso" and found["opt"]["epochs"] == 4
-    assert found["ci95"].keys() == {"uf1", "uar", "accuracy"}
-    assert all(low <= found[name] <= high for name, (low, high) in found["ci95"].items())
-    assert found["baselines"].keys() == {"majority", "stratified_random"}
-    assert found["per_database"]["casme3"]["n"] == 12
-    assert found["per_database"]["casme3"].keys() >= FIGURES
-    assert found["without_blank_clips"]["n"] == 11
-    assert list(found["checkpoints"]) == [str(pretrained)]
+    assert actual["opt"]["protocol"] == "loso" and actual["opt"]["epochs"] == 4
+    assert actual["ci95"].keys() == {"uf1", "uar", "accuracy"}
+    assert all(low <= actual[name] <= high for name, (low, high) in actual["ci95"].items())
+    assert actual["baselines"].keys() == {"majority", "stratified_random"}
+    assert actual["per_database"]["casme3"]["n"] == 12
+    assert actual["per_database"]["casme3"].keys() >= FIGURES
+    assert actual["without_blank_clips"]["n"] == 11
+    assert list(actual["checkpoints"]) == [str(pretrained)]
     labels, predictions = ([int(r[k]) for r in rows(probed)] for k in ("label", "prediction"))
-    assert found["accuracy"] == pytest.approx(np.mean(np.equal(labels, predictions)))
+    assert actual["accuracy"] == pytest.approx(np.mean(np.equal(labels, predictions)))
     assert (probed / "confusion.png").exists()
 
 
@@ -311,11 +311,11 @@ def test_merged_subjects_equal_one_run_over_all(drawn, quick, pretrained, probed
     assert json.loads((run / "results.json").read_text())["n_subjects"] == 2
     probe(*flags, "s2", "s4", "s1")
     assert same_predictions(run, probed)
-    found = json.loads((run / "results.json").read_text())
-    assert found["n_subjects"] == 4
-    assert [made["command"].rpartition("--subject ")[2] for made in found["made_by"]] \
+    actual = json.loads((run / "results.json").read_text())
+    assert actual["n_subjects"] == 4
+    assert [made["command"].rpartition("--subject ")[2] for made in actual["made_by"]] \
         == ["s3 s1", "s2 s4 s1"]
-    assert found["made_by"][1] == {name: found[name] for name in ("command", "versions")}
+    assert actual["made_by"][1] == {name: actual[name] for name in ("command", "versions")}
 
 
 def test_merged_subjects_with_solved_heads_equal_one_run_over_all(plain, solved, tmp_path):
@@ -330,9 +330,9 @@ def test_merged_subjects_with_solved_heads_equal_one_run_over_all(plain, solved,
 def test_ten_folds_and_the_random_encoder(drawn, quick, tmp_path):
     probe("--data_folder", drawn, *quick, "--model_path", "random", "--save_path", tmp_path)
     run = only(tmp_path)
-    found = json.loads((run / "results.json").read_text())
+    actual = json.loads((run / "results.json").read_text())
     assert run.name.startswith("probe_random_resnet18v1")
-    assert found["protocol"] == "10fold" and found["transductive"] is False
+    assert actual["protocol"] == "10fold" and actual["transductive"] is False
     assert len(rows(run)) == 12
 
 
@@ -401,8 +401,8 @@ def test_strict_checkpoints_are_not_transductive(drawn, quick, strict, tmp_path,
              "--model_path", strict / f"{RUN}_without_{{subject}}" / "last.pth"]
     run(*flags, *(["--protocol", "loso"] if run is probe else ["--freeze_encoder"]))
     assert transductive(tmp_path) is False
-    found = json.loads((only(tmp_path) / "results.json").read_text())["checkpoints"]
-    assert sorted(found) == [str(strict / f"{RUN}_without_{s}" / "last.pth") for s in ("s1", "s2")]
+    actual = json.loads((only(tmp_path) / "results.json").read_text())["checkpoints"]
+    assert sorted(actual) == [str(strict / f"{RUN}_without_{s}" / "last.pth") for s in ("s1", "s2")]
 
 
 def test_checkpoints_per_fold_are_not_transductive_unless_mixed_up(drawn, quick, strict, tmp_path):
@@ -538,16 +538,16 @@ def test_fine_tuning_moves_what_it_should(drawn, quick, pretrained, tmp_path, fl
 
 
 def test_labels_of_the_held_out_subject_do_not_matter(fresh, quick, pretrained, tmp_path):
-    found = []
+    actual = []
     for turn in ("right", "wrong"):
         if turn == "wrong":
             for path in fresh.glob("v_*/*.txt"):
                 path.write_text("".join(
                     re.sub(r" ([01]) 0$", lambda m: f" {1 - int(m[1])} 0", line)
                     if "/s1-" in line else line for line in path.read_text().splitlines(True)))
-        found.append(tuned(fresh, quick, pretrained, tmp_path / turn)[1])
-    assert differing(found[0]["model"], found[1]["model"]) == []
-    assert differing(found[0]["classifier"], found[1]["classifier"]) == []
+        actual.append(tuned(fresh, quick, pretrained, tmp_path / turn)[1])
+    assert differing(actual[0]["model"], actual[1]["model"]) == []
+    assert differing(actual[0]["classifier"], actual[1]["classifier"]) == []
 
 
 def test_a_frozen_encoder_is_probed_per_subject(drawn, quick, pretrained, probed, tmp_path):
@@ -631,8 +631,8 @@ def test_subject_all_makes_one_model_for_prediction(drawn, quick, pretrained, tm
     images, _ = dataset.load_images(clips)
     classifier = Classifier(model, head, state["layer"], state["normalization"])
     autocast = epochs.mixed_precision(False, torch.device("cpu")).autocast
-    found = supervised.predict(classifier, images, np.arange(12), autocast, 8)
-    assert found.shape == (12, 2) and np.isfinite(found).all()
+    actual = supervised.predict(classifier, images, np.arange(12), autocast, 8)
+    assert actual.shape == (12, 2) and np.isfinite(actual).all()
     tuned(drawn, quick, pretrained, tmp_path, *flags, "--resume", "auto")
     again = load(run / "last.pth")
     assert differing(again["model"], state["model"]) == []
@@ -656,19 +656,19 @@ def test_curves_of_pretraining_read_back_as_logged(pretrained):
     lines = record.read_log(run)
     assert lines[0]["command"].startswith("python pre-train_DVSCL.py --data_folder")
     assert lines[0]["opt"]["epochs"] == 1 and "torch" in lines[0]["versions"]
-    found = curves(run.parent / "tensorboard" / run.name)
-    assert found.keys() == {"rgb_loss", "rgb_prob", "depth_loss", "depth_prob", "learning_rate",
+    actual = curves(run.parent / "tensorboard" / run.name)
+    assert actual.keys() == {"rgb_loss", "rgb_prob", "depth_loss", "depth_prob", "learning_rate",
                             "pairs_per_second"}
-    for tag, values in found.items():
+    for tag, values in actual.items():
         assert values == {1: pytest.approx(lines[1][tag], rel=1e-6)}
 
 
 def test_curves_of_heads_read_back_as_logged(probed):
     lines = record.read_log(probed)
     assert [line["epoch"] for line in lines[1:]] == [1, 2, 3, 4]
-    found = curves(probed.parent / "tensorboard" / probed.name)
-    assert {"train_loss", "train_accuracy", "learning_rate"} <= found.keys()
-    for tag, values in found.items():
+    actual = curves(probed.parent / "tensorboard" / probed.name)
+    assert {"train_loss", "train_accuracy", "learning_rate"} <= actual.keys()
+    for tag, values in actual.items():
         assert values == {line["epoch"]: pytest.approx(line[tag], rel=1e-6) for line in lines[1:]}
 
 

@@ -178,11 +178,11 @@ def test_replicas_in_threads_of_their_own_compute_in_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.nn, "DataParallel", lambda model: model)
     autocast, _ = epochs.mixed_precision(True, torch.device("cpu"))
-    model, found = distributed.wrap(torch.nn.Linear(3, 2), CUDA, autocast), []
-    replica = threading.Thread(target=lambda: found.append(model(torch.ones(4, 3)).dtype))
+    model, actual = distributed.wrap(torch.nn.Linear(3, 2), CUDA, autocast), []
+    replica = threading.Thread(target=lambda: actual.append(model(torch.ones(4, 3)).dtype))
     replica.start()
     replica.join()
-    assert found == [torch.bfloat16]
+    assert actual == [torch.bfloat16]
 
 
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")

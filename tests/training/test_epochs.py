@@ -36,8 +36,8 @@ def test_the_cosine_falls_from_the_base_to_nothing(warmup):
 def test_the_exponential_rate_falls_with_every_epoch_until_its_plateau():
     for epoch in range(1, 31):
         for part in (0.001, 0.5, 1):  # the same throughout an epoch
-            found = epochs.exponential_rate(0.3, epoch - 1 + part, 0.9, 12)
-            assert found == pytest.approx(0.3 * 0.9 ** min(epoch - 1, 12))
+            actual = epochs.exponential_rate(0.3, epoch - 1 + part, 0.9, 12)
+            assert actual == pytest.approx(0.3 * 0.9 ** min(epoch - 1, 12))
     last = epochs.exponential_rate(0.3, 13, 0.9, 12)
     assert epochs.exponential_rate(0.3, 12, 0.9, 12) == pytest.approx(last / 0.9)
     assert epochs.exponential_rate(0.3, 13.1, 0.9, 12) == last == epochs.exponential_rate(
