@@ -1,15 +1,16 @@
-"""Raw frames of a set → what the three training scripts read: difference images, lists.
+"""Raw frames of a set → what the training scripts read: difference images and lists, or flow.
 
     python prepare.py casme3 --raw part_A --annotation LABELS.xlsx --data_folder data/casme3
+    python prepare.py casme2 --raw Cropped --annotation CODING.xlsx --data_folder data/casme2
 
 `python prepare.py SET --help` lists the flags.
 """
 import util  # first: it settles how threads wait before torch is imported
 
 # isort: split
-from preparation import casme3
+from preparation import casme2, casme3
 
-SETS = {"casme3": casme3}
+SETS = {"casme2": casme2, "casme3": casme3}
 
 
 def parse_option(argv=None):

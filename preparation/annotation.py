@@ -95,20 +95,13 @@ def read_annotation(path: str | Path) -> Table:
     path = Path(path)
     if path.is_dir():
         return _read_lists(path)
-    if not path.is_file():
-        raise BadInput(f"{path}: missing; --annotation names a workbook (.xlsx, .xls), a .csv or "
-                       f"a folder with v_rgb and v_depth")
-    readers = {".xlsx": _xlsx_rows, ".xls": _xls_rows,
-               ".csv": lambda path: [*read_cells(path, "save the sheet as CSV in UTF-8")]}
-    if path.suffix.lower() not in readers:
-        raise BadInput(f"{path}: --annotation takes .xlsx, .xls, .csv or a folder of lists")
-    cells = readers[path.suffix.lower()](path)
+    cells = read_sheet(path, ", or a folder of lists")
     table = Table([], {"name": path.name,
                        "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
-    places = _header(path, cells, COLUMNS)
+    places = header(path, cells, COLUMNS)
     clips = set()
     for number, line in cells[1:]:
-        values = {name: _text(line[i]) if i < len(line) else "" for name, i in places.items()}
+        values = {name: cell_text(line[i]) if i < len(line) else "" for name, i in places.items()}
         if any(values.values()):
             _add_row(table, values, f"row {number}", clips)
     if not table.rows:
@@ -117,7 +110,24 @@ def read_annotation(path: str | Path) -> Table:
     return table
 
 
-def _text(cell):
+def read_sheet(path: str | Path, more: str = "") -> list[tuple]:
+    """(row number, cells) of a workbook's sheet, or of a CSV file.
+
+    The sheet is the one called 'label', else the first; more: what --annotation takes besides.
+    Raises BadInput.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"{path}: missing; --annotation names a workbook (.xlsx, .xls) or a .csv"
+                       f"{more}")
+    readers = {".xlsx": _xlsx_rows, ".xls": _xls_rows,
+               ".csv": lambda path: [*read_cells(path, "save the sheet as CSV in UTF-8")]}
+    if path.suffix.lower() not in readers:
+        raise BadInput(f"{path}: --annotation takes .xlsx, .xls, .csv{more}")
+    return readers[path.suffix.lower()](path)
+
+
+def cell_text(cell: object) -> str:
     """A cell as text: numbers without the .0 that spreadsheets add."""
     text = "" if cell is None else str(cell).strip()
     return text[:-2] if re.fullmatch(r"\d+\.0", text) else text
@@ -152,9 +162,9 @@ def _xls_rows(path):
     return [(i + 1, sheet.row_values(i)) for i in range(sheet.nrows)]
 
 
-def _header(path, cells, columns):
+def header(path: Path, cells: list[tuple], columns: tuple) -> dict[str, int]:
     """dict column → place; raises BadInput for a missing one."""
-    names = [_text(cell).lower() for cell in cells[0][1]] if cells else []
+    names = [cell_text(cell).lower() for cell in cells[0][1]] if cells else []
     missing = [name for name in columns if name not in names and name != "objective class"]
     if missing:
         raise BadInput(f"{path}:1: no column {', '.join(missing)}; the header is "
@@ -260,7 +270,7 @@ def read_clips_csv(path: str | Path, root: Path) -> Table:
     path = Path(path)
     cells = [*read_cells(path, f"--clips names a CSV file with the columns "
                          f"{','.join(CLIP_COLUMNS)} and, optional, depth_onset,depth_apex")]
-    places, rows, lines, missing = _header(path, cells, CLIP_COLUMNS), [], {}, []
+    places, rows, lines, missing = header(path, cells, CLIP_COLUMNS), [], {}, []
     depth = "depth_onset" in places
     if depth != ("depth_apex" in places):
         raise BadInput(f"{path}:1: one of the columns depth_onset and depth_apex; give both or "

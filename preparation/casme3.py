@@ -78,7 +78,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--max_gap", type=positive_int, default=45,
                       help="longest onset to apex, frames; longer clips are dropped (the "
                            "published lists reach 36)")
-    _add_image_options(parser)
+    add_crop_options(parser, 256, ("mtcnn",), "none: the central square")
+    _add_difference_options(parser)
     _add_pair_options(parser)
     run = parser.add_argument_group("running")
     run.add_argument("--num_workers", type=number(int, 0), default=os.cpu_count() or 1,
@@ -94,17 +95,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                              "then decodes no frame again")
 
 
-def _add_image_options(parser):
-    """Crop, registration and difference."""
+def add_crop_options(parser: argparse.ArgumentParser, size: int, default: tuple,
+                     none: str) -> None:
+    """Crop and registration; size: side of the images by default; none: what --crop none means."""
     crop = parser.add_argument_group("crop")
-    crop.add_argument("--crop", nargs="+", action=Crop, default=("mtcnn",),
+    crop.add_argument("--crop", nargs="+", action=Crop, default=default,
                       metavar=("mtcnn|none|box|boxes", "X Y W H|FILE"),
-                      help="face on the onset frame: detected; none: the central square; box X Y "
-                           "W H: one in pixels for all; boxes FILE.csv: as this script writes it")
+                      help=f"face on the onset frame: detected; {none}; box X Y W H: one in pixels "
+                           f"for all; boxes FILE.csv: as prepare.py casme3 writes it")
     crop.add_argument("--margin", type=number(float, 0, 4), default=round(registration.MARGIN, 6),
                       help="share of the face added to the crop; the default lets the face fill "
                            "the central 224 of 256 pixels")
-    crop.add_argument("--size", type=number(int, 32, 1024), default=256,
+    crop.add_argument("--size", type=number(int, 32, 1024), default=size,
                       help="side of the images, pixels")
     crop.add_argument("--roll", action="store_true",
                       help="turn the crop so that the eyes of the onset frame are level; with "
@@ -112,12 +114,16 @@ def _add_image_options(parser):
     align = parser.add_argument_group("registration")
     align.add_argument("--register", choices=("translation", "similarity", "none"),
                        default="translation",
-                       help="motion of the head taken off the apex frame, on forehead and nose "
-                            "bridge, sub-pixel")
-    align.add_argument("--max_motion", type=number(float, 0), metavar="PIXELS",
-                       help="drop clips with more residual motion of these parts, pixels of the "
-                            "crop [none]")
+                       help="motion of the head since the onset taken off a frame, on forehead and "
+                            "nose bridge, sub-pixel")
+
+
+def _add_difference_options(parser):
+    """What the difference is, and which clips are too restless for one."""
     change = parser.add_argument_group("difference")
+    change.add_argument("--max_motion", type=number(float, 0), metavar="PIXELS",
+                        help="drop clips whose forehead and nose bridge move more after the "
+                             "registration, pixels of the crop [none]")
     change.add_argument("--difference", choices=DIFFERENCES, default="signed",
                         help="8 bits of apex minus onset d: (d + 256) // 2, d modulo 256 (what "
                              "the published normalisation implies), or its absolute value")
@@ -260,15 +266,17 @@ def plan_pairs(opt: argparse.Namespace, table: Table) -> tuple:
 
 # ---------------------------------------------------------------- run
 
-def cut_all(settings: cutting.Settings, tasks: list, folder: Path | str, num_workers: int) -> list:
-    """Records of all tasks, in their order, with a progress bar."""
+def run_all(process: Callable, tasks: list, settings: object, folder: Path | str,
+            num_workers: int) -> list:
+    """Records `process(task, settings, folder)` of all tasks, in their order, by several processes,
+    with a progress bar."""
     jobs = tasks, repeat(settings), repeat(str(folder))
     bar = {"desc": "cutting", "total": len(tasks), "unit": "clip", "disable": None}
     if num_workers < 2 or len(tasks) < 2:
-        return list(tqdm(map(cutting.process, *jobs), **bar))
+        return list(tqdm(map(process, *jobs), **bar))
     pool = ProcessPoolExecutor(min(num_workers, len(tasks)))
     try:
-        return list(tqdm(pool.map(cutting.process, *jobs, chunksize=2), **bar))
+        return list(tqdm(pool.map(process, *jobs, chunksize=2), **bar))
     except BrokenExecutor:
         raise RunFailed("a worker was killed, for memory perhaps; run again, with fewer "
                         "--num_workers: finished clips are kept") from None
@@ -315,10 +323,11 @@ def run(opt: argparse.Namespace) -> None:
     if opt.dry_run:
         rows = table.rows or [pair.row for pair in pairs]
         audit.dry_run(settings, table, rows, tasks or pair_tasks, folder,
-                      lambda some, aside: cut_all(settings, some, aside, opt.num_workers))
+                      lambda some, aside: run_all(cutting.process, some, settings, aside,
+                                                  opt.num_workers))
         return
     outputs.begin(opt, table, folder)
-    records = cut_all(settings, tasks + pair_tasks, folder, opt.num_workers)
+    records = run_all(cutting.process, tasks + pair_tasks, settings, folder, opt.num_workers)
     labelled = sort_out(table, table.rows, tasks, records[:len(tasks)], opt.max_motion)
     chosen = {pair.row.key: pair for pair in pairs}
     unlabelled = sort_out(table, [pair.row for pair in pairs], pair_tasks, records[len(tasks):],

@@ -1,0 +1,318 @@
+"""CASME II's workbook and frames → five registered frames a clip and the optical flow between them.
+
+  python prepare.py casme2 --raw Cropped --annotation CASME2-coding-20140508.xlsx \\
+      --data_folder data/casme2
+
+Five classes: happiness, repression, disgust, surprise, others. Prints its counts beside the
+published ones. The same for other sets with --clips. A run that was stopped goes on when started
+again. Expect two clips per second on two cores.
+"""
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+
+from images import flow
+from images.lists import DATABASES, natural
+from preparation import annotation, casme3, cutting, outputs, videos
+from preparation.annotation import Row, Table
+from util import (
+    BadInput,
+    number,
+    read_table,
+    remove_leftovers,
+    write_json,
+    write_table,
+)
+
+COLUMNS = ("subject", "filename", "onsetframe", "apexframe", "offsetframe", "action units",
+           "estimated emotion")
+CLASSES = ("happiness", "repression", "disgust", "surprise", "others")
+PUBLISHED = {"2014": (32, 27, 63, 25, 99), "2019": (32, 27, 63, 28, 99)}
+CLIP_COLUMNS = ("database", "subject", "clip", "folder", "onset", "apex", "offset", "label")
+SET_COLUMNS = ("database", "subject", "key", "label", "emotion", "clip", "onset", "apex", "offset",
+               "units")
+IMAGE = re.compile(r"(\D*)(\d+)\.(?:jpe?g|png|bmp)", re.IGNORECASE)
+PREFIXES = 5  # folders that may lie between the root and a subject
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The flags of `prepare.py casme2`."""
+    data = parser.add_argument_group("data")
+    data.add_argument("--raw", required=True, metavar="DIR",
+                      help="frames as received, sub01/EP02_01f/reg_img46.jpg below any folder, or "
+                           "what --clips refers to")
+    data.add_argument("--annotation", metavar="FILE",
+                      help="CASME II's workbook of 2014 or 2019 (.xlsx, .xls), or the same table "
+                           "as .csv")
+    data.add_argument("--clips", metavar="FILE.csv",
+                      help=f"other sets: {','.join(CLIP_COLUMNS)} and, optional, units; folders "
+                           f"relative to --raw, frames by the number in their name")
+    data.add_argument("--tolerance", type=number(int, 0), default=1,
+                      help="a missing frame is replaced by the nearest within this many frames")
+    data.add_argument("--bad_apex", choices=("middle", "drop"), default="middle",
+                      help="of a clip whose apex is no number, its onset, or outside of it: the "
+                           "middle of onset and offset stands in, or the clip is dropped")
+    motion = parser.add_argument_group("motion")
+    motion.add_argument("--flow", choices=flow.METHODS, default="dis",
+                        help="dis: OpenCV's DIS, preset medium, nearer the truth below a pixel; "
+                             "farneback: with the published parameters")
+    motion.add_argument("--reference", choices=("previous", "onset"), default="previous",
+                        help="frame that each step of flow starts from; previous: as published")
+    motion.add_argument("--middle", choices=("apex", "published"), default="apex",
+                        help="third of the five frames: the apex, or the middle of onset and "
+                             "offset as in the published code")
+    motion.add_argument("--jitters", type=number(int, 0), default=3,
+                        help="jittered onsets, and offsets, of which the flow is made for "
+                             "training")
+    casme3.add_crop_options(parser, 224, ("none",),
+                            "none: the whole frame, which suits the official crops")
+    run = parser.add_argument_group("running")
+    run.add_argument("--num_workers", type=number(int, 0), default=os.cpu_count() or 1,
+                     help="processes; 0: none but this one; the result is the same")
+    output = parser.add_argument_group("output")
+    output.add_argument("--data_folder", required=True, metavar="DIR",
+                        help="folder for clips.csv, flow.npy, frames.npy, index.npy, flow.json")
+
+
+def check_options(parser: argparse.ArgumentParser, opt: argparse.Namespace) -> None:
+    """Answers flags that do not go together."""
+    if bool(opt.annotation) == bool(opt.clips):
+        parser.error("give --annotation or --clips")
+    if opt.roll and opt.crop[0] not in ("mtcnn", "boxes"):
+        parser.error("--roll takes --crop mtcnn, or boxes with a column roll")
+    if opt.size % 16:
+        parser.error("argument --size: a multiple of 16")
+
+
+# ---------------------------------------------------------------- the workbook
+
+def read_workbook(path: str | Path, bad_apex: str) -> Table:
+    """Table of CASME II's workbook, either version; raises BadInput."""
+    path = Path(path)
+    cells, table = annotation.read_sheet(path), Table([], {
+        "name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}, CLASSES)
+    places = annotation.header(path, cells, COLUMNS)
+    table.source["rows"], keys, names = 0, set(), {}
+    for row, line in cells[1:]:
+        values = {name: annotation.cell_text(line[i]) if i < len(line) else ""
+                  for name, i in places.items()}
+        if not any(values.values()):
+            continue
+        table.source["rows"] += 1
+        subject = f"sub{int(values['subject']):02d}" if values["subject"].isdigit() \
+            else values["subject"]
+        names.setdefault(values["filename"], set()).add(subject)
+        add_clip(table, (DATABASES.index("casme2"), subject, values["filename"]),
+                 [values[name] for name in ("onsetframe", "apexframe", "offsetframe")],
+                 (values["estimated emotion"].lower(), values["action units"]),
+                 (f"row {row}", keys, bad_apex))
+    for row in table.rows:
+        if len(names[row.video]) > 1:
+            table.repaired("file name of several subjects: told apart by them", row.key)
+    if not table.rows:
+        raise BadInput(f"{path}: no clip of the five classes in it; the rows below the header name "
+                       f"one each")
+    return table
+
+
+def read_clips(path: str | Path, bad_apex: str) -> Table:
+    """Table of a --clips file, the folder of each clip in `files`; raises BadInput."""
+    path, keys = Path(path), set()
+    rows, _ = read_table(path, CLIP_COLUMNS, fix="--clips names a CSV file with the columns "
+                         f"{','.join(CLIP_COLUMNS)}")
+    names = sorted({row["label"] for _, row in rows}, key=natural)
+    table = Table([], {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                       "rows": len(rows)}, tuple(names))
+    for place, row in rows:
+        if row["database"] not in DATABASES:
+            raise BadInput(f"{place}: database {row['database']!r} is not one of "
+                           f"{', '.join(DATABASES)}")
+        add_clip(table, (DATABASES.index(row["database"]), row["subject"], row["clip"]),
+                 [row[name] for name in ("onset", "apex", "offset")],
+                 (row["label"], row.get("units") or ""), (place, keys, bad_apex), (row["folder"],))
+    if not table.rows:
+        raise BadInput(f"{path}: no clip in it; one row per clip")
+    return table
+
+
+def add_clip(table: Table, name: tuple, numbers: list, shown: tuple, row: tuple,
+             files: tuple = ()) -> None:
+    """Adds one clip to a Table, or names why not.
+
+    name: (database, subject, clip); numbers: onset, apex, offset as text; shown: (emotion, action
+    units); row: (where it stands, keys of the clips so far, --bad_apex).
+    """
+    (database, subject, clip), (emotion, units), (where, keys, bad_apex) = name, shown, row
+    key = f"{subject}-{clip}-{numbers[0]}"
+    if not (annotation.is_name(subject) and annotation.is_name(clip)):
+        table.dropped.append((where, f"subject {subject!r} or clip {clip!r} is no name"))
+    elif emotion not in table.classes:
+        table.dropped.append((key, f"{where}: emotion {emotion!r} is none of the classes"))
+    elif not (numbers[0].isdigit() and numbers[2].isdigit()
+              and int(numbers[0]) < int(numbers[2])):
+        table.dropped.append((key, f"{where}: onset {numbers[0]!r} and offset {numbers[2]!r} are "
+                                   f"not two frame numbers in their order"))
+    elif (database, key.lower()) in keys:
+        table.dropped.append((key, f"{where}: a second row for this subject, clip and onset"))
+    else:
+        keys.add((database, key.lower()))
+        onset, offset = int(numbers[0]), int(numbers[2])
+        apex, rule = int(numbers[1]) if numbers[1].isdigit() else None, ""
+        if apex is None:
+            rule = "apex is no frame number"
+        elif apex == onset:
+            rule = "apex equal to onset"
+        elif not onset < apex <= offset:
+            rule = "apex outside onset to offset"
+        if rule and bad_apex == "drop":
+            table.dropped.append((key, f"{where}: {rule}"))
+            return
+        if rule:
+            apex = (onset + offset) // 2
+            table.repaired(f"{rule}: the middle of onset and offset", key)
+        table.rows.append(Row(database, subject, clip, onset, apex, offset, units, emotion, key,
+                              table.classes.index(emotion), files=files))
+
+
+# ---------------------------------------------------------------- frames
+
+def find_folders(root: Path) -> dict:
+    """(subject number, file name in small letters) → folder of its frames, below any prefix;
+    raises BadInput where there is none."""
+    if not root.is_dir():
+        raise BadInput(f"{root}: no such folder; --raw holds the frames as received")
+    folders, level = {}, [root]
+    for _ in range(PREFIXES + 1):
+        below = [path for folder in level for path in sorted(folder.iterdir()) if path.is_dir()]
+        for path in below:
+            if name := re.fullmatch(r"(?i)sub(\d+)", path.name):
+                for clip in sorted(path.iterdir()):
+                    folders.setdefault((int(name[1]), clip.name.lower()), clip)
+        level = below
+    if not folders:
+        raise BadInput(f"{root}: no folder such as sub01/EP02_01f in it; --raw holds the frames as "
+                       f"received")
+    return folders
+
+
+def numbered(folder: Path) -> dict[int, str]:
+    """Frame number → path of the images of a folder; reg_img before img, where both are there."""
+    frames = {}
+    for path in sorted(folder.iterdir(), key=lambda path: path.name.lower(), reverse=True):
+        if match := IMAGE.fullmatch(path.name):
+            frames.setdefault(int(match[2]), str(path))
+    return frames
+
+
+def find_frames(opt: argparse.Namespace, table: Table) -> list[videos.Task]:
+    """Tasks for the rows whose frames are there; the table keeps those rows and names the rest."""
+    root, box_of = Path(opt.raw), casme3.box_finder(opt.crop, opt.roll)
+    folders = find_folders(root) if opt.annotation else {}
+    kept, tasks = [], []
+    for row in table.rows:
+        number = re.sub(r"\D", "", row.subject)
+        folder = root / row.files[0] if row.files else \
+            folders.get((int(number or -1), row.video.lower()))
+        path_of = numbered(folder) if folder and folder.is_dir() else {}
+        variants = videos.jittered(row.onset, row.apex, row.offset, opt.middle == "published",
+                                   opt.jitters, opt.reference)
+        moved, reason = {}, "" if path_of else "no frames of it are there"
+        for wanted in dict.fromkeys(n for frames in variants for n in frames) if path_of else ():
+            nearest = min(path_of, key=lambda n, wanted=wanted: (abs(n - wanted), n))
+            if abs(nearest - wanted) > opt.tolerance:
+                if wanted not in variants[0]:
+                    continue
+                reason = f"frame {wanted} is missing, the nearest is {nearest}"
+                break
+            moved[wanted] = nearest
+        box = box_of(row) if path_of else None
+        if not reason and opt.crop[0] == "boxes" and box is None:
+            reason = f"no box in {opt.crop[1]}"
+        if reason:
+            table.dropped.append((row.key, reason))
+            continue
+        if any(moved[wanted] != wanted for wanted in variants[0]):
+            table.repaired("missing frame: the nearest existing one", row.key)
+        variants = [tuple(moved[n] for n in frames) for frames in variants
+                    if all(n in moved for n in frames)]
+        kept.append(row)
+        tasks.append(videos.plan(row.key, list(dict.fromkeys(variants)), path_of, opt.reference,
+                                 box))
+    table.rows = kept
+    return tasks
+
+
+# ---------------------------------------------------------------- run
+
+def print_counts(table: Table, rows: list) -> None:
+    """Clips per class and subjects, beside the published counts."""
+    counts = Counter(row.emotion for row in rows)
+    columns = PUBLISHED if table.classes == CLASSES else {}
+    print(f"{table.source['name']}: {table.source['rows']} clips annotated, {len(rows)} prepared, "
+          f"{len(table.dropped)} dropped, {len({row.subject for row in rows})} subjects"
+          + "; published: 26 subjects" * bool(columns))
+    print(f"{'class':12}{'here':>8}" + "".join(f"{name:>8}" for name in columns))
+    for i, name in enumerate(table.classes):
+        print(f"{name:12}{counts[name]:8}" + "".join(f"{c[i]:8}" for c in columns.values()))
+    print(f"{'all':12}{len(rows):8}" + "".join(f"{sum(c):8}" for c in columns.values()))
+
+
+def write(opt: argparse.Namespace, table: Table, clips: list, settings: dict) -> None:
+    """The files of a set from (row, task, record) of its clips; flow.json, without which nothing
+    reads it, last."""
+    folder, rows = Path(opt.data_folder), [row for row, _, _ in clips]
+    (folder / "flow.json").unlink(missing_ok=True)
+    digests = videos.assemble(folder, [task for _, task, _ in clips],
+                              [record for _, _, record in clips], opt.size)
+    write_table(folder / "clips.csv", SET_COLUMNS, (
+        (DATABASES[row.database], row.subject, row.key, row.label, row.emotion, row.video,
+         row.onset, row.apex, row.offset, row.units) for row in rows))
+    # for `prepare.py casme3 --clips`: the same clips as difference images
+    write_table(folder / "onset_apex.csv", annotation.CLIP_COLUMNS, (
+        (DATABASES[row.database], row.subject, f"{row.video}-{row.onset}",
+         *(os.path.relpath(task.files[task.plain[i]], opt.raw) for i in (0, 2)), row.label)
+        for row, task, _ in clips))
+    write_json(folder / "flow.json", {
+        "classes": list(table.classes), "size": opt.size, "jitters": opt.jitters,
+        "middle": opt.middle, "reference": opt.reference, "flow": flow.parameters(opt.flow),
+        "settings": settings, "annotation": table.source, "digests": digests,
+        "rendered": (Path(opt.raw) / "rendered.json").exists(), "repairs": table.repairs,
+        "dropped": [{"clip": key, "reason": reason} for key, reason in table.dropped]})
+
+
+def run(opt: argparse.Namespace) -> None:
+    """Prepares all clips and writes what belongs to them."""
+    flow.require()
+    if opt.crop[0] == "mtcnn":
+        from preparation import detection
+        detection.require()
+    table = read_workbook(opt.annotation, opt.bad_apex) if opt.annotation else \
+        read_clips(opt.clips, opt.bad_apex)
+    tasks, folder = find_frames(opt, table), Path(opt.data_folder)
+    if not tasks:
+        raise casme3.none_left(opt.raw, table)
+    settings = videos.Settings(opt.crop[0], opt.margin, opt.size, opt.roll, opt.register,
+                               opt.flow, opt.reference)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    records = casme3.run_all(videos.process, tasks, settings, folder, opt.num_workers)
+    clips = []
+    for row, task, record in zip(table.rows, tasks, records):
+        if "dropped" in record:
+            table.dropped.append((row.key, record["dropped"]))
+            continue
+        if record["failed"]:
+            table.repaired("frames that did not register: left as they were", row.key)
+        clips.append((row, task, record))
+    if not clips:
+        raise casme3.none_left(opt.raw, table)
+    write(opt, table, clips, json.loads(json.dumps(vars(settings))))
+    shutil.rmtree(folder / cutting.RECORDS)
+    print_counts(table, [row for row, _, _ in clips])
+    outputs.print_rules(table)
+    print(f"clips, flow  {folder}")

@@ -1,0 +1,227 @@
+"""Five frames of a clip → registered crops, and the optical flow between them, once for all.
+
+Three files hold all clips: frames.npy uint8 `[N, 5, 3, S, S]` (RGB); flow.npy float16
+`[N, 4, 2, S, S]`; jitter.npy float16 `[R, 2, S, S]`, the steps in which jittered frames differ,
+each pair of frames once. index.npy int32 `[N, V, 4]` says which steps make the variants of a clip:
+numbers below 4 N are rows of flow.npy, those above continue in jitter.npy.
+"""
+import hashlib
+import io
+import json
+import os
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+
+from images import flow
+from preparation import registration
+from preparation.cutting import RECORDS, Unusable, read_frame
+from preparation.registration import Box
+from util import replacing, write_bytes
+
+FRAMES, STEPS = 5, 4
+VERSION = 1  # of the computation: another one makes all records void
+SHARE = 0.15 / 4  # of the frames from onset, or offset, to the third frame: the widest jitter
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the flow depends on besides the frames; margin: a share; size: pixels."""
+    crop: str = "none"
+    margin: float = registration.MARGIN
+    size: int = 224
+    roll: bool = False
+    register: str = "translation"
+    flow: str = "dis"
+    reference: str = "previous"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One clip. files: paths of the frames it takes, the onset first; steps: (from, to), places in
+    `files`, of every step of motion, those of the plain clip first; variants: four places in
+    `steps` each, the plain clip first; plain: places of its five frames."""
+    key: str
+    files: tuple
+    plain: tuple
+    steps: tuple
+    variants: tuple
+    box: Box | None = None
+
+
+# ---------------------------------------------------------------- which frames
+
+def five_frames(onset: int, apex: int, offset: int, published: bool = False,
+                jitter: tuple = (0, 0)) -> tuple:
+    """Numbers of the five frames: onset, middle, apex, middle, offset.
+
+    published: the third is the middle of onset and offset, as in the published code; jitter: by
+    how many frames the onset comes later and the offset earlier, the middles being those of the
+    jittered frames.
+    """
+    third = (onset + offset) // 2 if published else apex
+    onset, offset = onset + jitter[0], offset - jitter[1]
+    return onset, (onset + third) // 2, third, (third + offset) // 2, offset
+
+
+def jittered(onset: int, apex: int, offset: int, published: bool, most: int,
+             reference: str) -> list[tuple]:
+    """The five frames of every variant of a clip, the plain one first.
+
+    Onset and offset are jittered by up to SHARE of their distance to the third frame, by `most`
+    different numbers of frames each. Where each step starts at the frame before it, both go
+    together in every way; where all start at the onset, in as many ways as there are jitters.
+    """
+    third = five_frames(onset, apex, offset, published)[2]
+    early, late = ([0, *sorted({round(step * widest / min(most, widest))
+                                for step in range(1, min(most, widest) + 1)})] if widest else [0]
+                   for widest in (int(SHARE * (third - onset)), int(SHARE * (offset - third))))
+    if reference == "previous":
+        pairs = list(product(early, late))
+    else:
+        ways = max(len(early), len(late))
+        pairs = [(early[i % len(early)], late[i % len(late)]) for i in range(ways)]
+    return [five_frames(onset, apex, offset, published, pair) for pair in pairs]
+
+
+def plan(key: str, variants: list, path_of: dict, reference: str, box: Box | None) -> Task:
+    """The Task of a clip from the frames of its variants; path_of: number → path."""
+    steps, chosen = [], []
+    for frames in variants:
+        starts = frames[:-1] if reference == "previous" else (frames[0],) * STEPS
+        chosen.append(list(zip(starts, frames[1:])))
+        steps += chosen[-1]
+    # the plain clip's four steps stay four, equal ones too
+    steps = [*chosen[0], *dict.fromkeys(step for step in steps if step not in chosen[0])]
+    numbers = list(dict.fromkeys([variants[0][0], *(n for step in steps for n in step)]))
+    place = {number: i for i, number in enumerate(numbers)}
+    return Task(key, tuple(path_of[number] for number in numbers),
+                tuple(place[number] for number in variants[0]),
+                tuple((place[a], place[b]) for a, b in steps),
+                (tuple(range(STEPS)), *(tuple(map(steps.index, one)) for one in chosen[1:])), box)
+
+
+# ---------------------------------------------------------------- one clip
+
+def whole_matrix(width: int, height: int, size: int) -> np.ndarray:
+    """Matrix `[2, 3]` that makes a whole frame a square of `size` pixels (registration)."""
+    scale = np.array([width, height]) / size
+    return np.concatenate([np.diag(scale), (scale / 2 - 0.5)[:, None]], 1)
+
+
+def cut_frames(task: Task, settings: Settings) -> tuple[np.ndarray, int]:
+    """(crops uint8 `[F, S, S, 3]` of all frames of a clip, registered onto the onset; how many did
+    not register and stayed where they were). Raises Unusable."""
+    size, frames = settings.size, [read_frame(name) for name in task.files]
+    height, width = frames[0].shape[:2]
+    for name, frame in zip(task.files, frames):
+        if frame.shape[:2] != (height, width):
+            raise Unusable(f"{name}: {frame.shape[1]}x{frame.shape[0]} pixels, but the onset has "
+                           f"{width}x{height}")
+    box, margin = task.box, settings.margin
+    if settings.crop == "mtcnn" and box is None:
+        from preparation import detection  # which loads torch
+        box = detection.find_face(frames[0], settings.roll)
+        if box is None:
+            raise Unusable("no face found on the onset frame")
+    if box is None:
+        matrix, box, margin = whole_matrix(width, height, size), Box(0, 0, size, size), 0.0
+    else:
+        matrix = registration.crop_matrix(box, size, margin)
+    crops, failed = [registration.cut(frame, matrix, size) for frame in frames], 0
+    if settings.register != "none":
+        masks = (registration.stable_mask(box, size, margin),
+                 registration.face_mask(box, size, margin))
+        for i in range(1, len(crops)):
+            warp, converged = registration.register(crops[0], crops[i], masks, settings.register)
+            failed += not converged
+            crops[i] = registration.cut(frames[i], registration.compose(matrix, warp), size)
+    return np.stack(crops), failed
+
+
+def process(task: Task, settings: Settings, folder: str | Path) -> dict:
+    """Writes the frames and the flow of one clip to its record below `folder`, unless they are
+    there already.
+
+    Returns {path, steps, failed}, or {dropped: reason}.
+    """
+    stamp = fingerprint(task, settings)
+    path = Path(folder) / RECORDS / f"{stamp[:24]}.npz"
+    try:
+        with np.load(path) as content:
+            return {"path": str(path), "steps": len(task.steps), "failed": int(content["failed"])}
+    except (OSError, ValueError, KeyError):
+        pass
+    try:
+        crops, failed = cut_frames(task, settings)
+    except Unusable as error:
+        return {"dropped": str(error)}
+    grey = [flow.grey(crop) for crop in crops]
+    steps = np.stack([flow.flow_between(grey[a], grey[b], settings.flow) for a, b in task.steps])
+    file = io.BytesIO()
+    np.savez(file, frames=crops[list(task.plain)].transpose(0, 3, 1, 2),
+             steps=steps.astype(np.float16), failed=failed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, file.getvalue())
+    return {"path": str(path), "steps": len(task.steps), "failed": failed}
+
+
+def fingerprint(task: Task, settings: Settings) -> str:
+    """Digest of what the flow of a clip follows from."""
+    stat = [os.stat(name) for name in task.files]
+    content = [VERSION, flow.parameters(settings.flow), asdict(settings), asdict(task),
+               [(s.st_size, s.st_mtime_ns) for s in stat]]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- all clips
+
+def assemble(folder: Path, tasks: list, records: list, size: int) -> dict:
+    """Writes frames.npy, flow.npy, jitter.npy and index.npy from the records of the clips; returns
+    name → SHA-256 of each."""
+    count, more = len(tasks), sum(record["steps"] - STEPS for record in records)
+    index = np.zeros((count, max(len(task.variants) for task in tasks), STEPS), np.int32)
+    shapes = {"frames": ((count, FRAMES, 3, size, size), np.uint8),
+              "flow": ((count, STEPS, 2, size, size), np.float16),
+              "jitter": ((more, 2, size, size), np.float16)}
+    digests = {name: hashlib.sha256() for name in shapes}
+    with (replacing(folder / "frames.npy") as frames_part, replacing(folder / "flow.npy") as part,
+          replacing(folder / "jitter.npy") as jitter_part):
+        files = {"frames": frames_part, "flow": part, "jitter": jitter_part}
+        arrays = {name: _create(files[name], *shapes[name]) for name in shapes}
+        row = 0
+        for n, (task, record) in enumerate(zip(tasks, records)):
+            with np.load(record["path"]) as content:
+                steps = content["steps"]
+                parts = {"frames": (n, content["frames"]), "flow": (n, steps[:STEPS]),
+                         "jitter": (slice(row, row + len(steps) - STEPS), steps[STEPS:])}
+            for name, (place, value) in parts.items():
+                if len(value):
+                    arrays[name][place] = value
+                    digests[name].update(np.ascontiguousarray(value).data)
+            # of a clip with fewer variants each comes up again
+            local = np.resize(np.array(task.variants), index.shape[1:])
+            index[n] = np.where(local < STEPS, n * STEPS + local,
+                                count * STEPS + row + local - STEPS)
+            row += len(steps) - STEPS
+        del arrays  # flushed
+    file = io.BytesIO()
+    np.save(file, index)
+    write_bytes(folder / "index.npy", file.getvalue(), flush=True)
+    return {name: digest.hexdigest() for name, digest in digests.items()} \
+        | {"index": hashlib.sha256(index.data).hexdigest()}
+
+
+def _create(path, shape, dtype):
+    """An array in a file `path`, claimed before it is written: a disk that fills up under a mapping
+    is a bus error; one without rows is written at once."""
+    if not shape[0]:
+        with open(path, "wb") as file:
+            np.save(file, np.empty(shape, dtype))
+        return None
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    with open(path, "r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, Path(path).stat().st_size)
+    return array
