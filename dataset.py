@@ -14,12 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from images import cache, decoding, encoding, lists
+from images import cache, decoding, encoding, lists, videos
 from images.lists import DATABASES, natural
 from util import BadInput, ensure, read_table
 
 PAIR_COLUMNS = ("rgb", "depth", "database", "subject", "video", "onset", "apex", "intensity",
                 "unit", "head_motion")
+VIDEO_COLUMNS = ("database", "subject", "key", "label", "units")
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,43 @@ def read_clips(data_folder: str | Path, list_folder: str | Path | None = None, v
     clips = [Clip(row[2], row[3], key, row[1], _of_views(
         [path[view[key][0]] for path, view in zip(paths, views)])) for key, row in views[0].items()]
     return _clip_set(clips, data_folder, names, luminance, content, place)
+
+
+def read_videos(folder: str | Path, size: int, sides: bool) -> tuple[Data, list[frozenset]]:
+    """(the clips of a folder that prepare.py casme2 wrote, with their Videos as images; the action
+    units of each).
+
+    size: of the frames, pixels; sides: keep the units of left and right apart. Raises BadInput.
+    """
+    folder, unknown = Path(folder), {}
+    arrays = videos.read_videos(folder, size)
+    rows, _ = read_table(folder / "clips.csv", VIDEO_COLUMNS, fix="run prepare.py casme2 again")
+    clips, units = [], []
+    for place, row in rows:
+        try:
+            clips.append(Clip(DATABASES.index(row["database"]), row["subject"], row["key"],
+                              int(row["label"]), ()))
+        except ValueError:
+            raise BadInput(f"{place}: database or label cannot be read; run prepare.py casme2 "
+                           f"again") from None
+        shown, marks = videos.read_units(row["units"], sides)
+        units.append(shown)
+        for mark in marks:
+            unknown.setdefault(mark, []).append(row["key"])
+    if len(clips) != len(arrays.index) or clips != sorted(
+            clips, key=lambda c: (c.database, c.subject, c.key)):
+        raise BadInput(f"{folder / 'clips.csv'}: not the {len(arrays.index)} clips of flow.npy in "
+                       f"their order; run prepare.py casme2 again")
+    classes, info = arrays.info["classes"], arrays.info
+    empty = [name for i, name in enumerate(classes) if i not in {clip.label for clip in clips}]
+    if empty or not clips or max(clip.label for clip in clips) >= len(classes):
+        raise BadInput(f"{folder / 'clips.csv'}: no clip of class {', '.join(empty) or '?'}; "
+                       f"training takes some of each")
+    for mark, keys in unknown.items():
+        print(f"action unit {mark!r} of {len(keys)} clips ({keys[0]} the first) is none; left out")
+    encoding = {"classes": classes, "rendered": info.get("rendered", False)}
+    content = ClipSet(clips, folder, ("flow",), (2,), encoding, len(classes))
+    return Data(content, arrays, videos.digest(folder)), units
 
 
 def _of_views(paths):

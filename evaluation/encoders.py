@@ -90,7 +90,8 @@ class Encoders:
     def __init__(self, opt: argparse.Namespace, clips: ClipSet, people: Iterable[tuple]):
         self.opt, self.clips, self.source = opt, clips, getattr(opt, "model_path", RANDOM)
         self.paths = {person: self._path(person) for person in people}
-        self.sha256, self.seen, self.checked = {RANDOM: None}, {}, (None, None)
+        self.sha256, self.checked = {RANDOM: None}, (None, None)
+        self.seen = {RANDOM: Seen(set(), True)}
         self.identities = {person: dataset.identity(person) for person in clips.people}
         for path in dict.fromkeys(self.paths.values() if self.paths else [self.source]):
             if path != RANDOM:

@@ -28,11 +28,11 @@ def maps_of_mistakes(classifier: Classifier, images: np.ndarray, members: np.nda
     batch = torch.from_numpy(np.array(images[chosen])).to(classifier.device)
     weights = torch.stack([weights_of(i, c).detach() for i, c in zip(chosen, taken)])
     views = classifier.maps(transforms.eval_transform(batch, classifier.normalization), weights)
-    kept = [[None] * len(chosen) if view is None else _levels(view) for view in views]
+    kept = [[None] * len(chosen) if view is None else levels(view) for view in views]
     return {int(i): list(pair) for i, *pair in zip(chosen, *kept)}
 
 
-def _levels(maps):
+def levels(maps: torch.Tensor) -> list:
     """Maps `[B, h, w]` as lists of integers 0..255, at most SIDE a side; all 0 where empty."""
     side = min(SIDE, maps.shape[-1])
     maps = F.adaptive_avg_pool2d(maps.float(), side)

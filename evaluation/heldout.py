@@ -128,9 +128,9 @@ def checked_states(run: Run, header: dict, encoders: Encoders,
         if run.opt.resume == "auto" and state.get("unit") not in names:
             continue  # last.pth, of one that is finished, maybe in another job
         run.check_resumable(path, state, data_digest=header["data_digest"])
-        if "classifier" not in state:  # of heads, from an earlier release: they start anew
+        if "folds" in state:  # of heads, from an earlier release: they start anew
             continue
-        if "mean" not in state["classifier"]:
+        if "mean" not in state.get("classifier", {"mean"}):
             raise BadInput(f"{path}: comes from before heads standardised their features; its "
                            f"run cannot go on: start it anew without --resume")
         if state.get("encoder_sha256") not in encoders.sha256.values():
@@ -182,7 +182,7 @@ class HeldOut:
         everyone = self._groups(todo)
         self.groups = distributed.deal(everyone) if folds else \
             self._groups(distributed.deal(todo))
-        if self.groups:
+        if self.groups and hasattr(opt, "model_path"):
             self.encoders.check(self.groups[0].path)  # a wrong one leaves no run folder behind
         distributed.barrier()
         names = {group.name for group in everyone} or {None}
@@ -237,9 +237,13 @@ class HeldOut:
         """Adds maps of where the model looked in the clips of `members` that it is most confidently
         wrong about (gradcam.maps_of_mistakes), for the people of a Group. Reads their labels,
         hence after `keep`."""
+        self.add_maps(group, gradcam.maps_of_mistakes(
+            classifier, self.data.images, members, self.data.clips.labels[members], probabilities,
+            weights_of))
+
+    def add_maps(self, group: Group, maps: dict[int, list]) -> None:
+        """Adds maps, clip → one of each view, to what is kept of the people of a Group."""
         clips = self.data.clips
-        maps = gradcam.maps_of_mistakes(classifier, self.data.images, members,
-                                        clips.labels[members], probabilities, weights_of)
         own = {self.names[person]: {clips.clips[i].key: maps[i] for i in clips.by_person[person]
                                     if i in maps} for person in group.people}
         result_files.add_maps(self.run.folder, {name: kept for name, kept in own.items() if kept})
@@ -257,12 +261,11 @@ class HeldOut:
             raise RunFailed(f"{run.folder}: {len(missing)} held-out subjects of other ranks are "
                             f"not there ({missing[0]} the first): --save_path must be a folder "
                             f"that all machines share")
-        blank = encoding.blank(self.data.images, clips.encoding["difference"])
         keys = {(dataset.DATABASES[c.database], c.subject, c.key)
-                for c, is_blank in zip(clips.clips, blank) if is_blank}
+                for c, is_blank in zip(clips.clips, self.blank()) if is_blank}
         results = result_files.write_results(
             run.folder, {**self.header, **details, "rendered": bool(clips.encoding.get("rendered")),
-                         "shortcuts": self._shortcuts()}, clips.n_label, clips.classes, keys)
+                         "shortcuts": self.shortcuts()}, clips.n_label, clips.classes, keys)
         self._draw(results)
         print("\n".join([result_files.describe(results),
                          *shortcuts.describe(results["shortcuts"], clips.classes)]))
@@ -272,7 +275,11 @@ class HeldOut:
                          len(results["per_database"]) > 1 else {})
         return results
 
-    def _shortcuts(self):
+    def blank(self) -> np.ndarray:
+        """bool `[N]`: the clips without any change."""
+        return encoding.blank(self.data.images, self.data.clips.encoding["difference"])
+
+    def shortcuts(self) -> dict:
         """What else the features tell: of head motion now, the rest as probing left it."""
         clips, path = self.data.clips, self.run.folder / "shortcuts.json"
         rows = [row for _, rows in result_files.read_subjects(self.run.folder).values()
@@ -293,8 +300,11 @@ class HeldOut:
         pictures.draw_confusion(run.folder / "confusion.png", np.array(results["confusion"]),
                                 clips.classes, "rendered stand-in data" * results["rendered"])
         pictures.draw_curves(run.folder, oracle)
-        pictures.draw_mistakes(run.folder / "mistakes.png", clips, self.data.images,
-                               *result_files.read_mistakes(run.folder))
+        self.draw_mistakes(run.folder / "mistakes.png", *result_files.read_mistakes(run.folder))
+
+    def draw_mistakes(self, path: Path, mistakes: list, counts: tuple) -> None:
+        """mistakes.png, of what result_files.read_mistakes gives."""
+        pictures.draw_mistakes(path, self.data.clips, self.data.images, mistakes, counts)
 
 
 class Everybody:

@@ -3,16 +3,19 @@
 Drawn without pyplot, so that no window system and no state is involved. Lines are in the colours
 of Okabe and Ito, maps in cividis and viridis: both can be told apart without red and green.
 """
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import dataset
 from dataset import ClipSet
-from images import encoding, lists, transforms
+from images import encoding, flow, lists, transforms, videos
 from training.record import read_log
 from util import write_figure
 
@@ -21,12 +24,13 @@ BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # Okab
 PANELS = (("contrastive loss", "nats", {"rgb_loss": ("RGB", BLUE), "depth_loss": (None, ORANGE)}),
           ("probability of the right pair", "", {"rgb_prob": ("RGB", BLUE),
                                                  "depth_prob": (None, ORANGE)}),
+          ("action-unit loss", "", {"au_loss": ("", BLUE)}),
           ("training loss", "", {"train_loss": ("", BLUE)}),
           ("UF1 on inner folds", "", {"inner_uf1": ("", GREEN)}),
           ("training accuracy", "", {"train_accuracy": ("", BLUE)}),
           ("learning rate", "", {"learning_rate": ("", GREEN)}))
 ORACLE = "oracle/"  # names of figures that look at the held-out subjects
-PANEL, GAP, BLOCKS = 1.35, 0.06, 2  # mistakes.png: side and gap of a panel, inches; clips in a row
+PANEL, GAP, PANELS_WIDE = 1.35, 0.06, 8  # mistakes.png: side and gap of a panel, inches; in a row
 TITLE, BELOW = 0.5, 0.2  # inches above a clip's panels, for its text and their heads, and below
 
 
@@ -167,12 +171,22 @@ def _scale_rate(axes, rates):
 
 # ---------------------------------------------------------------- mistakes
 
-def draw_mistakes(path: Path, clips: ClipSet, images: np.ndarray, mistakes: list[tuple],
-                  counts: tuple[int, int]) -> None:
-    """The clips most confidently wrong: both views, and where the model looked in each.
+class Panel(NamedTuple):
+    """One picture of a clip: its title, image float or uint8 `[H, W, 3]`, and over it a map uint8
+    `[h, w]`, or None, and why there is none; '' where none belongs."""
+    title: str
+    image: np.ndarray
+    heat: np.ndarray | None = None
+    lack: str = ""
 
-    images: uint8 array `[N, C1+C2, S, S]` of `clips`; mistakes: (prediction row, maps) as
-    result_files.read_mistakes gives them; counts: (mistakes, clips) in all.
+
+def draw_mistakes(path: Path, clips: ClipSet, images: object, mistakes: list[tuple],
+                  counts: tuple[int, int], panels: Callable | None = None) -> None:
+    """The clips most confidently wrong: what they show, and where the model looked.
+
+    images: of `clips`; mistakes: (prediction row, maps) as result_files.read_mistakes gives them;
+    counts: (mistakes, clips) in all; panels(clips, images, places, maps) → Panels of each clip
+    [change_panels].
     """
     classes, several = clips.classes, len({clip.database for clip in clips.clips}) > 1
     place = {(clip.database, clip.subject, clip.key): i for i, clip in enumerate(clips.clips)}
@@ -180,9 +194,13 @@ def draw_mistakes(path: Path, clips: ClipSet, images: np.ndarray, mistakes: list
                                     row["key"]))) for row, maps in mistakes]
     rows = [(row | {"subject": f"{row['database']} {row['subject']}"} if several else row, *rest)
             for row, *rest in rows if rest[1] is not None]
-    width, height = 4 * PANEL + 3 * GAP, PANEL + TITLE + BELOW
-    deep = -(-len(rows) // BLOCKS) or 1
-    size = BLOCKS * width + (BLOCKS + 1) * 0.2, deep * height + 1.05
+    drawn = (panels or change_panels)(clips, images, [i for *_, i in rows],
+                                      [maps for _, maps, _ in rows]) if rows else []
+    each = len(drawn[0]) if drawn else 4
+    blocks = max(1, PANELS_WIDE // each)
+    width, height = each * PANEL + (each - 1) * GAP, PANEL + TITLE + BELOW
+    deep = -(-len(rows) // blocks) or 1
+    size = max(blocks * width + (blocks + 1) * 0.2, 7.0), deep * height + 1.05
     figure = Figure(figsize=size)
     top = f"{len(rows)} most confidently wrong of {counts[0]} mistakes in {counts[1]} clips" \
         if rows else f"no mistake in {counts[1]} clips"
@@ -190,22 +208,52 @@ def draw_mistakes(path: Path, clips: ClipSet, images: np.ndarray, mistakes: list
                                            if clips.encoding.get("rendered") else ""), 11)
     if rows:
         _explain(figure, size)
-    views = [_visible(np.stack([images[i] for _, _, i in rows]), clips.encoding["difference"],
-                      part) for part in (slice(0, 3), slice(3, None))] if rows else []
-    for number, (row, maps, _) in enumerate(rows):
-        left = 0.2 + number % BLOCKS * (width + 0.2)
-        above = 0.8 + number // BLOCKS * height
+    for number, (row, _, _) in enumerate(rows):
+        left = 0.2 + number % blocks * (width + 0.2)
+        above = 0.8 + number // blocks * height
         _describe(figure, size, left, above, row, classes)
-        for v, name in enumerate(("RGB", *clips.views[1:])):
-            image, heat = views[v][number], maps[v]
-            for k in range(2):
-                axes = _axes(figure, size, left + (2 * v + k) * (PANEL + GAP), above + TITLE)
-                axes.set_title(f"{name}, looked at" if k else f"{name} change", fontsize=7, pad=2)
-                axes.imshow(image.mean(-1, keepdims=True).repeat(3, -1) if k else image)
-                if k:
-                    lack = "not seen" if any(m is not None for m in maps) else "no map kept"
-                    _overlay(axes, heat, image.shape, lack)
+        for k, panel in enumerate(drawn[number]):
+            axes = _axes(figure, size, left + k * (PANEL + GAP), above + TITLE)
+            axes.set_title(panel.title, fontsize=7, pad=2)
+            axes.imshow(panel.image)
+            if panel.lack:
+                _overlay(axes, panel.heat, panel.image.shape, panel.lack)
     write_figure(path, figure)
+
+
+def change_panels(clips: ClipSet, images: np.ndarray, places: list[int],
+                  maps: list[list]) -> list[list[Panel]]:
+    """Panels of difference images uint8 `[N, C1+C2, S, S]`: each view, and it in grey under its
+    map."""
+    views = [_visible(np.stack([images[i] for i in places]), clips.encoding["difference"], part)
+             for part in (slice(0, 3), slice(3, None))]
+    panels = []
+    for number, own in enumerate(maps):
+        lack = "not seen" if any(m is not None for m in own) else "no map kept"
+        panels.append([panel for v, name in enumerate(("RGB", *clips.views[1:])) for panel in (
+            Panel(f"{name} change", views[v][number]),
+            Panel(f"{name}, looked at", _grey(views[v][number]), own[v], lack))])
+    return panels
+
+
+def motion_panels(clips: ClipSet, arrays: videos.Videos, places: list[int],
+                  maps: list[list]) -> list[list[Panel]]:
+    """Panels of videos: the onset, flow from onset to apex as colours, and the maps of the blocks
+    over the onset."""
+    panels = []
+    for place, own in zip(places, maps):
+        onset = arrays.frames[place, 0].transpose(1, 2, 0)
+        steps = torch.from_numpy(arrays.steps[arrays.index[place, 0]]).float()
+        apex = steps[1] if arrays.info["reference"] == "onset" else steps[:2].sum(0)
+        colours = flow.channels(apex, "hsv").permute(1, 2, 0).numpy()
+        panels.append([Panel("onset", onset), Panel("flow to the apex", colours), *(
+            Panel(f"block {b}", _grey(onset / 255), heat, "no map kept")
+            for b, heat in enumerate(own, 1))])
+    return panels
+
+
+def _grey(image):
+    return image.mean(-1, keepdims=True).repeat(3, -1)
 
 
 def _write(figure, size, left, above, text, fontsize=8):

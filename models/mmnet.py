@@ -195,6 +195,15 @@ class MMNet(nn.Module):
         self.position.apply(_initialise_position)
         nn.init.trunc_normal_(self.position.pos_embed, std=0.02)
 
+    def channels_last(self) -> "MMNet":
+        """Its convolutions with the channels innermost in memory, which is faster; itself."""
+        for part in self.modules():
+            if isinstance(part, nn.Conv3d):
+                part.to(memory_format=torch.channels_last_3d)
+            elif isinstance(part, nn.Conv2d):
+                part.to(memory_format=torch.channels_last)
+        return self
+
     def features(self, motion: Tensor, onset: Tensor) -> tuple[Tensor, list[Tensor]]:
         """(what the heads see `[B, D]`, the maps of attention of the four blocks
         `[B, 1, (T,) h, w]`)."""

@@ -293,6 +293,7 @@ def run(opt: argparse.Namespace) -> None:
         detection.require()
     table = read_workbook(opt.annotation, opt.bad_apex) if opt.annotation else \
         read_clips(opt.clips, opt.bad_apex)
+    table.rows.sort(key=lambda row: (row.database, row.subject, row.key))  # as sets are read
     tasks, folder = find_frames(opt, table), Path(opt.data_folder)
     if not tasks:
         raise casme3.none_left(opt.raw, table)

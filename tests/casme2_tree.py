@@ -4,7 +4,8 @@ from PIL import Image
 
 COLUMNS = ("Subject", "Filename", "OnsetFrame", "ApexFrame", "OffsetFrame", "Action Units",
            "Estimated Emotion")
-CLIPS = [(1, "EP02_01f", 46, 59, 86, "12", "happiness"), (1, "EP03_02", 1, 31, 61, "4+7", "disgust"),
+CLIPS = [(1, "EP02_01f", 46, 59, 86, "12", "happiness"),
+         (1, "EP03_02", 1, 31, 61, "4+7", "disgust"),
          (2, "EP02_01f", 10, 40, 90, "1+2", "surprise"), (2, "EP08_04", 5, 25, 45, "L10", "others"),
          (3, "EP01_01", 20, 60, 80, "15", "repression"), (3, "EP01_02", 2, 22, 42, "14", "others"),
          (3, "EP09_01", 3, 23, 43, "?", "fear"), (4, "EP05_01", 7, 27, 47, "12", "happiness")]

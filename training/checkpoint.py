@@ -65,17 +65,35 @@ def save_epoch(last: Path, state: dict, name: str = "ckpt_epoch_{epoch}.pth") ->
 
 
 def load(path: str | Path) -> dict:
-    """The state in `path`, on the CPU; `opt` as a dict, `model` keys without wrapper prefixes.
+    """The state in `path`, on the CPU; `opt` as a dict, `model` keys without wrapper prefixes;
+    raises BadInput."""
+    state = _read(path)
+    _check(path, state)
+    opt = state.get("opt") or {}
+    state["opt"] = vars(opt) if isinstance(opt, argparse.Namespace) else dict(opt)
+    state["model"] = {_plain(name): value for name, value in state["model"].items()}
+    return state
 
-    Reads with weights_only: a file that carries code, or any class but the option namespace of
-    old checkpoints, is refused. Raises BadInput.
-    """
+
+def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint that anybody wrote: its `model` or `state_dict`, or the file
+    itself; raises BadInput."""
+    state = _read(path)
+    for name in ("model", "state_dict"):
+        state = state.get(name, state) if isinstance(state, dict) else state
+    _check(path, {"model": state})
+    return state
+
+
+def _read(path):
+    """What a file holds, with weights_only: one that carries code, or any class but the option
+    namespace of old checkpoints, is refused."""
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such checkpoint")
     # old checkpoints pickle the option namespace; it is data, and nothing else is let in
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             # torch's own message advises to switch the check off; it is not passed on
             if "GLOBAL" in str(error) or "Unsupported" in str(error):
@@ -86,11 +104,6 @@ def load(path: str | Path) -> dict:
         except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError,
                 AttributeError):
             raise BadInput(f"{path}: not a checkpoint, or truncated; name a whole .pth") from None
-    _check(path, state)
-    opt = state.get("opt") or {}
-    state["opt"] = vars(opt) if isinstance(opt, argparse.Namespace) else dict(opt)
-    state["model"] = {_plain(name): value for name, value in state["model"].items()}
-    return state
 
 
 def _check(path, state):

@@ -250,11 +250,16 @@ def add_result_options(parser: ArgumentParser) -> None:
                             "cheating")
 
 
+def check_seeds(parser: ArgumentParser, seeds: list[int] | None) -> None:
+    """Refuses seeds of which no deviation can be had."""
+    if seeds and (len(seeds) < 2 or len(set(seeds)) < len(seeds)):
+        parser.error("argument --seeds: give two or more, each once; --seed for a single one")
+
+
 def check_options(parser: ArgumentParser, opt: argparse.Namespace) -> None:
     """Fills in the model's own layer where none is given; refuses one out of range, seeds of which
     no deviation can be had, and placeholders that the protocol cannot fill."""
-    if opt.seeds and (len(opt.seeds) < 2 or len(set(opt.seeds)) < len(opt.seeds)):
-        parser.error("argument --seeds: give two or more, each once; --seed for a single one")
+    check_seeds(parser, opt.seeds)
     if opt.protocol == "10fold" and "{subject}" in opt.model_path:
         parser.error("argument --model_path: {subject} goes with --protocol loso, {fold} with both")
     check_size(parser, opt.model, opt.size)

@@ -1,0 +1,198 @@
+"""Clips of five frames with the optical flow between them, as prepare.py wrote them; action units.
+
+A step is a field float16 `[2, H, W]` from one frame to another; which steps make a clip, plain or
+with its onset and offset jittered, says an index of variants.
+"""
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from scipy.spatial import ConvexHull
+
+from images import flow
+from util import BadInput, ensure, read_table
+
+ARRAYS = {"frames": 5, "flow": 5, "jitter": 4, "index": 3}  # files of a set: dimensions
+UNIT = re.compile(r"([LRTB]?)(\d{1,2})[A-E]?", re.IGNORECASE)
+
+
+class Steps:
+    """The plain and the jittered steps of all clips as one array `[R, 2, H, W]`, whose rows are
+    read when they are asked for."""
+
+    def __init__(self, plain: np.ndarray, jittered: np.ndarray):
+        self.plain, self.jittered = plain.reshape(-1, *plain.shape[2:]), jittered
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """Numbers of rows `[...]` → float16 `[..., 2, H, W]`."""
+        flat = np.ravel(rows)
+        chosen = np.empty((len(flat), *self.plain.shape[1:]), self.plain.dtype)
+        more = flat >= len(self.plain)
+        chosen[~more] = self.plain[flat[~more]]
+        if more.any():
+            chosen[more] = self.jittered[flat[more] - len(self.plain)]
+        return chosen.reshape(*np.shape(rows), *chosen.shape[1:])
+
+
+class Videos(NamedTuple):
+    """frames: uint8 `[N, 5, 3, S, S]`; steps: a Steps; index: int32 `[N, V, 4]`, rows of `steps`
+    that make each variant of a clip, the plain one first; info: what flow.json says."""
+    frames: np.ndarray
+    steps: Steps
+    index: np.ndarray
+    info: dict
+
+
+def read_videos(folder: str | Path, size: int) -> Videos:
+    """The arrays of a prepared folder, for frames of `size` pixels; raises BadInput.
+
+    They are mapped as they are, or reduced once in memory where another size is wanted.
+    """
+    folder = Path(folder)
+    again = "run prepare.py casme2 again"
+    try:
+        info = json.loads((folder / "flow.json").read_text(encoding="utf-8"))
+        stored = int(info["size"])
+        ensure({"classes", "flow", "reference", "digests"} <= info.keys())
+    except FileNotFoundError:
+        raise BadInput(f"{folder}: no flow.json; name a folder that prepare.py casme2 "
+                       f"wrote") from None
+    except (ValueError, KeyError, TypeError):
+        raise BadInput(f"{folder / 'flow.json'}: cannot be read; {again}") from None
+    arrays = {}
+    for name, dimensions in ARRAYS.items():
+        try:
+            arrays[name] = np.load(folder / f"{name}.npy", mmap_mode="r")
+            ensure(arrays[name].ndim == dimensions)
+        except (OSError, ValueError):
+            raise BadInput(f"{folder / name}.npy: missing or not whole; {again}") from None
+    if size > stored:
+        raise BadInput(f"--size {size}: {folder} holds frames of {stored} pixels; take {stored} or "
+                       f"less, or prepare larger ones")
+    frames, plain, jittered = arrays["frames"], arrays["flow"], arrays["jitter"]
+    if size < stored:
+        frames = _reduced(frames, size).round().astype(np.uint8)
+        plain, jittered = (_reduced(steps, size, size / stored).astype(np.float16)
+                           for steps in (plain, jittered))
+    return Videos(frames, Steps(plain, jittered), np.asarray(arrays["index"]), info)
+
+
+def _reduced(array, size, scale=1.0):
+    """The mean over areas of `[N, ..., S, S]`, times a scale: `[N, ..., size, size]`."""
+    out = np.empty((*array.shape[:-2], size, size), np.float32)
+    for i, one in enumerate(array):
+        images = torch.from_numpy(np.array(one, np.float32)).flatten(0, -3)
+        out[i] = (scale * F.interpolate(images[None], (size, size), mode="area")[0]).view(
+            out.shape[1:]).numpy()
+    return out
+
+
+def digest(folder: str | Path) -> str:
+    """SHA-256 of what a prepared folder holds, of the digests that its flow.json lists."""
+    info = json.loads((Path(folder) / "flow.json").read_text(encoding="utf-8"))
+    return hashlib.sha256(json.dumps([info["flow"], info["digests"]]).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- batches
+
+def draw_boxes(n: int, size: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """(boxes float32 `[n, 4]`: left, top, width, height; mirror bool `[n]`) of published
+    augmentation: of 224 pixels 15 rows are cut off, anywhere, and up to 7 columns on each side."""
+    unit = size / 224
+    top = torch.randint(0, 16, (n,), generator=rng)
+    left, right = torch.randint(0, 8, (2, n), generator=rng)
+    boxes = torch.stack([left, top, 224 - left - right, torch.full((n,), 224 - 15)], 1) * unit
+    return boxes, torch.rand(n, generator=rng) < 0.5
+
+
+def whole(n: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The boxes and mirrors that leave clips as they are."""
+    return torch.tensor([[0.0, 0, size, size]]).repeat(n, 1), torch.zeros(n, dtype=torch.bool)
+
+
+def differences(frames: torch.Tensor, reference: str) -> torch.Tensor:
+    """RGB differences `[B, 4, 3, H, W]` between five frames `[B, 5, 3, H, W]`, of the previous one
+    or of the onset."""
+    return frames[:, 1:] - (frames[:, :-1] if reference == "previous" else frames[:, :1])
+
+
+def motion_of(steps: torch.Tensor, boxes: torch.Tensor, mirror: torch.Tensor, channels: str,
+              scale: float | str) -> torch.Tensor:
+    """Motion `[B, C, T, H, W]` for the network from flow float16 `[B, T, 2, H, W]`, cropped."""
+    field = flow.crop_flow(steps.float(), boxes, mirror, steps.shape[-1])
+    return flow.channels(field, channels, scale).transpose(1, 2)
+
+
+def crop_frames(frames: torch.Tensor, boxes: torch.Tensor, mirror: torch.Tensor) -> torch.Tensor:
+    """Frames uint8 `[B, F, 3, H, W]` in [0, 1], cropped as their flow is: float32, same shape."""
+    cut = flow.crop(frames.flatten(1, 2).float() / 255, boxes, mirror, frames.shape[-1])
+    return cut.unflatten(1, frames.shape[1:3])
+
+
+# ---------------------------------------------------------------- action units
+
+def read_units(text: str, sides: bool = False) -> tuple[frozenset, list[str]]:
+    """(action units, marks that are none) of a text such as `4+R12`: units are '4', 'R12', or '12'
+    where `sides` are not kept apart."""
+    units, unknown = set(), []
+    for mark in filter(None, (part.strip() for part in re.split(r"[+,/]", text))):
+        if match := UNIT.fullmatch(mark):
+            units.add((match[1].upper() if sides else "") + match[2].lstrip("0"))
+        else:
+            unknown.append(mark)
+    return frozenset(units), unknown
+
+
+def unit_names(clips: Iterable[frozenset]) -> list[str]:
+    """The units that occur in clips, by number, then side."""
+    names = set().union(*clips)
+    return sorted(names, key=lambda name: (int(re.sub(r"\D", "", name)), name))
+
+
+def multi_hot(clips: Iterable[frozenset], names: list[str]) -> np.ndarray:
+    """float32 `[N, U]`: 1 where a clip shows a unit of `names`."""
+    return np.array([[name in units for name in names] for units in clips], np.float32)
+
+
+# ---------------------------------------------------------------- parts of the face
+
+# of 68 landmarks: the eyes with their brows; the jaw from the mouth's corners down
+PARTS = {"eyes": (range(17, 27), range(36, 48)), "jaw": (range(3, 14), range(48, 60))}
+
+
+def read_masks(path: str | Path, keys: list[str], parts: list[str], size: int,
+               stored: int) -> np.ndarray:
+    """uint8 `[N, size, size]`: 0 where a clip's `parts` are, by the landmarks of a CSV file.
+
+    Its columns: key, x1, y1, …, x68, y68, pixels of frames of `stored` pixels. Raises BadInput.
+    """
+    columns = ["key", *(f"{axis}{i}" for i in range(1, 69) for axis in "xy")]
+    rows, _ = read_table(path, columns, fix="--landmarks names a table of landmarks")
+    points = {}
+    for place, row in rows:
+        try:
+            points[row["key"]] = np.array([float(row[name]) for name in columns[1:]]).reshape(
+                68, 2) * size / stored
+            ensure(np.isfinite(points[row["key"]]).all())
+        except ValueError:
+            raise BadInput(f"{place}: a landmark is no number") from None
+    missing = [key for key in keys if key not in points]
+    if missing:
+        raise BadInput(f"{path}: no landmarks of {len(missing)} clips, {missing[0]} the first")
+    masks = np.empty((len(keys), size, size), np.uint8)
+    for mask, key in zip(masks, keys):
+        image = Image.new("L", (size, size), 1)
+        for part in parts:
+            chosen = points[key][[i for span in PARTS[part] for i in span]]
+            hull = chosen[ConvexHull(chosen).vertices] if len(np.unique(chosen, axis=0)) > 2 else []
+            if len(hull):
+                ImageDraw.Draw(image).polygon([tuple(point) for point in hull], fill=0)
+        mask[:] = np.asarray(image)
+    return masks

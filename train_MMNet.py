@@ -1,0 +1,273 @@
+"""TM-MMNet: a video network on the optical flow between five frames, for each held-out subject.
+
+  python train_MMNet.py --data_folder data/casme2 --save_path results --tb_path tb
+
+prepare.py casme2 makes the folder. Each held-out subject gets a network trained from scratch on all
+others, for a fixed number of epochs; the last one counts. `--part` does some of them and merges
+what is finished. V6 and V6c first learn the action units. Expect some minutes a subject on a GPU;
+on two CPU cores an hour, a quarter of that with --size 112.
+"""
+import util  # first: it settles how threads wait before torch is imported
+
+# isort: split
+import zlib
+
+import numpy as np
+import torch
+
+import dataset
+from evaluation import heldout
+from evaluation import motion as mmnet_part
+from images import videos
+from models import mmnet
+from training import checkpoint, distributed, epochs, motion, options, record
+from util import number, positive_int
+
+# ---------------------------------------------------------------- options
+
+def parse_option(argv):
+    parser = util.ArgumentParser(description=__doc__)
+    add_data_options(parser)
+    add_model_options(parser)
+    add_optimisation_options(parser)
+    options.add_running_options(parser)
+    options.add_result_options(parser)
+    options.add_output_options(parser, "--save_path", "folder for the runs' results", 10)
+    opt = parser.parse_args(argv)
+    layout = mmnet.LAYOUTS[opt.model]
+    if opt.size % 16:
+        parser.error("argument --size: a multiple of 16")
+    if opt.input == "difference" and opt.channels:
+        parser.error("--channels goes with --input flow")
+    if bool(opt.mask) != bool(opt.landmarks):
+        parser.error("--mask and --landmarks go together")
+    if opt.batch_size < 2 * opt.accumulate:
+        parser.error("--batch_size: batch norm takes two clips or more of each --accumulate part")
+    if opt.channels is None:
+        opt.channels = layout.channels
+        if opt.input == "flow" and opt.channels == "difference":
+            opt.channels = "nr"
+    if opt.input == "difference":
+        opt.channels = "difference"
+    if opt.epochs is None:
+        opt.epochs = {"V1": 70, "V2": 70, "V6": 80, "V6c": 80, "mmnet": 74}.get(opt.model, 100)
+    options.check_seeds(parser, opt.seeds)
+    return opt
+
+
+def add_data_options(parser):
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_folder", free=True, required=True, metavar="DIR",
+                      help="folder that prepare.py casme2 wrote")
+    data.add_argument("--protocol", choices=("loso", "10fold"), default="loso",
+                      help="leave one subject out, or ten groups of whole subjects")
+    data.add_argument("--part", free=True, metavar="SUBJECTS", default="all",
+                      help="only these held-out subjects, merged with those finished before: "
+                           "numbers 5,16 or [5,16,7], ranges 1-4, names sub05 or smic/s1, hardest "
+                           "or hardest_7 (the published list, chosen by test scores)")
+    data.add_argument("--size", type=number(int, 32, 1024), default=224,
+                      help="side of the frames, pixels, a multiple of 16 that the grid of the "
+                           "position module follows; 112 takes a quarter of the time")
+    data.add_argument("--au_sides", action="store_true",
+                      help="keep action units of the left and the right side apart")
+
+
+def add_model_options(parser):
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", choices=tuple(mmnet.LAYOUTS), default="V3NR", metavar="NAME",
+                       help="variant: " + ", ".join(mmnet.LAYOUTS))
+    model.add_argument("--input", choices=("flow", "difference"), default="flow",
+                       help="motion between the frames: optical flow, or RGB differences; of "
+                            "mmnet from onset to apex")
+    model.add_argument("--channels", choices=(*mmnet.SETS, "hsv"),
+                       help="channels of a step of flow: n spread from -1 to 1, r in pixels, s "
+                            "standardised, hsv as colours [the variant's; nr for mmnet]")
+    model.add_argument("--scale", choices=("map", "column", "fixed"), default="map",
+                       help="map: n and s of each map; column: s of each column, as published; "
+                            "fixed: n divides by one length, typical of the training clips")
+    model.add_argument("--mask", nargs="+", choices=("eyes", "jaw"), metavar="PART",
+                       help="eyes, jaw: parts of the face that are blanked [none]")
+    model.add_argument("--landmarks", free=True, metavar="FILE.csv",
+                       help="key,x1,y1,...,x68,y68 of each clip, pixels of frames.npy")
+    model.add_argument("--pretrained", metavar="FILE", help="published checkpoint, or one of this "
+                       "script, to start from; its last layers may differ [none]")
+
+
+def add_optimisation_options(parser):
+    """Numbers of the published code; docs/MMNet.md names their sources."""
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--batch_size", type=positive_int, default=32, help="clips per step")
+    group.add_argument("--accumulate", type=positive_int, default=1,
+                       help="parts that a batch is computed in, for the memory's sake")
+    group.add_argument("--epochs", type=positive_int, help="passes over the data; the last one "
+                       "counts [V1, V2 70; V3 to V5 100; mmnet 74; V6 80 after --au_epochs]")
+    group.add_argument("--learning_rate", type=number(float, 0), default=8e-4,
+                       help="initial rate of AdamW")
+    group.add_argument("--lr_gamma", type=number(float, 0, 1), default=0.987,
+                       help="factor of the rate per epoch")
+    group.add_argument("--plateau_epoch", type=number(int, 0), default=50,
+                       help="epoch from which the rate stays")
+    group.add_argument("--weight_decay", type=number(float, 0), default=0.6, help="of AdamW")
+    group.add_argument("--loss", choices=("crossentropy", "focal", "balanced"),
+                       default="crossentropy", help="focal: gamma 2; balanced: classes weighted "
+                       "by n/(C n_c) of the training clips")
+    group.add_argument("--au_epochs", type=positive_int, default=70,
+                       help="V6, V6c: epochs of the first stage, on action units alone")
+    group.add_argument("--unfreeze_epoch", type=number(int, 0), default=50,
+                       help="V6, V6c: epochs of the second stage that train the last layer alone; "
+                            "V6c's threshold passes the gradient straight through, where the "
+                            "published code has none")
+    group.add_argument("--select", choices=("fixed", "inner"), default="fixed",
+                       help="inner: a fifth of the training subjects is not trained on and chooses "
+                            "the epoch; fixed: the last one")
+
+
+def run_name(opt):
+    return record.join_name(
+        "mmnet", opt.model, record.rate_name(opt.learning_rate, opt.weight_decay, opt.batch_size),
+        opt.channels, opt.scale * (opt.scale != "map"), record.size_name(opt.size),
+        "_".join(opt.mask or ()), "pretrained" * bool(opt.pretrained), opt.protocol, opt.loss,
+        "sides" * opt.au_sides, "inner" * (opt.select == "inner"), "amp" * opt.amp,
+        f"seed_{opt.seed}", opt.tag)
+
+
+# ---------------------------------------------------------------- data and model
+
+def set_loader(opt):
+    """(dataset.Data, the action units of each clip, dataset.Folds)"""
+    data, units = dataset.read_videos(opt.data_folder, opt.size, opt.au_sides)
+    opt.subject = mmnet_part.chosen_subjects(opt.part, data.clips)
+    print(f"{len(data.clips)} clips, {len(data.clips.people)} subjects")
+    return data, units, heldout.split(opt.protocol, data.clips)
+
+
+def masks_of(opt, data):
+    """What --mask leaves visible, or None."""
+    if not opt.mask:
+        return None
+    return videos.read_masks(opt.landmarks, [clip.key for clip in data.clips.clips], opt.mask,
+                             opt.size, data.images.info["size"])
+
+
+def set_job(opt, data, units, members, name, device):
+    """A network from scratch, and what it is trained with, on the clips `members`."""
+    torch.manual_seed(int(np.random.SeedSequence(
+        (opt.seed, zlib.crc32(name.encode()))).generate_state(1)[0]))
+    layout, targets = mmnet.LAYOUTS[opt.model], None
+    if layout.units:  # those of the training clips alone: what the others show is not known
+        targets = videos.multi_hot(units, videos.unit_names(units[i] for i in members))
+    network = mmnet.create_mmnet(opt.model, data.clips.n_label,
+                                 None if targets is None else targets.shape[1], opt.channels,
+                                 opt.size)
+    if opt.pretrained:
+        motion.load_pretrained(network, opt.pretrained)
+    network = network.to(device).channels_last()
+    scale = opt.scale
+    if scale == "fixed":
+        scale = float(motion.typical_motion(data.images)[members].mean())
+    source = motion.Source(data.images, layout.steps, opt.channels, scale, opt.model == "mmnet",
+                           masks_of(opt, data))
+    precision = epochs.mixed_precision(opt.amp, device)
+    # folds are dealt to ranks, so that a network has one rank's devices
+    run = network if distributed.active() else distributed.wrap(network, device,
+                                                                precision.autocast)
+    return motion.Job(network, run, source, data.clips.labels, targets, members,
+                      set_optimizer(opt, network), precision)
+
+
+def set_optimizer(opt, network):
+    return torch.optim.AdamW(network.parameters(), lr=opt.learning_rate,
+                             weight_decay=opt.weight_decay)
+
+
+# ---------------------------------------------------------------- training
+
+def stage_of(opt, epoch):
+    """(stage, number of the epoch within it, whether a new optimizer begins) of an epoch."""
+    if not mmnet.LAYOUTS[opt.model].units:
+        return "all", epoch, False
+    if epoch <= opt.au_epochs:
+        return "units", epoch, False
+    number = epoch - opt.au_epochs
+    return "last" if number <= opt.unfreeze_epoch else "all", number, number == 1
+
+
+def tune(opt, held, group, units, device):
+    """Trains for the persons of a Group on all other clips, going on from its checkpoint where
+    there is one. Returns (the trained motion.Job, what is kept of their predictions: history, or
+    the choice of inner subjects)."""
+    data, name = held.data, group.name
+    out = data.clips.members(group.out)
+    members = np.setdiff1d(np.arange(len(data.clips)), out)
+    best = mmnet_part.Best(data.clips, members) if opt.select == "inner" else None
+    job = set_job(opt, data, units, members if best is None else best.rest, name, device)
+    state, history = held.states.pop(name, None) or {"epoch": 0}, []
+    if state["epoch"] or state.get("within"):
+        record.say_where(name, state)
+        for part in ("network", "optimizer"):
+            getattr(job, part).load_state_dict(state["model" if part == "network" else part])
+        job.precision.scaler.load_state_dict(state["scaler"])
+        history = state["history"]
+        if best:
+            best.state = state["best"]
+
+    def train(epoch, within, on_step):
+        nonlocal job
+        stage, number, anew = stage_of(opt, epoch)
+        if anew and not within:
+            if best:
+                best.take(job.network)
+            job = job._replace(optimizer=set_optimizer(opt, job.network))
+        means = motion.train_epoch(opt, job, stage, epoch, number, within, on_step)
+        if best:
+            means |= best.follow(job, stage, epoch)
+        elif stage != "units":
+            history.append(motion.predict(job, out)[0].argmax(1).tolist())
+        return means
+
+    def keep(epoch, within):
+        checkpoint.save(held.run.last(name), {
+            "opt": vars(opt), "unit": name, "epoch": epoch, "within": within, "history": history,
+            "model": job.network.state_dict(), "optimizer": job.optimizer.state_dict(),
+            "scaler": job.precision.scaler.state_dict(), "best": best and best.state,
+            "classes": data.clips.classes, "data_digest": held.header["data_digest"],
+            "encoder_sha256": None})
+
+    total = opt.epochs + opt.au_epochs * bool(mmnet.LAYOUTS[opt.model].units)
+    loop = epochs.Loop(opt.changed(epochs=total), held.log, name,
+                       epochs.per_epoch(len(job.members), opt.batch_size))
+    loop.run(train, keep, state["epoch"], state.get("within"))
+    if best:
+        best.take(job.network)
+        return job, lambda mine: {"choice": best.choice()}
+    history = np.array(history).T
+    return job, lambda mine: {"history": history[mine].tolist()}
+
+
+def evaluate(opt, argv, device, data, units, folds):
+    """Trains what is left to do and writes the results: (run folder, results or None)."""
+    run = record.Run(opt.save_path, run_name(opt), opt)
+    held = mmnet_part.HeldOutVideos(run, argv, __file__, data, folds)
+    for group in held.groups:
+        out = data.clips.members(group.out)
+        job, notes = tune(opt, held, group, units, device)
+        said, maps, _ = motion.predict(job, out)
+        held.keep(group, out, said, notes)
+        held.keep_attention(group, out, said, maps)
+        run.finished(group.name)
+    part = {"part": f"{opt.part}: these subjects were chosen by their test scores"} \
+        if opt.part.startswith("hardest") else {}
+    return run.folder, held.finish(protocol=opt.protocol, **part)
+
+
+@util.command_line
+def main(argv=None):
+    opt = parse_option(argv)
+    device = distributed.local_device(epochs.pick_device(opt.device))
+    with distributed.group(device):
+        data, units, folds = set_loader(opt)
+        heldout.over_seeds(opt, lambda one: evaluate(one, argv, device, data, units, folds))
+
+
+if __name__ == "__main__":
+    main()
