@@ -20,6 +20,7 @@ from images.lists import write_lists
 
 ROOT = Path(util.__file__).parent
 LISTS = ROOT.parent / "shared" / "casme3_lists.tar.xz"
+PARITY = ROOT.parent / "shared" / "parity"
 
 
 def pytest_configure(config):
