@@ -49,9 +49,15 @@ def write(folder, clips=CLIPS, prefix="reg_img", step=1, amplitude=2.0, workbook
             level = amplitude * course(number, onset, apex, offset)
             Image.fromarray(frame(subject, SIGN.get(emotion, (0, 0)), level)).save(
                 place / f"{prefix}{number}.jpg", quality=95)
-    path = folder / f"coding.{workbook}"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_table(folder / f"coding.{workbook}", clips)
+    return folder
+
+
+def write_table(path, clips):
+    """A workbook, .xlsx or .csv, of these clips."""
     rows = [COLUMNS, *clips]
-    if workbook == "csv":
+    if path.suffix == ".csv":
         path.write_text("\n".join(",".join(map(str, row)) for row in rows) + "\n")
     else:
         import openpyxl
@@ -59,4 +65,3 @@ def write(folder, clips=CLIPS, prefix="reg_img", step=1, amplitude=2.0, workbook
         for row in rows:
             book.active.append(row)
         book.save(path)
-    return folder
