@@ -84,6 +84,20 @@ def clip_keys(paths: Iterable[str], suffixes: Iterable[str] = ()) -> dict[str, s
     return keys
 
 
+def clip_key(subject: str, video: str, onset: int | str, apex: int | str) -> str:
+    """Name of a clip, as published."""
+    return f"{subject}-{video}-{apex}-{subject}-{video}-{onset}"
+
+
+def image_paths(key: str, folder: str, database: int = 0, classes: int = 4) -> tuple[str, str]:
+    """Paths of a clip's difference images, RGB and depth, named and sorted into folders as
+    published; folder: the class, or 'unlabelled'."""
+    name = DATABASES[database]
+    root = f"{name}_diff_me{classes}/{name}_diff"
+    return (f"{root}_imgs_all/{folder}/{key}_diff.png",
+            f"{root}_depth_all/{folder}/{key}_diff_depth.png")
+
+
 def read_view(folder: Path, subjects: list[str], suffixes: Iterable[str]) -> dict[str, tuple]:
     """One view's lists, checked: dict key → (path, label, database, subject, where)."""
     tests = {s: read_rows(folder / f"{s}_test.txt") for s in subjects}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from images import lists
-from images.lists import DATABASES, natural
+from images.lists import DATABASES, clip_key, image_paths, natural
 from util import BadInput, read_cells
 
 COLUMNS = ("subject", "filename", "onset", "apex", "offset", "au", "objective class", "emotion")
@@ -83,11 +83,6 @@ def too_long(frames: int, max_gap: int) -> str:
 def is_name(text: str) -> bool:
     """Whether a subject or video can be part of file names: not empty, leading nowhere else."""
     return re.fullmatch(r"[^\s./\\][^/\\]*", text) is not None
-
-
-def clip_key(subject: str, video: str, onset: int | str, apex: int | str) -> str:
-    """Name of a clip, as published."""
-    return f"{subject}-{video}-{apex}-{subject}-{video}-{onset}"
 
 
 def read_annotation(path: str | Path) -> Table:
@@ -329,9 +324,6 @@ def finish(table: Table, classes: int, blank_apex: str, max_gap: int) -> None:
 
 
 def place(row: Row, folder: str, classes: int) -> Row:
-    """The row with the paths of its difference images, named and sorted into folders as
-    published; folder: the class, or 'unlabelled'."""
-    name = DATABASES[row.database]
-    root = f"{name}_diff_me{classes}/{name}_diff"
-    return replace(row, rgb=f"{root}_imgs_all/{folder}/{row.key}_diff.png",
-                   depth=f"{root}_depth_all/{folder}/{row.key}_diff_depth.png")
+    """The row with the paths of its difference images; folder: the class, or 'unlabelled'."""
+    rgb, depth = image_paths(row.key, folder, row.database, classes)
+    return replace(row, rgb=rgb, depth=depth)

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from scipy.ndimage import median_filter
 
-from preparation.annotation import Row, Table, clip_key, place
+from images.lists import clip_key
+from preparation.annotation import Row, Table, place
 from preparation.frames import Tree, subject_number
 from util import BadInput, read_cells
 
