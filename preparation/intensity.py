@@ -6,6 +6,7 @@ Without them: the change between the ends of each window, measured after registr
 import argparse
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,9 +65,8 @@ def find_pairs(tree: Tree, opt: argparse.Namespace, table: Table) -> tuple:
         reasons = "; ".join(f"{name}: {why}" for name, why in stopped[:3])
         raise BadInput(f"{opt.unlabelled}: no pair in {len(videos)} videos"
                        + (f"; {reasons}" if reasons else f" at --floor {opt.floor:g} or more"))
-    units = sorted({pair.unit for pair in pairs})
-    return pairs, {"videos": len(videos), "stopped": stopped, "per_unit": {
-        unit: sum(pair.unit == unit for pair in pairs) for unit in units}}
+    per_unit = dict(sorted(Counter(pair.unit for pair in pairs).items()))
+    return pairs, {"videos": len(videos), "stopped": stopped, "per_unit": per_unit}
 
 
 def make_pair(subject: str, video: str, onset: int, apex: int, intensity: float, unit: str,
@@ -140,9 +140,7 @@ def rows_of(columns: dict, rgb: dict, numbers: np.ndarray, how: str) -> np.ndarr
         return order
     # OpenFace numbers the files in the order of their names as strings: 1 10 100 2.
     names = sorted(range(len(numbers)), key=lambda i: os.path.basename(rgb[int(numbers[i])]))
-    place_of = np.empty(len(numbers), dtype=np.int64)
-    place_of[names] = np.arange(len(numbers))
-    return order[place_of]
+    return order[np.argsort(names)]
 
 
 def rises(path: str | Path, rgb: dict, numbers: np.ndarray, usable: np.ndarray,
@@ -181,11 +179,9 @@ def rises(path: str | Path, rgb: dict, numbers: np.ndarray, usable: np.ndarray,
 
 def runs(numbers: np.ndarray, good: np.ndarray) -> list:
     """[first, last) of the stretches of consecutive frame numbers that are all good."""
-    starts = good.copy()
-    starts[1:] &= ~good[:-1] | (np.diff(numbers) != 1)
-    ends = good.copy()
-    ends[:-1] &= ~good[1:] | (np.diff(numbers) != 1)
-    return [(int(a), int(b) + 1) for a, b in zip(np.flatnonzero(starts), np.flatnonzero(ends))]
+    at = np.flatnonzero(good)
+    breaks = np.flatnonzero((np.diff(at) != 1) | (np.diff(numbers[at]) != 1)) + 1
+    return [(int(run[0]), int(run[-1]) + 1) for run in np.split(at, breaks) if len(run)]
 
 
 def windows(values: np.ndarray, first: int, longest: int, floor: float) -> list:

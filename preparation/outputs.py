@@ -29,10 +29,6 @@ def identity(row: Row) -> tuple:
     return DATABASES[row.database], row.subject, row.video, str(onset)
 
 
-def _digest(content):
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 # ---------------------------------------------------------------- before the run
 
 def begin(opt: argparse.Namespace, table: Table, folder: Path) -> None:
@@ -59,8 +55,7 @@ def begin(opt: argparse.Namespace, table: Table, folder: Path) -> None:
 
 def _options(opt):
     """Everything the set depends on, as plain values."""
-    values = {k: v for k, v in vars(opt).items() if k not in PLACES}
-    return json.loads(json.dumps(values))
+    return json.loads(json.dumps({k: v for k, v in vars(opt).items() if k not in PLACES}))
 
 
 # ---------------------------------------------------------------- after it
@@ -88,20 +83,18 @@ def write(opt: argparse.Namespace, table: Table, labelled: list, unlabelled: lis
         write_lists_of(table, labelled, folder)
     files = {name: digest for _, _, record in labelled + unlabelled
              for name, digest in record["files"].items()}
+    digests = {"images": hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()}
+    texts = [folder / name for name in ("boxes.csv", "pairs.tsv", "encoding.json")]
+    for path in (*sorted(folder.glob("v_*/*.txt")), *texts):
+        if path.exists():
+            digests[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
     write_json(folder / "manifest.json", {
         "annotation": table.source, "options": _options(opt), "encoding": encoding,
         "counts": counts(table, labelled), "repairs": table.repairs,
         "dropped": [{"clip": key, "reason": reason} for key, reason in table.dropped],
         "unlabelled": search and {**search, "pairs": len(unlabelled)},
-        "digests": {"images": _digest(sorted(files.items())), **{
-            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in _texts(folder)}},
+        "digests": digests,
         "clips": [_record_of(row, record) for row, _, record in labelled + unlabelled]})
-
-
-def _texts(folder):
-    names = [folder / name for name in ("boxes.csv", "pairs.tsv", "encoding.json")]
-    return [p for p in (*sorted(folder.glob("v_*/*.txt")), *names) if p.exists()]
 
 
 def _record_of(row, record):
