@@ -33,7 +33,7 @@ class Row:
     (offset None where unknown); emotion: the label's name, '' unlabelled; label: its id; blank:
     onset and apex are one; files: (onset, apex, depth onset, depth apex) where the annotation
     names them; rgb, depth: paths of the difference images below the data folder; listed: the
-    subject's name in lists that are copied."""
+    subject's name in lists that are copied; intensity: that of an unlabelled pair, of its unit."""
     database: int
     subject: str
     video: str
@@ -49,6 +49,7 @@ class Row:
     rgb: str = ""
     depth: str = ""
     listed: str = ""
+    intensity: float = 0.0
 
     @property
     def person(self) -> str:
@@ -281,7 +282,7 @@ def read_clips_csv(path: str | Path, root: Path) -> Table:
         if lines.setdefault(identity, number) != number:
             raise BadInput(f"{path}:{number}: {key} is in line {lines[identity]} already")
         row = Row(DATABASES.index(values["database"]), subject, video, 0, int(files[0] != files[1]),
-                  None, "", emotion, key, files=tuple(root / name for name in files))
+                  None, "", emotion, key, files=tuple(str(root / name) for name in files))
         rows.append(_blank_checked(table, row))
     if missing:
         raise BadInput(f"{path}:{missing[0][0]}: {missing[0][1]} is not below --raw {root}; "

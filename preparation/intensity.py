@@ -7,7 +7,6 @@ import argparse
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,21 +17,15 @@ from preparation.annotation import Row, Table, place
 from preparation.frames import Tree, subject_number
 from util import BadInput, read_cells
 
+LEVELS = "levels"  # stands for the unit where the change was measured in grey levels
 BLINK = 45
 MEDIAN = 5  # frames
 VIDEO = re.compile(r"(?i)spno\.?(\d+)[/_-]([a-z]+)(?:[/_-](?:color|frame|rgb))?\.csv$")
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A pair of an unlabelled video: its Row, intensity, and the unit that rose (AU12)."""
-    row: Row
-    intensity: float
-    unit: str
-
-
 def find_pairs(tree: Tree, opt: argparse.Namespace, table: Table) -> tuple:
-    """(list of Pair, what the search met: videos, those stopped with the reason, pairs per unit).
+    """(Rows of the pairs, what the search met: videos, those stopped with the reason, pairs per
+    unit).
 
     table: the annotated clips; windows that overlap one are left out. Raises BadInput.
     """
@@ -60,22 +53,17 @@ def find_pairs(tree: Tree, opt: argparse.Namespace, table: Table) -> tuple:
             except ValueError as error:
                 stopped.append((name, str(error)))
                 continue
-        pairs += [make_pair(f"spNO.{subject}", video, *one, opt.classes) for one in spans]
+        for onset, apex, strength, unit in spans:
+            key = clip_key(f"spNO.{subject}", video, onset, apex)
+            row = Row(0, f"spNO.{subject}", video, onset, apex, None, unit, "", key,
+                      intensity=strength)
+            pairs.append(place(row, "unlabelled", opt.classes))
     if not pairs:
         reasons = "; ".join(f"{name}: {why}" for name, why in stopped[:3])
         raise BadInput(f"{opt.unlabelled}: no pair in {len(videos)} videos"
                        + (f"; {reasons}" if reasons else f" at --floor {opt.floor:g} or more"))
-    per_unit = dict(sorted(Counter(pair.unit for pair in pairs).items()))
+    per_unit = dict(sorted(Counter(row.units or LEVELS for row in pairs).items()))
     return pairs, {"videos": len(videos), "stopped": stopped, "per_unit": per_unit}
-
-
-def make_pair(subject: str, video: str, onset: int, apex: int, intensity: float, unit: str,
-              classes: int) -> Pair:
-    """A Pair, with the paths of its images; see Pair and Row."""
-    units = unit if unit.startswith("AU") else ""
-    row = Row(0, subject, video, onset, apex, None, units, "",
-              clip_key(subject, video, onset, apex))
-    return Pair(place(row, "unlabelled", classes), intensity, unit)
 
 
 def labelled_spans(table: Table) -> dict:
@@ -198,8 +186,8 @@ def windows(values: np.ndarray, first: int, longest: int, floor: float) -> list:
 
 
 def tile(numbers: np.ndarray, usable: np.ndarray, window: int) -> list:
-    """Windows of `window` frames side by side, as (onset, apex, 0, 'levels'): the change between
+    """Windows of `window` frames side by side, as (onset, apex, 0, no unit): the change between
     their ends is measured when they are cut."""
-    return [(int(numbers[i]), int(numbers[i + window]), 0.0, "levels")
+    return [(int(numbers[i]), int(numbers[i + window]), 0.0, "")
             for first, last in runs(numbers, usable)
             for i in range(first, last - window, window + 1)]
