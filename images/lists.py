@@ -66,21 +66,19 @@ def clip_keys(paths: Iterable[str], suffixes: Iterable[str] = ()) -> dict[str, s
     for path in paths:
         *folders, name = path.split("/")
         parts[path] = [*folders, ending.sub("", os.path.splitext(name)[0])]
-    keys, groups, length = {}, [list(parts)], 1
-    while groups:
-        ambiguous = []
-        for group in groups:
-            tails = {}
-            for path in group:
-                tails.setdefault("/".join(parts[path][-length:]), []).append(path)
-            for tail, members in tails.items():
-                if len(members) == 1:
-                    keys[members[0]] = tail
-                elif all(len(parts[m]) <= length for m in members):
-                    raise ValueError(f"{members[0]} and {members[1]} name the same clip")
-                else:
-                    ambiguous.append(members)
-        groups, length = ambiguous, length + 1
+    keys, left, length = {}, list(parts), 1
+    while left:
+        tails = {}
+        for path in left:
+            tails.setdefault("/".join(parts[path][-length:]), []).append(path)
+        left, length = [], length + 1
+        for tail, members in tails.items():
+            if len(members) == 1:
+                keys[members[0]] = tail
+            elif all(len(parts[m]) < length for m in members):
+                raise ValueError(f"{members[0]} and {members[1]} name the same clip")
+            else:
+                left += members
     return keys
 
 
