@@ -185,7 +185,10 @@ def make_crops(task: Task, settings: Settings, folder: str | Path) -> tuple:
                   shift=round(crops.shift, 4), registered=crops.registered,
                   residual=None if np.isnan(crops.residual) else round(crops.residual, 4))
     if settings.crops:
-        _keep_crops(kept, crops, record)
+        arrays = {name: getattr(crops, name) for name in CROPS if getattr(crops, name) is not None}
+        file = io.BytesIO()
+        np.savez_compressed(file, **arrays, known=np.array(json.dumps(record)))
+        _write(kept, file.getvalue())
     return crops, record
 
 
@@ -194,13 +197,6 @@ def _crops_path(task, settings, folder):
     digest = fingerprint(task, [getattr(settings, name) for name in (
         "crop", "margin", "size", "roll", "register", "depth_scale")])
     return Path(folder) / "crops" / f"{Path(task.rgb).stem}_{digest[:12]}.npz"
-
-
-def _keep_crops(path, crops, record):
-    arrays = {name: getattr(crops, name) for name in CROPS if getattr(crops, name) is not None}
-    file = io.BytesIO()
-    np.savez_compressed(file, **arrays, known=np.array(json.dumps(record)))
-    _write(path, file.getvalue())
 
 
 def make_images(task: Task, settings: Settings, crops: Crops | None, box: dict | None) -> tuple:
