@@ -266,14 +266,12 @@ def plan_videos(opt: argparse.Namespace, folder: Path) -> tuple:
             name = "abcdefghijklmnopqrstuvwxyz"[v % 26] * (v // 26 + 1)
             subject = f"spNO.{s + 1}"
             events, last, rows = plan_events(subject, name, kinds, opt.amplitude, opt.seed)
-            color, depth = (folder / "part_A" / subject / name / view for view in ("color",
-                                                                                   "depth"))
-            for view in (color, depth):
-                view.mkdir(parents=True)
+            place = folder / "part_A" / subject / name
+            for view in ("color", "depth"):
+                (place / view).mkdir(parents=True)
             subjects[-1].append(Video(
-                events[0].job.subject, name, str(color), str(depth),
-                str(folder / "openface" / f"{subject}_{name}.csv"), FIRST, last, events,
-                tuple(opt.raw_size), opt.seed))
+                events[0].job.subject, name, place, folder / "openface" / f"{subject}_{name}.csv",
+                FIRST, last, events, tuple(opt.raw_size), opt.seed))
             table += rows
     (folder / "openface").mkdir()
     return subjects, table
