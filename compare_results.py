@@ -118,7 +118,6 @@ def rows_on(result: dict, clips: list[tuple]) -> list[dict]:
 
 # ---------------------------------------------------------------- tables
 
-
 def title(result: dict) -> str:
     """What a result is of, in a few words."""
     opt = result["opt"]
@@ -210,15 +209,14 @@ def option_table(results: list[dict]) -> Table:
             [line for line in rows if len(set(line[1:])) > 1])
 
 
-def test_table(results: list[dict], figures: list[dict], clips: list[tuple]) -> Table:
+def test_table(results: list[dict], clips: list[tuple]) -> Table:
     """The paired test of every two results."""
     labels = [results[0]["predictions"][clip][0] for clip in clips]
     people = [clip[:2] for clip in clips]
     guesses = [[result["predictions"][clip][1] for clip in clips] for result in results]
     pairs = list(itertools.combinations(range(len(results)), 2))
-    n_label = figures[0]["n_label"]
-    tests = [measures.permutation_test(labels, guesses[i], guesses[j], people, n_label)
-             for i, j in pairs]
+    tests = [measures.permutation_test(labels, guesses[i], guesses[j], people,
+                                       results[0]["n_label"]) for i, j in pairs]
     adjusted = measures.holm([p for _, p in tests])
     return (f"Paired permutation tests: predictions swapped subject by subject, two-sided, "
             f"{measures.DRAWS:,} draws; Holm's correction for {len(pairs)} "
@@ -315,8 +313,7 @@ def main(argv: list[str] | None = None) -> None:
     tables = [result_table(results, figures, note)]
     if len(results) > 1:
         changed = option_table(results)
-        tables = [*([changed] if changed[2] else []), *tables,
-                  test_table(results, figures, clips)]
+        tables = [*([changed] if changed[2] else []), *tables, test_table(results, clips)]
     if opt.published:
         tables.append(published_table())
     show = latex if opt.latex else markdown

@@ -66,22 +66,34 @@ def clip_keys(paths: Iterable[str], suffixes: Iterable[str] = ()) -> dict[str, s
     for path in paths:
         *folders, name = path.split("/")
         parts[path] = [*folders, ending.sub("", os.path.splitext(name)[0])]
-    keys, groups, length = {}, [list(parts)], 1
-    while groups:
-        ambiguous = []
-        for group in groups:
-            tails = {}
-            for path in group:
-                tails.setdefault("/".join(parts[path][-length:]), []).append(path)
-            for tail, members in tails.items():
-                if len(members) == 1:
-                    keys[members[0]] = tail
-                elif all(len(parts[m]) <= length for m in members):
-                    raise ValueError(f"{members[0]} and {members[1]} name the same clip")
-                else:
-                    ambiguous.append(members)
-        groups, length = ambiguous, length + 1
+    keys, left, length = {}, list(parts), 1
+    while left:
+        tails = {}
+        for path in left:
+            tails.setdefault("/".join(parts[path][-length:]), []).append(path)
+        left, length = [], length + 1
+        for tail, members in tails.items():
+            if len(members) == 1:
+                keys[members[0]] = tail
+            elif all(len(parts[m]) < length for m in members):
+                raise ValueError(f"{members[0]} and {members[1]} name the same clip")
+            else:
+                left += members
     return keys
+
+
+def clip_key(subject: str, video: str, onset: int | str, apex: int | str) -> str:
+    """Name of a clip, as published."""
+    return f"{subject}-{video}-{apex}-{subject}-{video}-{onset}"
+
+
+def image_paths(key: str, folder: str, database: int = 0, classes: int = 4) -> tuple[str, str]:
+    """Paths of a clip's difference images, RGB and depth, named and sorted into folders as
+    published; folder: the class, or 'unlabelled'."""
+    name = DATABASES[database]
+    root = f"{name}_diff_me{classes}/{name}_diff"
+    return (f"{root}_imgs_all/{folder}/{key}_diff.png",
+            f"{root}_depth_all/{folder}/{key}_diff_depth.png")
 
 
 def read_view(folder: Path, subjects: list[str], suffixes: Iterable[str]) -> dict[str, tuple]:

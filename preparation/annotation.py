@@ -3,13 +3,14 @@
 Every source ends as a list of Row, with what was repaired or dropped on the way, by rule.
 """
 import hashlib
+import importlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from images import lists
-from images.lists import DATABASES, natural
+from images.lists import DATABASES, clip_key, image_paths, natural
 from util import BadInput, read_cells
 
 COLUMNS = ("subject", "filename", "onset", "apex", "offset", "au", "objective class", "emotion")
@@ -32,7 +33,7 @@ class Row:
     (offset None where unknown); emotion: the label's name, '' unlabelled; label: its id; blank:
     onset and apex are one; files: (onset, apex, depth onset, depth apex) where the annotation
     names them; rgb, depth: paths of the difference images below the data folder; listed: the
-    subject's name in lists that are copied."""
+    subject's name in lists that are copied; intensity: that of an unlabelled pair, of its unit."""
     database: int
     subject: str
     video: str
@@ -48,6 +49,7 @@ class Row:
     rgb: str = ""
     depth: str = ""
     listed: str = ""
+    intensity: float = 0.0
 
     @property
     def person(self) -> str:
@@ -83,11 +85,6 @@ def too_long(frames: int, max_gap: int) -> str:
 def is_name(text: str) -> bool:
     """Whether a subject or video can be part of file names: not empty, leading nowhere else."""
     return re.fullmatch(r"[^\s./\\][^/\\]*", text) is not None
-
-
-def clip_key(subject: str, video: str, onset: int | str, apex: int | str) -> str:
-    """Name of a clip, as published."""
-    return f"{subject}-{video}-{apex}-{subject}-{video}-{onset}"
 
 
 def read_annotation(path: str | Path) -> Table:
@@ -133,30 +130,28 @@ def cell_text(cell: object) -> str:
     return text[:-2] if re.fullmatch(r"\d+\.0", text) else text
 
 
-def _xlsx_rows(path):
+def _open_workbook(path, kind, package, load):
+    """The workbook that `load(module of the package)` gives; raises BadInput."""
     try:
-        import openpyxl
+        reader = importlib.import_module(package)
     except ImportError:
-        raise BadInput(f"{path}: reading .xlsx takes openpyxl; pip install -r "
+        raise BadInput(f"{path}: reading {kind} takes {package}; pip install -r "
                        f"requirements-prepare.txt, or save the sheet as .csv") from None
     try:
-        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-    except Exception as error:  # openpyxl raises whatever its parsers do
-        raise BadInput(f"{path}: not a workbook ({error}); save it as .xlsx again") from None
+        return load(reader)
+    except Exception as error:  # the packages raise whatever their parsers do
+        raise BadInput(f"{path}: not a workbook ({error}); save it as {kind} again") from None
+
+
+def _xlsx_rows(path):
+    book = _open_workbook(path, ".xlsx", "openpyxl", lambda openpyxl: openpyxl.load_workbook(
+        path, read_only=True, data_only=True))
     sheet = book["label"] if "label" in book.sheetnames else book.worksheets[0]
     return list(enumerate(sheet.iter_rows(values_only=True), 1))
 
 
 def _xls_rows(path):
-    try:
-        import xlrd
-    except ImportError:
-        raise BadInput(f"{path}: reading .xls takes xlrd; pip install -r "
-                       f"requirements-prepare.txt, or save the sheet as .csv") from None
-    try:
-        book = xlrd.open_workbook(path)
-    except Exception as error:  # likewise
-        raise BadInput(f"{path}: not a workbook ({error}); save it as .xls again") from None
+    book = _open_workbook(path, ".xls", "xlrd", lambda xlrd: xlrd.open_workbook(path))
     names = book.sheet_names()
     sheet = book.sheet_by_name("label" if "label" in names else names[0])
     return [(i + 1, sheet.row_values(i)) for i in range(sheet.nrows)]
@@ -179,26 +174,23 @@ def _add_row(table, values, where, clips):
     """
     name = re.fullmatch(r"(?i)spno\.?(\d+)", values["subject"])
     subject = f"spNO.{int(name[1])}" if name else values["subject"]
-    video, numbers = values["filename"], []
+    video, emotion, reason = values["filename"], values["emotion"].lower(), ""
+    key = f"{subject}-{video} {where}"
+    frames = {column: values[column] for column in ("onset", "apex", "offset")}
+    wrong = [column for column, text in frames.items() if not re.fullmatch(r"\d+", text)]
     if not (is_name(subject) and is_name(video)):
-        table.dropped.append((f"{subject}-{video} {where}",
-                              f"subject {subject!r} or video {video!r} is no name"))
-        return
-    for column in ("onset", "apex", "offset"):
-        if not re.fullmatch(r"\d+", values[column]):
-            table.dropped.append((f"{subject}-{video} {where}",
-                                  f"{column} {values[column]!r} is not a frame number"))
-            return
-        numbers.append(int(values[column]))
-    onset, apex, offset = numbers
-    key = clip_key(subject, video, onset, apex)
-    emotion = values["emotion"].lower()
-    if emotion not in NAMED_CLASS:
-        table.dropped.append((key, f"{where}: emotion {values['emotion']!r} is not known"))
-        return
-    identity = (subject, video.lower(), onset)
-    if identity in clips:
-        table.dropped.append((key, f"{where}: a second row for this subject, video and onset"))
+        reason = f"subject {subject!r} or video {video!r} is no name"
+    elif wrong:
+        reason = f"{wrong[0]} {frames[wrong[0]]!r} is not a frame number"
+    else:
+        onset, apex, offset = map(int, frames.values())
+        key, identity = clip_key(subject, video, onset, apex), (subject, video.lower(), onset)
+        if emotion not in NAMED_CLASS:
+            reason = f"{where}: emotion {values['emotion']!r} is not known"
+        elif identity in clips:
+            reason = f"{where}: a second row for this subject, video and onset"
+    if reason:
+        table.dropped.append((key, reason))
         return
     clips.add(identity)
     if values["subject"] != subject:
@@ -247,7 +239,7 @@ def _read_lists(folder):
 
 def copy_lists(table: Table, target: Path, kept: set) -> Iterator[tuple]:
     """(path, text) of the published lists, byte for byte but for the rows whose path is not in
-    `kept` (a set); all rows kept: byte for byte. Subjects without a clip vanish."""
+    `kept`. Subjects without a clip vanish."""
     people = {row.person for row in table.rows}
     for path in sorted(table.lists.glob("v_*/*.txt")):
         name = re.sub("_(train|test)$", "", path.stem)
@@ -287,22 +279,21 @@ def read_clips_csv(path: str | Path, root: Path) -> Table:
         if values["database"] not in DATABASES or not all(files):
             raise BadInput(f"{path}:{number}: the database is one of {', '.join(DATABASES)}, and "
                            f"no path is empty: depth for all clips or without those columns")
-        if not (is_name(values["subject"]) and is_name(values["clip"])):
-            raise BadInput(f"{path}:{number}: subject {values['subject']!r}, clip "
-                           f"{values['clip']!r}: part of file names, so neither empty nor with a "
-                           f"slash or a dot in front")
+        subject, video = values["subject"], values["clip"]
+        if not (is_name(subject) and is_name(video)):
+            raise BadInput(f"{path}:{number}: subject {subject!r}, clip {video!r}: part of file "
+                           f"names, so neither empty nor with a slash or a dot in front")
         missing += [(number, name) for name in files if not (root / name).is_file()]
         emotion = values["label"].lower()
         if emotion not in NAMED_CLASS:
             raise BadInput(f"{path}:{number}: label {values['label']!r} is not one of "
                            f"{', '.join(sorted(NAMED_CLASS))}")
-        subject, video = values["subject"], values["clip"]
         key = clip_key(subject, video, *(Path(name).stem for name in files[:2]))
         identity = (values["database"], key)
         if lines.setdefault(identity, number) != number:
             raise BadInput(f"{path}:{number}: {key} is in line {lines[identity]} already")
         row = Row(DATABASES.index(values["database"]), subject, video, 0, int(files[0] != files[1]),
-                  None, "", emotion, key, files=tuple(root / name for name in files))
+                  None, "", emotion, key, files=tuple(str(root / name) for name in files))
         rows.append(_blank_checked(table, row))
     if missing:
         raise BadInput(f"{path}:{missing[0][0]}: {missing[0][1]} is not below --raw {root}; "
@@ -340,9 +331,6 @@ def finish(table: Table, classes: int, blank_apex: str, max_gap: int) -> None:
 
 
 def place(row: Row, folder: str, classes: int) -> Row:
-    """The row with the paths of its difference images, named and sorted into folders as
-    published; folder: the class, or 'unlabelled'."""
-    name = DATABASES[row.database]
-    root = f"{name}_diff_me{classes}/{name}_diff"
-    return replace(row, rgb=f"{root}_imgs_all/{folder}/{row.key}_diff.png",
-                   depth=f"{root}_depth_all/{folder}/{row.key}_diff_depth.png")
+    """The row with the paths of its difference images; folder: the class, or 'unlabelled'."""
+    rgb, depth = image_paths(row.key, folder, row.database, classes)
+    return replace(row, rgb=rgb, depth=depth)

@@ -44,7 +44,7 @@ def draw_all(settings: cutting.Settings, table: Table, clips: list, folder: Path
 
 def spread(n: int, wanted: int) -> list:
     """At most `wanted` indices of range(n), evenly spread."""
-    return sorted({int(i) for i in np.linspace(0, n - 1, min(n, wanted))}) if n else []
+    return sorted({int(i) for i in np.linspace(0, n - 1, min(n, wanted))})
 
 
 def caption(clip: tuple) -> str:
@@ -131,14 +131,13 @@ def draw_histograms(path: Path, clips: list) -> None:
     write_figure(path, figure, dpi=80)
 
 
-def choose_clips(rows: list, wanted: int = DRY_CLIPS) -> list:
-    """Indices of about `wanted` clips, evenly spread over the classes and within each."""
-    labels = sorted({row.label for row in rows})
-    chosen = []
+def choose_clips(rows: list) -> list:
+    """Indices of about DRY_CLIPS clips, evenly spread over the classes and within each."""
+    labels, chosen = sorted({row.label for row in rows}), []
     for label in labels:
         members = [i for i, row in enumerate(rows) if row.label == label]
-        chosen += [members[i] for i in spread(len(members), -(-wanted // len(labels)))]
-    return chosen[:wanted]
+        chosen += [members[i] for i in spread(len(members), -(-DRY_CLIPS // len(labels)))]
+    return chosen[:DRY_CLIPS]
 
 
 def dry_run(settings: cutting.Settings, table: Table, rows: list, tasks: list, folder: Path,

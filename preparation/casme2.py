@@ -275,7 +275,7 @@ def write(opt: argparse.Namespace, table: Table, clips: list, settings: dict) ->
     # for `prepare.py casme3 --clips`: the same clips as difference images
     write_table(folder / "onset_apex.csv", annotation.CLIP_COLUMNS, (
         (DATABASES[row.database], row.subject, f"{row.video}-{row.onset}",
-         *(os.path.relpath(task.files[task.plain[i]], opt.raw) for i in (0, 2)), row.label)
+         *(os.path.relpath(task.files[task.plain[i]], opt.raw) for i in (0, 2)), row.emotion)
         for row, task, _ in clips))
     write_json(folder / "flow.json", {
         "classes": list(table.classes), "size": opt.size, "jitters": opt.jitters,

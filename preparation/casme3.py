@@ -224,8 +224,8 @@ def find_frames(opt: argparse.Namespace, table: Table) -> list:
         row = replace(row, blank=blank)
         kept.append(row)
         depth = row.depth if tree or len(row.files) == 4 else ""
-        tasks.append(cutting.Task(row.key, row.rgb, depth, tuple(map(str, files)), blank, box,
-                                  tuple(more) if opt.crop[0] == "mtcnn" else ()))
+        tasks.append(cutting.Task(row.key, row.rgb, depth, files, blank, box,
+                                  more if opt.crop[0] == "mtcnn" else ()))
     table.rows = kept
     return tasks
 
@@ -236,7 +236,7 @@ def tree_files(tree: frames.Tree, row: Row, onset: int | None, apex: int | None)
         return (), ()
     rgb, depth, _ = tree.frames(row.subject, row.video, row.onset)
     later = sorted(n for n in rgb if n > onset)[:LOOK_ON]
-    return (rgb[onset], rgb[apex], depth[onset], depth[apex]), [rgb[n] for n in later]
+    return (rgb[onset], rgb[apex], depth[onset], depth[apex]), tuple(rgb[n] for n in later)
 
 
 def box_finder(crop: tuple, roll: bool) -> Callable:
@@ -250,17 +250,16 @@ def box_finder(crop: tuple, roll: bool) -> Callable:
 
 
 def plan_pairs(opt: argparse.Namespace, table: Table) -> tuple:
-    """(pairs of the unlabelled videos, their tasks, what the search for them met or None)"""
+    """(Rows of pairs of the unlabelled videos, their tasks, what the search met or None)"""
     if not opt.unlabelled:
         return [], [], None
     tree = frames.Tree(opt.unlabelled)
     pairs, search = intensity.find_pairs(tree, opt, table)
     box_of, tasks = box_finder(opt.crop, opt.roll), []
-    for pair in pairs:
-        row = pair.row
+    for row in pairs:
         files, more = tree_files(tree, row, row.onset, row.apex)
-        tasks.append(cutting.Task(row.key, row.rgb, row.depth, tuple(map(str, files)), False,
-                                  box_of(row), tuple(more) if opt.crop[0] == "mtcnn" else ()))
+        tasks.append(cutting.Task(row.key, row.rgb, row.depth, files, False, box_of(row),
+                                  more if opt.crop[0] == "mtcnn" else ()))
     return pairs, tasks, search
 
 
@@ -321,21 +320,18 @@ def run(opt: argparse.Namespace) -> None:
     if not tasks and not pair_tasks:
         raise none_left(opt.raw or opt.unlabelled, table)
     if opt.dry_run:
-        rows = table.rows or [pair.row for pair in pairs]
-        audit.dry_run(settings, table, rows, tasks or pair_tasks, folder,
+        audit.dry_run(settings, table, table.rows or pairs, tasks or pair_tasks, folder,
                       lambda some, aside: run_all(cutting.process, some, settings, aside,
                                                   opt.num_workers))
         return
     outputs.begin(opt, table, folder)
     records = run_all(cutting.process, tasks + pair_tasks, settings, folder, opt.num_workers)
     labelled = sort_out(table, table.rows, tasks, records[:len(tasks)], opt.max_motion)
-    chosen = {pair.row.key: pair for pair in pairs}
-    unlabelled = sort_out(table, [pair.row for pair in pairs], pair_tasks, records[len(tasks):],
-                          opt.max_motion)
-    unlabelled = [clip for clip in unlabelled if outputs.strength(
-        opt.intensity, chosen[clip[0].key], clip[2]) >= opt.floor]
+    unlabelled = sort_out(table, pairs, pair_tasks, records[len(tasks):], opt.max_motion)
+    unlabelled = [(row, task, record) for row, task, record in unlabelled
+                  if outputs.strength(opt.intensity, row, record) >= opt.floor]
     if not labelled and not unlabelled:
         raise none_left(opt.raw or opt.unlabelled, table)
-    outputs.write(opt, table, labelled, unlabelled, chosen, search, folder)
+    outputs.write(opt, table, labelled, unlabelled, search, folder)
     audit.draw_all(settings, table, labelled + unlabelled, folder)
-    outputs.report(table, labelled, unlabelled, chosen, search, folder)
+    outputs.report(table, labelled, unlabelled, search, folder)

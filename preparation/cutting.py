@@ -20,6 +20,7 @@ from preparation.registration import Box, Crops
 from util import write_bytes, write_json
 
 RECORDS = ".prepare"
+CROPS = ("onset", "apex", "depth_onset", "depth_apex")  # arrays of kept crops
 VERSION = 2  # of the computation: another one makes all records void
 
 
@@ -61,8 +62,8 @@ def process(task: Task, settings: Settings, folder: str | Path) -> dict:
     Returns the record, a dict: digests, box, what was measured; or {"dropped": reason}.
     """
     stamp, path = fingerprint(task, asdict(settings)), record_path(folder, task)
-    record = read_record(path)
-    if record and record["stamp"] == stamp and _intact(record, folder):
+    record = _finished(path, stamp, folder)
+    if record:
         return record
     try:
         crops, record = make_crops(task, settings, folder)
@@ -95,21 +96,16 @@ def record_path(folder: str | Path, task: Task) -> Path:
     return Path(folder) / RECORDS / f"{hashlib.sha256(task.rgb.encode()).hexdigest()[:24]}.json"
 
 
-def read_record(path: Path) -> dict | None:
-    """A record, or None where there is none that can be read."""
+def _finished(path, stamp, folder):
+    """The record of a clip, if it has this stamp and the images are there as they were written."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
+        same = record and record["stamp"] == stamp and all(
+            hashlib.sha256((Path(folder) / name).read_bytes()).hexdigest() == digest
+            for name, digest in record["files"].items())
     except (OSError, ValueError):
         return None
-
-
-def _intact(record, folder):
-    """Whether the images of a record are there as they were written."""
-    try:
-        return all(hashlib.sha256((Path(folder) / name).read_bytes()).hexdigest() == digest
-                   for name, digest in record["files"].items())
-    except OSError:
-        return False
+    return record if same else None
 
 
 def _write(path, content):
@@ -176,9 +172,8 @@ def make_crops(task: Task, settings: Settings, folder: str | Path) -> tuple:
     if kept.exists():
         with np.load(kept) as content:
             record = json.loads(str(content["known"]))
-            depths = (content.get(n) for n in ("depth_onset", "depth_apex"))
             residual = float("nan") if record["residual"] is None else record["residual"]
-            return Crops(content["onset"], content["apex"], *depths, record["shift"], residual,
+            return Crops(*map(content.get, CROPS), record["shift"], residual,
                          record["registered"]), record
     onset = read_frame(task.frames[0])
     box, name = find_box(task, settings, onset)
@@ -190,7 +185,10 @@ def make_crops(task: Task, settings: Settings, folder: str | Path) -> tuple:
                   shift=round(crops.shift, 4), registered=crops.registered,
                   residual=None if np.isnan(crops.residual) else round(crops.residual, 4))
     if settings.crops:
-        _keep_crops(kept, crops, record)
+        arrays = {name: getattr(crops, name) for name in CROPS if getattr(crops, name) is not None}
+        file = io.BytesIO()
+        np.savez_compressed(file, **arrays, known=np.array(json.dumps(record)))
+        _write(kept, file.getvalue())
     return crops, record
 
 
@@ -201,21 +199,13 @@ def _crops_path(task, settings, folder):
     return Path(folder) / "crops" / f"{Path(task.rgb).stem}_{digest[:12]}.npz"
 
 
-def _keep_crops(path, crops, record):
-    arrays = {"onset": crops.onset, "apex": crops.apex, "depth_onset": crops.depth_onset,
-              "depth_apex": crops.depth_apex, "known": np.array(json.dumps(record))}
-    file = io.BytesIO()
-    np.savez_compressed(file, **{k: v for k, v in arrays.items() if v is not None})
-    _write(path, file.getvalue())
-
-
 def make_images(task: Task, settings: Settings, crops: Crops | None, box: dict | None) -> tuple:
     """(RGB difference uint8 `[S, S, 3]`, depth difference `[S, S]` or None) and what was measured:
     amplitude, the rms change in grey levels over the face; median, what was taken off; fractions
     of the face where depth was clipped, and where it was invalid."""
     size = settings.size
     measured = {"amplitude": 0.0, "clipped": 0.0, "invalid": 0.0}
-    if task.blank or crops is None:
+    if task.blank:
         flat = encoding.flat((size, size, 3), settings.difference)
         return (flat, flat[..., 0] if task.depth else None), measured
     face = registration.face_mask(Box(**box), size, settings.margin)

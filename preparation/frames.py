@@ -67,8 +67,7 @@ class Tree:
             inner = [name for name in _folders(folder) if name.lower() in VIEWS]
             for name in inner:
                 self._collect(os.path.join(folder, name), images)
-            if not {"depth"} & {VIEWS[name.lower()] for name in inner} \
-                    and "depth" in self._collect(folder, images):
+            if "depth" not in map(str.lower, inner) and "depth" in self._collect(folder, images):
                 notes.add("depth folder without the inner depth/")
             if images["depth"] and not SUBJECT.fullmatch(Path(folder).parent.name)[1]:
                 notes.add("subject folder without the dot (spNO210)")
@@ -85,13 +84,11 @@ class Tree:
         for folder in folders:
             if not Path(folder).parent.name.startswith("spNO"):
                 notes.add("subject folder in another case (spNo)")
-        if len(exact) < len(folders):
-            others = {self._view_of(f) for f in exact}
-            more = [f for f in folders if f not in exact and self._view_of(f) not in others]
-            if more:
-                notes.add("video letter in another case (J, j)")
-            return exact + more
-        return exact
+        held = {self._view_of(f) for f in exact}
+        more = [f for f in folders if f not in exact and self._view_of(f) not in held]
+        if more:
+            notes.add("video letter in another case (J, j)")
+        return exact + more
 
     def _view_of(self, folder):
         """rgb or depth where a folder below the root says so, '' where both may be inside."""

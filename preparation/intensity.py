@@ -6,31 +6,26 @@ Without them: the change between the ends of each window, measured after registr
 import argparse
 import os
 import re
-from dataclasses import dataclass
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from scipy.ndimage import median_filter
 
-from preparation.annotation import Row, Table, clip_key, place
+from images.lists import clip_key
+from preparation.annotation import Row, Table, place
 from preparation.frames import Tree, subject_number
 from util import BadInput, read_cells
 
+LEVELS = "levels"  # stands for the unit where the change was measured in grey levels
 BLINK = 45
 MEDIAN = 5  # frames
 VIDEO = re.compile(r"(?i)spno\.?(\d+)[/_-]([a-z]+)(?:[/_-](?:color|frame|rgb))?\.csv$")
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A pair of an unlabelled video: its Row, intensity, and the unit that rose (AU12)."""
-    row: Row
-    intensity: float
-    unit: str
-
-
 def find_pairs(tree: Tree, opt: argparse.Namespace, table: Table) -> tuple:
-    """(list of Pair, what the search met: videos, those stopped with the reason, pairs per unit).
+    """(Rows of the pairs, what the search met: videos, those stopped with the reason, pairs per
+    unit).
 
     table: the annotated clips; windows that overlap one are left out. Raises BadInput.
     """
@@ -58,23 +53,17 @@ def find_pairs(tree: Tree, opt: argparse.Namespace, table: Table) -> tuple:
             except ValueError as error:
                 stopped.append((name, str(error)))
                 continue
-        pairs += [make_pair(f"spNO.{subject}", video, *one, opt.classes) for one in spans]
+        for onset, apex, strength, unit in spans:
+            key = clip_key(f"spNO.{subject}", video, onset, apex)
+            row = Row(0, f"spNO.{subject}", video, onset, apex, None, unit, "", key,
+                      intensity=strength)
+            pairs.append(place(row, "unlabelled", opt.classes))
     if not pairs:
         reasons = "; ".join(f"{name}: {why}" for name, why in stopped[:3])
         raise BadInput(f"{opt.unlabelled}: no pair in {len(videos)} videos"
                        + (f"; {reasons}" if reasons else f" at --floor {opt.floor:g} or more"))
-    units = sorted({pair.unit for pair in pairs})
-    return pairs, {"videos": len(videos), "stopped": stopped, "per_unit": {
-        unit: sum(pair.unit == unit for pair in pairs) for unit in units}}
-
-
-def make_pair(subject: str, video: str, onset: int, apex: int, intensity: float, unit: str,
-              classes: int) -> Pair:
-    """A Pair, with the paths of its images; see Pair and Row."""
-    units = unit if unit.startswith("AU") else ""
-    row = Row(0, subject, video, onset, apex, None, units, "",
-              clip_key(subject, video, onset, apex))
-    return Pair(place(row, "unlabelled", classes), intensity, unit)
+    per_unit = dict(sorted(Counter(row.units or LEVELS for row in pairs).items()))
+    return pairs, {"videos": len(videos), "stopped": stopped, "per_unit": per_unit}
 
 
 def labelled_spans(table: Table) -> dict:
@@ -139,9 +128,7 @@ def rows_of(columns: dict, rgb: dict, numbers: np.ndarray, how: str) -> np.ndarr
         return order
     # OpenFace numbers the files in the order of their names as strings: 1 10 100 2.
     names = sorted(range(len(numbers)), key=lambda i: os.path.basename(rgb[int(numbers[i])]))
-    place_of = np.empty(len(numbers), dtype=np.int64)
-    place_of[names] = np.arange(len(numbers))
-    return order[place_of]
+    return order[np.argsort(names)]
 
 
 def rises(path: str | Path, rgb: dict, numbers: np.ndarray, usable: np.ndarray,
@@ -180,11 +167,9 @@ def rises(path: str | Path, rgb: dict, numbers: np.ndarray, usable: np.ndarray,
 
 def runs(numbers: np.ndarray, good: np.ndarray) -> list:
     """[first, last) of the stretches of consecutive frame numbers that are all good."""
-    starts = good.copy()
-    starts[1:] &= ~good[:-1] | (np.diff(numbers) != 1)
-    ends = good.copy()
-    ends[:-1] &= ~good[1:] | (np.diff(numbers) != 1)
-    return [(int(a), int(b) + 1) for a, b in zip(np.flatnonzero(starts), np.flatnonzero(ends))]
+    at = np.flatnonzero(good)
+    breaks = np.flatnonzero((np.diff(at) != 1) | (np.diff(numbers[at]) != 1)) + 1
+    return [(int(run[0]), int(run[-1]) + 1) for run in np.split(at, breaks) if len(run)]
 
 
 def windows(values: np.ndarray, first: int, longest: int, floor: float) -> list:
@@ -201,8 +186,8 @@ def windows(values: np.ndarray, first: int, longest: int, floor: float) -> list:
 
 
 def tile(numbers: np.ndarray, usable: np.ndarray, window: int) -> list:
-    """Windows of `window` frames side by side, as (onset, apex, 0, 'levels'): the change between
+    """Windows of `window` frames side by side, as (onset, apex, 0, no unit): the change between
     their ends is measured when they are cut."""
-    return [(int(numbers[i]), int(numbers[i + window]), 0.0, "levels")
+    return [(int(numbers[i]), int(numbers[i + window]), 0.0, "")
             for first, last in runs(numbers, usable)
             for i in range(first, last - window, window + 1)]

@@ -13,7 +13,7 @@ from images.lists import DATABASES, natural, write_lists
 from preparation.annotation import Row, Table, copy_lists
 from preparation.cutting import RECORDS, record_path
 from preparation.detection import BOX_COLUMNS
-from preparation.intensity import Pair
+from preparation.intensity import LEVELS
 from util import BadInput, remove_leftovers, write_json, write_table, write_text
 
 # Clips per class of the published lists and of the two workbooks, to compare with.
@@ -27,10 +27,6 @@ def identity(row: Row) -> tuple:
     """(database, subject, video, onset) of a clip, as boxes.csv writes it."""
     onset = Path(row.files[0]).stem if row.files else row.onset
     return DATABASES[row.database], row.subject, row.video, str(onset)
-
-
-def _digest(content):
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------- before the run
@@ -59,24 +55,22 @@ def begin(opt: argparse.Namespace, table: Table, folder: Path) -> None:
 
 def _options(opt):
     """Everything the set depends on, as plain values."""
-    values = {k: v for k, v in vars(opt).items() if k not in PLACES}
-    return json.loads(json.dumps(values))
+    return json.loads(json.dumps({k: v for k, v in vars(opt).items() if k not in PLACES}))
 
 
 # ---------------------------------------------------------------- after it
 
-def write(opt: argparse.Namespace, table: Table, labelled: list, unlabelled: list, pairs: dict,
+def write(opt: argparse.Namespace, table: Table, labelled: list, unlabelled: list,
           search: dict | None, folder: Path) -> None:
     """Everything but the images. labelled, unlabelled: (row, task, record) of the clips that
-    stay; pairs: key → Pair; search: what the search for pairs met, or None."""
+    stay; search: what the search for pairs met, or None."""
     remove_others(folder, labelled + unlabelled)
     for view in ("v_rgb", "v_depth"):
         shutil.rmtree(folder / view, ignore_errors=True)
     write_table(folder / "boxes.csv", BOX_COLUMNS, box_rows(labelled + unlabelled))
     (folder / "pairs.tsv").unlink(missing_ok=True)
     if unlabelled:
-        write_table(folder / "pairs.tsv", PAIR_COLUMNS,
-                    pair_rows(opt.intensity, unlabelled, pairs), "\t")
+        write_table(folder / "pairs.tsv", PAIR_COLUMNS, pair_rows(opt.intensity, unlabelled), "\t")
     encoding = {"difference": opt.difference, "depth_range_mm": opt.depth_range,
                 "depth_scale": opt.depth_scale, "size": opt.size,
                 "crop": {"by": opt.crop[0], "margin": opt.margin, "roll": opt.roll},
@@ -88,20 +82,18 @@ def write(opt: argparse.Namespace, table: Table, labelled: list, unlabelled: lis
         write_lists_of(table, labelled, folder)
     files = {name: digest for _, _, record in labelled + unlabelled
              for name, digest in record["files"].items()}
+    digests = {"images": hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()}
+    texts = [folder / name for name in ("boxes.csv", "pairs.tsv", "encoding.json")]
+    for path in (*sorted(folder.glob("v_*/*.txt")), *texts):
+        if path.exists():
+            digests[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
     write_json(folder / "manifest.json", {
         "annotation": table.source, "options": _options(opt), "encoding": encoding,
         "counts": counts(table, labelled), "repairs": table.repairs,
         "dropped": [{"clip": key, "reason": reason} for key, reason in table.dropped],
         "unlabelled": search and {**search, "pairs": len(unlabelled)},
-        "digests": {"images": _digest(sorted(files.items())), **{
-            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in _texts(folder)}},
+        "digests": digests,
         "clips": [_record_of(row, record) for row, _, record in labelled + unlabelled]})
-
-
-def _texts(folder):
-    names = [folder / name for name in ("boxes.csv", "pairs.tsv", "encoding.json")]
-    return [p for p in (*sorted(folder.glob("v_*/*.txt")), *names) if p.exists()]
 
 
 def _record_of(row, record):
@@ -147,18 +139,17 @@ def box_rows(clips: list) -> Iterator[dict]:
                 "frame": record["frame"], "frame_width": width, "frame_height": height}
 
 
-def strength(by: str, pair: Pair, record: dict) -> float:
-    """Intensity of a pair: that of its units (by: au), or the change measured when it was cut."""
-    return pair.intensity if by == "au" else record["amplitude"]
+def strength(by: str, row: Row, record: dict) -> float:
+    """Intensity of a pair: that of its unit (by: au), or the change measured when it was cut."""
+    return row.intensity if by == "au" else record["amplitude"]
 
 
-def pair_rows(by: str, unlabelled: list, pairs: dict) -> Iterator[tuple]:
+def pair_rows(by: str, unlabelled: list) -> Iterator[tuple]:
     """Rows of pairs.tsv."""
     for row, _, record in unlabelled:
-        pair = pairs[row.key]
         motion = "" if record["residual"] is None else f"{record['residual']:.3f}"
         yield (row.rgb, row.depth, DATABASES[row.database], row.person, row.video, row.onset,
-               row.apex, f"{strength(by, pair, record):.3f}", pair.unit, motion)
+               row.apex, f"{strength(by, row, record):.3f}", row.units or LEVELS, motion)
 
 
 # ---------------------------------------------------------------- report
@@ -174,7 +165,7 @@ def counts(table: Table, labelled: list) -> dict:
             "subjects": {name: people[name] for name in sorted(people, key=natural)}}
 
 
-def report(table: Table, labelled: list, unlabelled: list, pairs: dict, search: dict | None,
+def report(table: Table, labelled: list, unlabelled: list, search: dict | None,
            folder: Path) -> None:
     """Prints what was written, beside the published counts."""
     if table.source["rows"]:
@@ -184,7 +175,7 @@ def report(table: Table, labelled: list, unlabelled: list, pairs: dict, search: 
         print_counts(table, clips)
     print_rules(table)
     if search:
-        print_pairs(search, unlabelled, pairs)
+        print_pairs(search, unlabelled)
     print(f"lists, images  {folder}\nmanifest       {folder / 'manifest.json'}\n"
           f"pictures       {folder / 'audit'}")
 
@@ -214,9 +205,9 @@ def print_rules(table: Table) -> None:
         print(f"    … and {len(table.dropped) - 10} more, named in manifest.json")
 
 
-def print_pairs(search: dict, unlabelled: list, pairs: dict) -> None:
+def print_pairs(search: dict, unlabelled: list) -> None:
     """Prints how many pairs the videos gave, and which videos gave none."""
-    speech = sum(pairs[row.key].unit in ("AU25", "AU26") for row, _, _ in unlabelled)
+    speech = sum(row.units in ("AU25", "AU26") for row, _, _ in unlabelled)
     print(f"unlabelled: {search['videos']} videos, {len(unlabelled)} pairs"
           + (f", {speech} of them by the speech units AU25 and AU26" if speech else ""))
     for name, reason in search["stopped"][:10]:

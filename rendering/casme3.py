@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from dataset import PAIR_COLUMNS, Clip
 from images import encoding, lists
+from images.lists import clip_key, image_paths
 from rendering import clips
 from rendering.expression import CLASS_OF, CLASSES, Job, perform
 from rendering.face import rng_of
@@ -38,7 +39,6 @@ CLASS_SHARE = np.sqrt([508, 170, 64, 201]) / np.sqrt([508, 170, 64, 201]).sum()
 UNEVEN = 6.0
 BLANK_SHARE = 62 / 943
 GAPS = (2, 3, 4, 4, 5, 5, 5, 6, 6, 6, 7, 7, 7, 7, 8, 8, 8, 8)  # frames from onset to apex
-ROOT = "casme3_diff_me4"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -133,17 +133,6 @@ def draw_labels(subjects: int, clips_per_subject: int, seed: int) -> np.ndarray:
     return labels
 
 
-def name_clip(subject: str, video: str, onset: int, apex: int) -> str:
-    """The key of a clip, as published."""
-    return f"{subject}-{video}-{apex}-{subject}-{video}-{onset}"
-
-
-def place_clip(key: str, kind: str) -> tuple:
-    """Paths of a clip's images, as published; kind: the folder, such as 'negative'."""
-    return (f"{ROOT}/casme3_diff_imgs_all/{kind}/{key}_diff.png",
-            f"{ROOT}/casme3_diff_depth_all/{kind}/{key}_diff_depth.png")
-
-
 def plan_clips(subjects: int, clips_per_subject: int, seed: int) -> list:
     """Labelled clips of a drawn data set: (Clip, Job) each, the paths relative."""
     plan = []
@@ -153,8 +142,8 @@ def plan_clips(subjects: int, clips_per_subject: int, seed: int) -> list:
             onset = 2400 * (j // 13) + int(rng.integers(16, 2300))
             blank = rng.random() < BLANK_SHARE
             apex = onset + int(rng.choice(GAPS)) * (not blank)
-            kind, key = CLASSES[label], name_clip(f"spNO.{i}", "abcdefghijklm"[j % 13], onset, apex)
-            plan.append((Clip(0, f"spNO{i}", key, int(label), place_clip(key, kind)),
+            kind, key = CLASSES[label], clip_key(f"spNO.{i}", "abcdefghijklm"[j % 13], onset, apex)
+            plan.append((Clip(0, f"spNO{i}", key, int(label), image_paths(key, kind)),
                          Job(key, f"spNO{i}", kind, blank=blank)))
     return plan
 
@@ -182,9 +171,9 @@ def plan_pairs(count: int, others: int, subjects: list, seed: int) -> list:
         turn = i // len(subjects)
         rng = rng_of(seed, "pair", subject, turn)
         onset = 2400 * (turn // 13) + int(rng.integers(16, 2300))
-        key = name_clip(re.sub(r"^(\D+?)\.?(\d)", r"\1.\2", subject), "nopqrstuvwxyz"[turn % 13],
-                        onset, onset + int(rng.choice(GAPS)))
-        plan.append((Clip(0, subject, key, -1, place_clip(key, "unlabelled")),
+        key = clip_key(re.sub(r"^(\D+?)\.?(\d)", r"\1.\2", subject), "nopqrstuvwxyz"[turn % 13],
+                       onset, onset + int(rng.choice(GAPS)))
+        plan.append((Clip(0, subject, key, -1, image_paths(key, "unlabelled")),
                      Job(key, subject, "")))
     return plan
 
@@ -277,14 +266,12 @@ def plan_videos(opt: argparse.Namespace, folder: Path) -> tuple:
             name = "abcdefghijklmnopqrstuvwxyz"[v % 26] * (v // 26 + 1)
             subject = f"spNO.{s + 1}"
             events, last, rows = plan_events(subject, name, kinds, opt.amplitude, opt.seed)
-            color, depth = (folder / "part_A" / subject / name / view for view in ("color",
-                                                                                   "depth"))
-            for view in (color, depth):
-                view.mkdir(parents=True)
+            place = folder / "part_A" / subject / name
+            for view in ("color", "depth"):
+                (place / view).mkdir(parents=True)
             subjects[-1].append(Video(
-                events[0].job.subject, name, str(color), str(depth),
-                str(folder / "openface" / f"{subject}_{name}.csv"), FIRST, last, events,
-                tuple(opt.raw_size), opt.seed))
+                events[0].job.subject, name, place, folder / "openface" / f"{subject}_{name}.csv",
+                FIRST, last, events, tuple(opt.raw_size), opt.seed))
             table += rows
     (folder / "openface").mkdir()
     return subjects, table
@@ -298,7 +285,7 @@ def plan_events(subject: str, name: str, kinds: list, amplitude: float, seed: in
     for kind in kinds:
         apex = at + int(rng.choice(GAPS[1:]))
         offset = apex + int(rng.integers(5, 11))
-        job = Job(name_clip(subject, name, at, apex), subject.replace(".", ""), kind,
+        job = Job(clip_key(subject, name, at, apex), subject.replace(".", ""), kind,
                   amplitude=amplitude, seed=seed)
         act = perform(job)
         events.append(Event(at, apex, offset, job))

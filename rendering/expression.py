@@ -80,12 +80,6 @@ class Performance:
         return float(np.linalg.norm(shift, axis=1).mean())
 
 
-def expressiveness(subject: str, seed: int) -> float:
-    """Factor by which a subject's expressions are stronger or weaker than the average."""
-    return float(np.clip(np.exp(0.5 * rng_of(seed, "expressive", subject).standard_normal()),
-                         0.3, 3))
-
-
 def perform(job: Job) -> Performance:
     """Draws the Performance of a clip; every draw is made whatever the options."""
     rng = rng_of(job.seed, "clip", job.key)
@@ -94,7 +88,8 @@ def perform(job: Job) -> Performance:
     common = 1 / np.arange(1, len(usual) + 1)
     combination = usual[rng.choice(len(usual), p=common / common.sum())]
     typical = STRENGTH.get(emotion, 1) * 0.36 * np.exp(0.7 * rng.standard_normal())
-    typical *= expressiveness(job.subject, job.seed)
+    person = rng_of(job.seed, "expressive", job.subject)  # some show more than others
+    typical *= np.clip(np.exp(0.5 * person.standard_normal()), 0.3, 3)
     size = 2.5 * np.tanh(typical / 2.5) if job.emotion else 5 * np.tanh(typical / 2.5)
     weight = rng.uniform(0.6, 1, len(combination))
     weight = job.amplitude * size * weight / weight.max()
@@ -122,7 +117,6 @@ def _emotion(asked, rng):
         return asked
     if asked == "positive":
         return "happy"
-    names, share = list(SHARE), list(SHARE.values())
-    if asked == "":
-        names, share = list(EMOTIONS), [1 / len(EMOTIONS)] * len(EMOTIONS)
-    return names[min(int(np.searchsorted(np.cumsum(share), draw)), len(names) - 1)]
+    share = SHARE if asked else dict.fromkeys(EMOTIONS, 1 / len(EMOTIONS))
+    place = np.searchsorted(np.cumsum(list(share.values())), draw)
+    return list(share)[min(int(place), len(share) - 1)]

@@ -159,7 +159,7 @@ class Face:
         along = np.clip((y - s["nose_y"] + 2) / (s["lip_y"] + 4 - s["nose_y"]), 0, 1)
         fold = np.abs(x) - (15 + 15 * along)  # nasolabial fold, from the nose to the corners
         z -= s["age"] * np.exp(-(fold / 3) ** 2) * np.sin(np.pi * along)
-        t = y - self._seam()
+        t = y - seam_line(s, x)
         wide = np.clip(1 - (x / (s["lip_w"] + 2)) ** 2, 0, 1)
         z += wide * (3.0 * np.exp(-0.5 * ((t + 4) / 2.8) ** 2)
                      + 4.0 * np.exp(-0.5 * ((t - 5) / 3.2) ** 2) - 3.0 * np.exp(-(t / 1.3) ** 2))
@@ -201,10 +201,6 @@ class Face:
         wings = 6.5 * self._bump(s["nose_w"], s["nose_y"] - 1, 4.5, 4.5)
         return ridge + wings + 3 * self._bump(0, s["nose_y"] - 3, 6, 5)
 
-    def _seam(self):
-        """y of the line between the lips, mm `[1, n]`."""
-        return seam_line(self.shape, self.x)
-
     def _skin(self, rng, relief, hair):
         """Linear colour of skin, lips, brows, hair and clothes `[3, n, n]`; eye mask `[n, n]`."""
         s, x, y, bump = self.shape, self.x, self.y, self._bump
@@ -245,7 +241,7 @@ class Face:
 
     def _lips(self, colour, mix):
         """`colour` with the red of the lips and the dark seam between them."""
-        s, x, t = self.shape, self.x, self.y - self._seam()
+        s, x, t = self.shape, self.x, self.y - seam_line(self.shape, self.x)
         wide = np.clip(1 - (x / s["lip_w"]) ** 2, 0, 1) ** 0.7
         bow = 1 - 0.22 * np.exp(-(x / 3.2) ** 2)
         upper = np.clip(t + s["lip_upper"] * wide * bow, 0, 1) * (t < 0)

@@ -1,5 +1,6 @@
 """A video as raw frames: expressions with rest between, and OpenFace's table of them."""
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -33,17 +34,17 @@ class Event:
 
 @dataclass(frozen=True)
 class Video:
-    """Raw frames to render: numbers `first` to `last` into two existing folders."""
+    """Raw frames to render: numbers `first` to `last` into color/ and depth/ of a folder; size:
+    width and height in pixels; openface: the table's file."""
     subject: str
     name: str
-    color: str
-    depth: str
-    openface: str
+    folder: Path
+    openface: Path
     first: int
     last: int
     events: tuple
-    size: tuple = (320, 240)
-    seed: int = 0
+    size: tuple
+    seed: int
 
 
 def render_video(video: Video) -> tuple:
@@ -64,11 +65,9 @@ def render_video(video: Video) -> tuple:
             units.update(act.sides(level) if level else {})
         image, z, body, absorb = shade(face, poses[i], lights[i], units, width, height, mm_per_px)
         _, jpeg = photograph(image, rng, 1.2, 95)
-        with open(f"{video.color}/{number}.jpg", "wb") as file:
-            file.write(jpeg)
-        depth = measure_depth(z, body, absorb, rng, holes, step=1.0)
-        Image.fromarray(depth.astype(np.uint16)).save(f"{video.depth}/{number}.png",
-                                                      compress_level=3)
+        (video.folder / "color" / f"{number}.jpg").write_bytes(jpeg)
+        depth = measure_depth(z, body, absorb, rng, holes, step=1.0).astype(np.uint16)
+        Image.fromarray(depth).save(video.folder / "depth" / f"{number}.png", compress_level=3)
         table[number] = _openface(rng, units, poses[i])
     _write_openface(video.openface, table)
     rows = []
