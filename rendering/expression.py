@@ -120,7 +120,7 @@ def perform(job: Job) -> Performance:
         float(0.02 * c[4]), float(0.01 * c[5]), {u: side for u, side in sides.items() if side})
 
 
-def draw_usual(usual: list, rng: np.random.Generator):
+def draw_usual(usual: list, rng: np.random.Generator) -> tuple | str:
     """One of `usual`, the commonest of which stand first."""
     common = 1 / np.arange(1, len(usual) + 1)
     return usual[rng.choice(len(usual), p=common / common.sum())]

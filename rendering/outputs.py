@@ -1,9 +1,12 @@
-"""What every rendered set shares: its options, its folder and record, processes, classes, sheet."""
+"""What every rendered set shares: options, folder and record, processes, classes, tables, sheet."""
 import argparse
+import io
 import json
 import os
+import re
 import time
-from collections.abc import Callable, Iterable
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from util import BadInput, number, replacing, write_json
+from util import BadInput, number, replacing, write_bytes, write_json
 
 # Per subject the classes are as uneven as in the published lists of CAS(ME)^3: the Dirichlet
 # concentration that fits those best.
@@ -112,6 +115,17 @@ def in_parallel(function: Callable, tasks: Iterable[list], num_workers: int) -> 
 
 # ---------------------------------------------------------------- who shows which class
 
+def apportion(total: int, weights: np.ndarray, least: int) -> np.ndarray:
+    """`total` in whole parts, int `[n]`, in proportion to `weights` `[n]`, none below `least`."""
+    quota = total * np.asarray(weights) / np.sum(weights)
+    parts = np.maximum(least, np.floor(quota).astype(int))
+    while parts.sum() < total:
+        parts[np.argmax(quota - parts)] += 1
+    while parts.sum() > total:
+        parts[np.argmax(np.where(parts > least, parts - quota, -np.inf))] -= 1
+    return parts
+
+
 def deal_labels(labels: np.ndarray, rest: int, counts: dict, share: np.ndarray,
                 rng: np.random.Generator) -> None:
     """Deals classes out over the clips of all subjects, every class to two subjects at least.
@@ -130,7 +144,27 @@ def deal_labels(labels: np.ndarray, rest: int, counts: dict, share: np.ndarray,
             labels[holders[-1], rng.choice(np.nonzero(labels[holders[-1]] == rest)[0])] = label
 
 
-# ---------------------------------------------------------------- the example sheet
+# ---------------------------------------------------------------- what is written
+
+def write_workbook(path: Path, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
+    """Writes a table as .xlsx; the same rows give the same bytes. Raises BadInput where there is
+    no openpyxl."""
+    try:
+        import openpyxl
+    except ImportError:
+        raise BadInput(f"{path.name}: writing .xlsx takes openpyxl; pip install -r "
+                       f"requirements-prepare.txt, or take --workbook csv") from None
+    book, saved, content = openpyxl.Workbook(), io.BytesIO(), io.BytesIO()
+    for row in (columns, *rows):
+        book.active.append(row)
+    book.save(saved)
+    with zipfile.ZipFile(saved) as old, zipfile.ZipFile(content, "w") as new:
+        for name in old.namelist():  # openpyxl writes the time of day, in two places
+            part = re.sub(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", b"2000-01-01T00:00:00Z",
+                          old.read(name))
+            new.writestr(zipfile.ZipInfo(name), part, zipfile.ZIP_DEFLATED)
+    write_bytes(path, content.getvalue())
+
 
 def write_sheet(file: Path, titles: tuple, rows: Iterable[tuple], note: str,
                 size: tuple = (256, 256)) -> None:
