@@ -8,35 +8,28 @@ every path of existing lists (943 clips in about 80 s); with --raw, raw frames, 
 OpenFace's tables are written instead.
 """
 import argparse
-import json
-import os
 import re
 import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 from dataset import PAIR_COLUMNS, Clip
 from images import encoding, lists
 from images.lists import clip_key, image_paths
-from rendering import clips
+from rendering import clips, outputs
 from rendering.expression import CLASS_OF, CLASSES, Job, perform
 from rendering.face import rng_of
 from rendering.videos import Event, Video, render_videos
-from util import BadInput, number, positive_int, replacing, write_json, write_table
+from util import BadInput, number, positive_int, write_json, write_table
 
 NOTE = "rendered stand-in data, not CAS(ME)^3"
 # Square roots of the counts in the published lists (508, 170, 64, 201), so that a small set holds
 # enough clips of the rarest class; per subject as uneven as there (the Dirichlet concentration
 # that fits those lists best).
 CLASS_SHARE = np.sqrt([508, 170, 64, 201]) / np.sqrt([508, 170, 64, 201]).sum()
-UNEVEN = 6.0
 BLANK_SHARE = 62 / 943
 GAPS = (2, 3, 4, 4, 5, 5, 5, 6, 6, 6, 7, 7, 7, 7, 8, 8, 8, 8)  # frames from onset to apex
 
@@ -44,8 +37,7 @@ GAPS = (2, 3, 4, 4, 5, 5, 5, 6, 6, 6, 7, 7, 7, 7, 8, 8, 8, 8)  # frames from ons
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The flags of `render.py casme3`."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data_folder", required=True, metavar="DIR",
-                       help="folder to write; reused if it holds the same rendering already")
+    outputs.add_folder(group)
     group.add_argument("--subjects", type=number(int, 2), default=12,
                        help="number of subjects")
     group.add_argument("--clips_per_subject", type=positive_int, default=8,
@@ -71,16 +63,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--raw_size", type=number(int, 64, 1920), nargs=2,
                        default=[320, 240], metavar=("W", "H"),
                        help="width and height of raw frames, pixels")
-    group.add_argument("--amplitude", type=number(float, 0, 4), default=1.0,
-                       help="factor on all expressions; 0: faces without any expression")
-    group = parser.add_argument_group("running")
-    group.add_argument("--num_workers", type=number(int, 0), default=os.cpu_count() or 1,
-                       help="processes; 0: none but this one; the result is the same")
-    group.add_argument("--seed", type=number(int, 0), default=0,
-                       help="everything drawn follows from (seed, clip)")
-    group = parser.add_argument_group("output")
-    group.add_argument("--preview", metavar="FILE.png",
-                       help="also write a sheet of example clips to this file [none]")
+    outputs.add_amplitude(group)
+    outputs.add_running(parser)
 
 
 def check_options(_: argparse.ArgumentParser, opt: argparse.Namespace) -> None:
@@ -94,18 +78,8 @@ def check_options(_: argparse.ArgumentParser, opt: argparse.Namespace) -> None:
 
 def run(opt: argparse.Namespace) -> None:
     """Renders what the options ask for, unless the folder holds it already."""
-    folder, asked = Path(os.path.abspath(opt.data_folder)), asked_for(opt)
-    finished = find_finished(folder, asked)
-    if finished:
-        print(f"{folder}: rendered already with these options, reused")
-        print_summary(folder, finished["counts"], None)
-    else:
-        start = time.time()
-        with replacing(folder) as part:
-            part.mkdir(parents=True)
-            counts = (write_raw if opt.raw else write_set)(opt, part)
-            write_json(part / "rendered.json", {"note": NOTE, "options": asked, "counts": counts})
-        print_summary(folder, counts, time.time() - start)
+    write = write_raw if opt.raw else write_set
+    outputs.render_once(opt.data_folder, asked_for(opt), NOTE, lambda folder: write(opt, folder))
     if opt.preview:
         write_preview(Path(opt.preview), opt.amplitude, opt.seed)
 
@@ -120,16 +94,10 @@ def draw_labels(subjects: int, clips_per_subject: int, seed: int) -> np.ndarray:
         raise BadInput(f"--subjects {subjects} --clips_per_subject {clips_per_subject}: too few "
                        f"clips for four classes; ask for 8 clips or more")
     rng = rng_of(seed, "labels")
-    share = rng.dirichlet(UNEVEN * CLASS_SHARE, subjects) + 1e-3
+    share = rng.dirichlet(outputs.UNEVEN * CLASS_SHARE, subjects) + 1e-3
     labels = np.zeros((subjects, clips_per_subject), int)
-    for label in (2, 1, 3):  # the rarest first; what is left is negative
-        holders = []
-        for n in range(max(2, round(CLASS_SHARE[label] * total))):
-            chance = share[:, label] * (labels == 0).sum(1)
-            if n == 1 and np.delete(chance, holders).any():
-                chance[holders] = 0
-            holders.append(rng.choice(subjects, p=chance / chance.sum()))
-            labels[holders[-1], rng.choice(np.nonzero(labels[holders[-1]] == 0)[0])] = label
+    outputs.deal_labels(labels, 0, {label: max(2, round(CLASS_SHARE[label] * total))
+                                    for label in (2, 1, 3)}, share, rng)
     return labels
 
 
@@ -191,24 +159,8 @@ def render(opt: argparse.Namespace, folder: Path, plan: list) -> list:
             job, rgb=str(rgb), depth=str(depth), size=opt.size, amplitude=opt.amplitude,
             seed=opt.seed))
     rows = {row["key"]: row
-            for row in in_parallel(clips.render_subject, tasks.values(), opt.num_workers)}
+            for row in outputs.in_parallel(clips.render_subject, tasks.values(), opt.num_workers)}
     return [{**rows[clip.key], "label": "" if clip.label < 0 else clip.label} for clip, _ in plan]
-
-
-def in_parallel(function: Callable, tasks: Iterable[list], num_workers: int) -> list:
-    """All that `function(task)` lists, over all tasks (lists), with a progress bar."""
-    tasks = sorted(tasks, key=len, reverse=True)
-    pool = ProcessPoolExecutor(min(num_workers, len(tasks))) if num_workers > 1 else None
-    rows = []
-    with tqdm(total=sum(map(len, tasks)), desc="rendering", unit="clip", disable=None) as bar:
-        try:
-            for task, result in zip(tasks, (pool.map if pool else map)(function, tasks)):
-                rows += result
-                bar.update(len(task))
-        finally:
-            if pool:
-                pool.shutdown(cancel_futures=True)
-    return rows
 
 
 def pair_rows(plan: list, rows: list) -> Iterator[tuple]:
@@ -300,7 +252,7 @@ def plan_events(subject: str, name: str, kinds: list, amplitude: float, seed: in
 def write_raw(opt: argparse.Namespace, folder: Path) -> dict:
     """Renders raw frames, the annotation and OpenFace's tables; returns the counts."""
     subjects, table = plan_videos(opt, folder)
-    videos = in_parallel(render_videos, subjects, opt.num_workers)
+    videos = outputs.in_parallel(render_videos, subjects, opt.num_workers)
     rows = {row["key"]: row for events, _ in videos for row in events}
     boxes = [{"subject": events[0]["key"].split("-")[0], "video": events[0]["key"].split("-")[1],
               **box} for events, box in videos]
@@ -348,32 +300,19 @@ def choose_example(row: int, kind: str, amplitude: float, seed: int) -> Job:
 
 def write_preview(file: Path, amplitude: float, seed: int) -> None:
     """Onset, apex and both differences, stretched, of one clip per class, as one picture."""
-    side, gap, head = 256, 6, 30
-    sheet = Image.new("RGB", (4 * side + 5 * gap, head + 4 * (side + head) + head), "white")
-    draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(17)
-    for col, title in enumerate(("onset", "apex", "RGB difference, x6",
-                                 "depth difference, x2")):
-        draw.text((gap + col * (side + gap), 6), title, "black", font)
+    rows = []
     for row, kind in enumerate(CLASSES):
         job = choose_example(row, kind, amplitude, seed)
         act = perform(job)
         (onset, depth_onset), (apex, depth_apex) = clips.film(job, act)
         differences = clips.rgb_difference(onset, apex), clips.depth_difference(depth_onset,
                                                                                 depth_apex)
-        pictures = (onset, apex, *(encoding.stretch(pixels, clips.DIFFERENCE, gain)
-                                   for pixels, gain in zip(differences, (6, 2))))
-        top = head + row * (side + head)
-        for col, picture in enumerate(pictures):
-            sheet.paste(Image.fromarray(picture).convert("RGB"), (gap + col * (side + gap), top))
         units = "+".join(map(str, sorted(act.units)))
-        draw.text((gap, top + side + 4), f"{kind}: {act.emotion}, action units {units}, "
-                  f"{act.strongest[1]:.1f} px", "black", font)
-    draw.text((gap, sheet.height - head + 4), NOTE, "black", font)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as part:
-        sheet.save(part, "PNG")
-    print(f"example clips: {file}")
+        rows.append(((onset, apex, *(encoding.stretch(pixels, clips.DIFFERENCE, gain)
+                                     for pixels, gain in zip(differences, (6, 2)))),
+                     f"{kind}: {act.emotion}, action units {units}, {act.strongest[1]:.1f} px"))
+    outputs.write_sheet(file, ("onset", "apex", "RGB difference, x6", "depth difference, x2"),
+                        rows, NOTE)
 
 
 # ---------------------------------------------------------------- the folder
@@ -388,30 +327,3 @@ def asked_for(opt: argparse.Namespace) -> dict:
     if opt.lists:
         asked.update(subjects=None, clips_per_subject=None, lists=lists.digest(opt.lists))
     return asked
-
-
-def find_finished(folder: Path, asked: dict) -> dict | None:
-    """rendered.json of a folder that holds what is asked for; None for no folder or an empty one.
-    Raises BadInput for anything else."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return None
-    try:
-        record = json.loads((folder / "rendered.json").read_text(encoding="utf-8"))
-        options = record["options"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise BadInput(f"{folder}: holds something that this script did not render; name another "
-                       f"--data_folder") from None
-    differ = sorted(k for k in asked.keys() | options.keys() if asked.get(k) != options.get(k))
-    if differ:
-        raise BadInput(
-            f"{folder}: rendered with other options ("
-            + ", ".join(f"{k} {options.get(k)} there, {asked.get(k)} asked for" for k in differ)
-            + "); remove it or name another --data_folder")
-    return record
-
-
-def print_summary(folder: Path, counts: dict, seconds: float | None) -> None:
-    """Prints the counts of what was rendered, and where it is."""
-    print(", ".join(f"{name} {count}" for name, count in counts.items() if count)
-          + (f"; {seconds:.1f} s" if seconds else ""))
-    print(f"{NOTE}: {folder}")

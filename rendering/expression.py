@@ -1,5 +1,6 @@
 """What happens in a clip: which expression, how strong, and what has nothing to do with it."""
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -29,7 +30,8 @@ class Job:
     """One clip to render: what is asked for; the rest follows from (seed, key).
 
     emotion: a key of EMOTIONS, or a class name, or '' for an unlabelled pair; amplitude: a factor;
-    rgb, depth: the files to write; blank: onset and apex are one frame.
+    rgb, depth: the files to write; blank: onset and apex are one frame; units: the action units
+    of it, such as '4+R12' (12 on the person's right alone), or '' to draw those of the emotion.
     """
     key: str
     subject: str
@@ -40,6 +42,7 @@ class Job:
     size: int = 256
     amplitude: float = 1.0
     seed: int = 0
+    units: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Performance:
     light: Light
     light_gain: float  # relative change of the light, apex to onset
     light_turn: float  # and of its azimuth, radians
+    one_sided: dict = field(default_factory=dict)  # unit → 'L' or 'R', the person's own
 
     @property
     def strongest(self) -> tuple:
@@ -63,9 +67,11 @@ class Performance:
         return max(self.units.items(), key=lambda item: item[1])
 
     def sides(self, share: float = 1.0) -> dict:
-        """All units at `share` of their amplitude: dict unit → (left, right) in mm."""
+        """All units at `share` of their amplitude: dict unit → (left, right) of the picture, mm."""
         a = self.asymmetry
-        return {unit: (share * size * (1 - a), share * size * (1 + a))
+        factors = {"": (1 - a, 1 + a), "L": (0, 1), "R": (1, 0)}
+        return {unit: tuple(share * size * factor
+                            for factor in factors[self.one_sided.get(unit, "")])
                 for part in (self.unrelated, self.units) for unit, size in part.items()}
 
     def head_motion(self) -> float:
@@ -83,10 +89,9 @@ class Performance:
 def perform(job: Job) -> Performance:
     """Draws the Performance of a clip; every draw is made whatever the options."""
     rng = rng_of(job.seed, "clip", job.key)
-    emotion = _emotion(job.emotion, rng)
-    usual = EMOTIONS[emotion]
-    common = 1 / np.arange(1, len(usual) + 1)
-    combination = usual[rng.choice(len(usual), p=common / common.sum())]
+    emotion = job.emotion if job.units else _emotion(job.emotion, rng)
+    sides = {int(unit): side for side, unit in re.findall(r"([LR]?)(\d+)", job.units)}
+    combination = tuple(sides) or draw_usual(EMOTIONS[emotion], rng)
     typical = STRENGTH.get(emotion, 1) * 0.36 * np.exp(0.7 * rng.standard_normal())
     person = rng_of(job.seed, "expressive", job.subject)  # some show more than others
     typical *= np.clip(np.exp(0.5 * person.standard_normal()), 0.3, 3)
@@ -107,7 +112,13 @@ def perform(job: Job) -> Performance:
         {stray: float(job.amplitude * stray_size)} if stray_size else {}, float(blink),
         float(0.3 * np.clip(rng.standard_normal(), -2, 2)), pose, motion,
         Light(0.45 * c[0], 0.55 + 0.15 * c[1], 0.85 + 0.1 * c[2], 0.3 + 0.06 * c[3]),
-        float(0.02 * c[4]), float(0.01 * c[5]))
+        float(0.02 * c[4]), float(0.01 * c[5]), {u: side for u, side in sides.items() if side})
+
+
+def draw_usual(usual: list, rng: np.random.Generator) -> tuple | str:
+    """One of `usual`, the commonest of which stand first."""
+    common = 1 / np.arange(1, len(usual) + 1)
+    return usual[rng.choice(len(usual), p=common / common.sum())]
 
 
 def _emotion(asked, rng):

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from rendering.clips import truth
-from rendering.expression import Job, perform
+from rendering.expression import Job, Performance, perform
 from rendering.face import Pose, face_of, measure_depth, noise, photograph, rng_of, shade
 from util import write_text
 
@@ -17,19 +17,22 @@ OPENFACE_COLUMNS = ("frame", "confidence", "success", "pose_Rx", "pose_Ry", "pos
 
 @dataclass(frozen=True)
 class Event:
-    """One expression of a video: its frame numbers, and the clip (Job) that names it."""
+    """One expression of a video: its frame numbers, the clip (Job) that names it, and what is left
+    of it at the offset, a share."""
     onset: int
     apex: int
     offset: int
     job: Job
+    rest: float = 0.0
 
     def level(self, frame: int) -> float:
-        """Share of the full expression, 0 at onset and offset, 1 at the apex."""
-        if not self.onset < frame < self.offset:
+        """Share of the full expression, 0 up to the onset, 1 at the apex, 0 after the offset."""
+        if not self.onset < frame <= self.offset:
             return 0.0
         first, last = ((self.onset, self.apex) if frame <= self.apex
                        else (self.offset, self.apex))
-        return float(np.sin(np.pi / 2 * (frame - first) / (last - first)) ** 2)
+        left = self.rest if frame > self.apex else 0.0
+        return float(left + (1 - left) * np.sin(np.pi / 2 * (frame - first) / (last - first)) ** 2)
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,12 @@ def render_video(video: Video) -> tuple:
     rng = rng_of(video.seed, "video", video.subject, video.name)
     numbers = range(video.first, video.last + 1)
     acts = [perform(event.job) for event in video.events]
-    poses, lights, blinks = _course(rng, acts[0], video)
+    poses, lights = wander(rng, acts[0], len(numbers))
+    blinks = np.zeros(len(numbers))
+    for event in video.events:  # between them
+        middle = event.offset + 4 - video.first
+        blinks += lids(len(numbers), middle, 1.2, 6) * (rng.random() < 0.5)
+    blinks = blinks.tolist()
     width, height = video.size
     mm_per_px = 290 / height  # the head fills two thirds of the height
     face = face_of(video.subject, video.seed, mm_per_px)
@@ -72,29 +80,37 @@ def render_video(video: Video) -> tuple:
     _write_openface(video.openface, table)
     rows = []
     for event, act in zip(video.events, acts):
-        a, b = event.onset - video.first, event.apex - video.first
-        rows.append(truth(event.job, replace(
-            act, pose=poses[a], motion=poses[a].to(poses[b]), blink=blinks[b] - blinks[a],
-            light_gain=lights[b].key / lights[a].key - 1, light_turn=0.0)))
+        rows.append(describe(event, act, video.first, (poses, lights, blinks)))
     first, px = poses[0], 1 / mm_per_px
     box = ((width - 1) / 2 + (first.x - 75) * px, (height - 1) / 2 + (first.y + 13 - 95) * px,
            150 * px, 185 * px)
     return rows, dict(zip(("x", "y", "width", "height"), (round(v, 1) for v in box)))
 
 
-def _course(rng, act, video):
-    """Pose, light and blink (mm) of every frame: slow drift, flicker, blinks between events."""
-    n = video.last - video.first + 1
-    drift = noise(rng, (6, n), (0, 10)).astype(float)
+def wander(rng: np.random.Generator, act: Performance, n: int, rate: int = 30) -> tuple:
+    """Lists of Pose and Light of `n` frames, `rate` a second: slow drift and flicker."""
+    drift = noise(rng, (6, n), (0, rate / 3)).astype(float)
     x, y, roll, yaw, pitch, scale = drift * np.array([[1, 1, 0.006, 0.01, 0.01, 0.002]]).T
     poses = [act.pose.moved(Pose(*change, 1 + s))
              for *change, s in zip(x, y, roll, yaw, pitch, scale)]
-    lights = [act.light.changed(float(gain), 0.0) for gain in 0.008 * noise(rng, (n,), 1.5)]
-    blinks = np.zeros(n)
-    for event in video.events:
-        middle = event.offset + 4 - video.first
-        blinks += 6 * np.exp(-0.5 * ((np.arange(n) - middle) / 1.2) ** 2) * (rng.random() < 0.5)
-    return poses, lights, blinks.tolist()
+    lights = [act.light.changed(float(gain), 0.0)
+              for gain in 0.008 * noise(rng, (n,), rate / 20)]
+    return poses, lights
+
+
+def lids(n: int, middle: float, width: float, size: float) -> np.ndarray:
+    """Shift of the upper lids in mm `[n]`: one blink about frame `middle`."""
+    return size * np.exp(-0.5 * ((np.arange(n) - middle) / width) ** 2)
+
+
+def describe(event: Event, act: Performance, first: int, course: tuple) -> dict:
+    """Row of truth.csv of an expression; course: lists of poses, lights and blinks (mm), whose
+    first frame is number `first`."""
+    poses, lights, blinks = course
+    a, b = event.onset - first, event.apex - first
+    return truth(event.job, replace(
+        act, pose=poses[a], motion=poses[a].to(poses[b]), blink=blinks[b] - blinks[a],
+        light_gain=lights[b].key / lights[a].key - 1, light_turn=0.0))
 
 
 def _openface(rng, units, pose):
