@@ -255,12 +255,17 @@ def plan_pairs(opt: argparse.Namespace, table: Table) -> tuple:
         return [], [], None
     tree = frames.Tree(opt.unlabelled)
     pairs, search = intensity.find_pairs(tree, opt, table)
-    box_of, tasks = box_finder(opt.crop, opt.roll), []
+    box_of, tasks, kept = box_finder(opt.crop, opt.roll), [], []
     for row in pairs:
         files, more = tree_files(tree, row, row.onset, row.apex)
-        tasks.append(cutting.Task(row.key, row.rgb, row.depth, files, False, box_of(row),
+        box = box_of(row)
+        if opt.crop[0] == "boxes" and box is None:
+            table.dropped.append((row.key, f"no box in {opt.crop[1]}"))
+            continue
+        kept.append(row)
+        tasks.append(cutting.Task(row.key, row.rgb, row.depth, files, False, box,
                                   more if opt.crop[0] == "mtcnn" else ()))
-    return pairs, tasks, search
+    return kept, tasks, search
 
 
 # ---------------------------------------------------------------- run

@@ -103,7 +103,7 @@ def _finished(path, stamp, folder):
         same = record and record["stamp"] == stamp and all(
             hashlib.sha256((Path(folder) / name).read_bytes()).hexdigest() == digest
             for name, digest in record["files"].items())
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return record if same else None
 
@@ -201,8 +201,8 @@ def _crops_path(task, settings, folder):
 
 def make_images(task: Task, settings: Settings, crops: Crops | None, box: dict | None) -> tuple:
     """(RGB difference uint8 `[S, S, 3]`, depth difference `[S, S]` or None) and what was measured:
-    amplitude, the rms change in grey levels over the face; median, what was taken off; fractions
-    of the face where depth was clipped, and where it was invalid."""
+    amplitude, the rms change in grey levels over the face; fractions of the face where depth was
+    clipped, and where it was invalid."""
     size = settings.size
     measured = {"amplitude": 0.0, "clipped": 0.0, "invalid": 0.0}
     if task.blank:

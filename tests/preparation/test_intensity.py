@@ -200,6 +200,14 @@ def test_pairs_of_unlabelled_videos(videos, tmp_path, capsys):
     assert actual["per_unit"] == {"AU04": 1, "AU12": 1, "AU25": 1} and actual["pairs"] == 3
 
 
+def test_pairs_of_a_video_without_a_box_are_named_and_left_out(videos, tmp_path, capsys):
+    (tmp_path / "boxes.csv").write_text("subject,x,y,width,height\nspNO.1,10,5,60,50\n")
+    prepare("--unlabelled", videos / "raw", "--au", videos / "au", "--au_index", "numeric",
+            "--data_folder", tmp_path / "set", *FLAGS, "--crop", "boxes", tmp_path / "boxes.csv")
+    assert {row["subject"] for row in read_rows(tmp_path / "set")} == {"spNO1"}
+    assert "dropped      1  no box in" in capsys.readouterr().out
+
+
 def test_what_befalls_unlabelled_pairs_is_reported_too(videos, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(registration, "register", lambda *args: (np.eye(2, 3), False))
     prepare("--unlabelled", videos / "raw", "--au", videos / "au", "--au_index", "numeric",

@@ -486,6 +486,12 @@ def die(*task):
     os._exit(9)
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", '{"stamp": 1}', "null", "{"])
+def test_a_record_that_is_none_is_no_record(content, tmp_path):
+    (tmp_path / "a.json").write_text(content)
+    assert cutting._finished(tmp_path / "a.json", 1, tmp_path) is None
+
+
 def test_a_killed_worker_is_answered_in_one_line(raw, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cutting, "process", die)
     with pytest.raises(SystemExit) as stop:
