@@ -62,7 +62,7 @@ def read_results(path: str | Path) -> dict:
         result = {"free": FREE, **json.loads(path.read_text(encoding="utf-8"))}
         ensure({*MEASURES, "opt", "n_label", "confusion", "protocol"} <= result.keys())
         # a script without a pre-trained source, and a release before --without
-        result["opt"] = {"model_path": "random", "without": [], **result["opt"]}
+        result["opt"] = {"model_path": "", "encoder": "both", "without": [], **result["opt"]}
         ensure(all(isinstance(result["opt"][name], kind) for name, kind in (
             ("model", str), ("model_path", str), ("encoder", str), ("seed", int))))
         ensure(isinstance(result["n_label"], int) and result["n_label"] == len(result["confusion"]))
@@ -121,10 +121,11 @@ def rows_on(result: dict, clips: list[tuple]) -> list[dict]:
 def title(result: dict) -> str:
     """What a result is of, in a few words."""
     opt = result["opt"]
-    encoder = "untrained" if opt["model_path"] == "random" else "pre-trained"
+    # a script that trains from scratch has no source
+    encoder = {"random": "untrained ", "": ""}.get(opt["model_path"], "pre-trained ")
     view = "" if opt["encoder"] == "both" else f", {opt['encoder']} alone"
     frozen = ", frozen" if opt.get("freeze_encoder") else ""
-    return f"{result['stage']}, {encoder} {opt['model']}{view}{frozen}, {result['protocol']}" \
+    return f"{result['stage']}, {encoder}{opt['model']}{view}{frozen}, {result['protocol']}" \
            + (f", {opt['tag']}" if opt.get("tag") else "")
 
 

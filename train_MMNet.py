@@ -137,6 +137,7 @@ def set_loader(opt):
     """(dataset.Data, the action units of each clip, dataset.Folds)"""
     data, units = dataset.read_videos(opt.data_folder, opt.size, opt.au_sides)
     opt.subject = mmnet_part.chosen_subjects(opt.part, data.clips)
+    opt.free.add("subject")  # as --part
     print(f"{len(data.clips)} clips, {len(data.clips.people)} subjects")
     return data, units, heldout.split(opt.protocol, data.clips)
 

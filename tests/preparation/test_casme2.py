@@ -192,7 +192,9 @@ def test_the_same_clips_as_difference_images(raw, prepared, tmp_path):
     script("prepare").main(["casme3", "--raw", raw, "--clips", prepared / "onset_apex.csv",
                             "--data_folder", tmp_path, "--crop", "none", "--size", 64,
                             "--classes", 7, "--num_workers", 0])
-    assert len(list((tmp_path / "rgb").rglob("*.png"))) == 7
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    assert content["counts"]["clips"] == 7 and content["counts"]["classes"]["happiness"] == 2
+    assert len(list(tmp_path.rglob("*_diff.png"))) == 7
 
 
 def header_alone(raw, tmp_path):
