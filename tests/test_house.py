@@ -18,8 +18,8 @@ from images import encoding
 from preparation import outputs
 from training import checkpoint, distributed
 
-SCRIPTS = ("pre-train_DVSCL", "LinearProbing_DVSCL_10fold", "fine-tune_DVSCL", "predict",
-           "compare_results", "prepare", "render")
+SCRIPTS = ("pre-train_DVSCL", "LinearProbing_DVSCL_10fold", "fine-tune_DVSCL", "train_MMNet",
+           "predict", "compare_results", "prepare", "render")
 
 
 def run(code, *flags, **environment):
