@@ -78,10 +78,7 @@ def add_method_options(parser):
     method.add_argument("--train_bn", action="store_true",
                         help="let batch-norm statistics move, from those of the training clips; "
                              "else they stay those of pre-training")
-    method.add_argument("--loss", choices=("crossentropy", "focal", "balanced"),
-                        default="crossentropy",
-                        help="focal: gamma 2; balanced: classes weighted by n/(C n_c) of the "
-                             "training clips")
+    options.add_loss_option(method)
     method.add_argument("--oversample", action="store_true",
                         help="draw training clips so that all classes are equally frequent")
 

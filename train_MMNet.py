@@ -3,9 +3,8 @@
   python train_MMNet.py --data_folder data/casme2 --save_path results --tb_path tb
 
 prepare.py casme2 makes the folder. Each held-out subject gets a network trained from scratch on all
-others, for a fixed number of epochs; the last one counts. `--part` does some of them and merges
-what is finished. V6 and V6c first learn the action units. Expect some minutes a subject on a GPU;
-on two CPU cores an hour, a quarter of that with --size 112.
+others for a fixed number of epochs; `--part` does some of them and merges what is finished. V6 and
+V6c first learn the action units. With two CPU cores take --size 112 or less: a subject takes hours.
 """
 import util  # first: it settles how threads wait before torch is imported
 
@@ -43,12 +42,10 @@ def parse_option(argv):
         parser.error("--mask and --landmarks go together")
     if opt.batch_size < 2 * opt.accumulate:
         parser.error("--batch_size: batch norm takes two clips or more of each --accumulate part")
-    if opt.channels is None:
-        opt.channels = layout.channels
-        if opt.input == "flow" and opt.channels == "difference":
-            opt.channels = "nr"
     if opt.input == "difference":
         opt.channels = "difference"
+    elif opt.channels is None:
+        opt.channels = "nr" if layout.channels == "difference" else layout.channels
     if opt.epochs is None:
         opt.epochs = {"V1": 70, "V2": 70, "V6": 80, "V6c": 80, "mmnet": 74}.get(opt.model, 100)
     options.check_seeds(parser, opt.seeds)
@@ -108,9 +105,7 @@ def add_optimisation_options(parser):
     group.add_argument("--plateau_epoch", type=number(int, 0), default=50,
                        help="epoch from which the rate stays")
     group.add_argument("--weight_decay", type=number(float, 0), default=0.6, help="of AdamW")
-    group.add_argument("--loss", choices=("crossentropy", "focal", "balanced"),
-                       default="crossentropy", help="focal: gamma 2; balanced: classes weighted "
-                       "by n/(C n_c) of the training clips")
+    options.add_loss_option(group)
     group.add_argument("--au_epochs", type=positive_int, default=70,
                        help="V6, V6c: epochs of the first stage, on action units alone")
     group.add_argument("--unfreeze_epoch", type=number(int, 0), default=50,
@@ -123,12 +118,12 @@ def add_optimisation_options(parser):
 
 
 def run_name(opt):
+    rate = record.rate_name(opt.learning_rate, opt.weight_decay, opt.batch_size)
     return record.join_name(
-        "mmnet", opt.model, record.rate_name(opt.learning_rate, opt.weight_decay, opt.batch_size),
-        opt.channels, opt.scale * (opt.scale != "map"), record.size_name(opt.size),
-        "_".join(opt.mask or ()), "pretrained" * bool(opt.pretrained), opt.protocol, opt.loss,
-        "sides" * opt.au_sides, "inner" * (opt.select == "inner"), "amp" * opt.amp,
-        f"seed_{opt.seed}", opt.tag)
+        "mmnet", opt.model, rate, opt.channels, opt.scale * (opt.scale != "map"),
+        record.size_name(opt.size), "_".join(opt.mask or ()), "pretrained" * bool(opt.pretrained),
+        opt.protocol, opt.loss, "sides" * opt.au_sides, "inner" * (opt.select == "inner"),
+        "amp" * opt.amp, f"seed_{opt.seed}", opt.tag)
 
 
 # ---------------------------------------------------------------- data and model
@@ -140,14 +135,6 @@ def set_loader(opt):
     opt.free.add("subject")  # as --part
     print(f"{len(data.clips)} clips, {len(data.clips.people)} subjects")
     return data, units, heldout.split(opt.protocol, data.clips)
-
-
-def masks_of(opt, data):
-    """What --mask leaves visible, or None."""
-    if not opt.mask:
-        return None
-    return videos.read_masks(opt.landmarks, [clip.key for clip in data.clips.clips], opt.mask,
-                             opt.size, data.images.info["size"])
 
 
 def set_job(opt, data, units, members, name, device):
@@ -167,7 +154,8 @@ def set_job(opt, data, units, members, name, device):
     if scale == "fixed":
         scale = float(motion.typical_motion(data.images)[members].mean())
     source = motion.Source(data.images, layout.steps, opt.channels, scale, opt.model == "mmnet",
-                           masks_of(opt, data))
+                           videos.read_masks(opt.landmarks, [clip.key for clip in data.clips.clips],
+                                             opt.mask, opt.size, data.images.info["size"]))
     precision = epochs.mixed_precision(opt.amp, device)
     # folds are dealt to ranks, so that a network has one rank's devices
     run = network if distributed.active() else distributed.wrap(network, device,
@@ -177,8 +165,7 @@ def set_job(opt, data, units, members, name, device):
 
 
 def set_optimizer(opt, network):
-    return torch.optim.AdamW(network.parameters(), lr=opt.learning_rate,
-                             weight_decay=opt.weight_decay)
+    return torch.optim.AdamW(network.parameters(), opt.learning_rate, weight_decay=opt.weight_decay)
 
 
 # ---------------------------------------------------------------- training
@@ -205,8 +192,8 @@ def tune(opt, held, group, units, device):
     state, history = held.states.pop(name, None) or {"epoch": 0}, []
     if state["epoch"] or state.get("within"):
         record.say_where(name, state)
-        for part in ("network", "optimizer"):
-            getattr(job, part).load_state_dict(state["model" if part == "network" else part])
+        job.network.load_state_dict(state["model"])
+        job.optimizer.load_state_dict(state["optimizer"])
         job.precision.scaler.load_state_dict(state["scaler"])
         history = state["history"]
         if best:
@@ -234,15 +221,14 @@ def tune(opt, held, group, units, device):
             "classes": data.clips.classes, "data_digest": held.header["data_digest"],
             "encoder_sha256": None})
 
-    total = opt.epochs + opt.au_epochs * bool(mmnet.LAYOUTS[opt.model].units)
-    loop = epochs.Loop(opt.changed(epochs=total), held.log, name,
+    stages = opt.epochs + opt.au_epochs * bool(mmnet.LAYOUTS[opt.model].units)
+    loop = epochs.Loop(opt.changed(epochs=stages), held.log, name,
                        epochs.per_epoch(len(job.members), opt.batch_size))
     loop.run(train, keep, state["epoch"], state.get("within"))
     if best:
         best.take(job.network)
         return job, lambda mine: {"choice": best.choice()}
-    history = np.array(history).T
-    return job, lambda mine: {"history": history[mine].tolist()}
+    return job, lambda mine: {"history": np.array(history).T[mine].tolist()}
 
 
 def evaluate(opt, argv, device, data, units, folds):

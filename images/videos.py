@@ -167,12 +167,15 @@ def multi_hot(clips: Iterable[frozenset], names: list[str]) -> np.ndarray:
 PARTS = {"eyes": (range(17, 27), range(36, 48)), "jaw": (range(3, 14), range(48, 60))}
 
 
-def read_masks(path: str | Path, keys: list[str], parts: list[str], size: int,
-               stored: int) -> np.ndarray:
-    """uint8 `[N, size, size]`: 0 where a clip's `parts` are, by the landmarks of a CSV file.
+def read_masks(path: str | Path, keys: list[str], parts: list[str] | None, size: int,
+               stored: int) -> np.ndarray | None:
+    """uint8 `[N, size, size]`: 0 where a clip's `parts` are, by the landmarks of a CSV file; None
+    without parts.
 
     Its columns: key, x1, y1, …, x68, y68, pixels of frames of `stored` pixels. Raises BadInput.
     """
+    if not parts:
+        return None
     columns = ["key", *(f"{axis}{i}" for i in range(1, 69) for axis in "xy")]
     rows, _ = read_table(path, columns, fix="--landmarks names a table of landmarks")
     points = {}

@@ -230,6 +230,13 @@ def add_head_options(parser: ArgumentParser, stage: str, protocol: str) -> tuple
     return data, model
 
 
+def add_loss_option(group: argparse._ArgumentGroup) -> None:
+    """Adds --loss of training with labels."""
+    group.add_argument("--loss", choices=("crossentropy", "focal", "balanced"),
+                       default="crossentropy", help="focal: gamma 2; balanced: classes weighted "
+                       "by n/(C n_c) of the training clips")
+
+
 def add_penalty_option(group: argparse._ArgumentGroup) -> None:
     """Adds --l2 of the heads that are solved for."""
     group.add_argument("--l2", type=number(float, 0, low_open=True), metavar="X",

@@ -27,7 +27,7 @@ def test_a_run_without_a_pre_trained_source_is_that_of_an_untrained_encoder(
     assert json.loads(json.dumps(results[None]["checkpoints"])) == {"None": None}
     capsys.readouterr()
     script("compare_results").main([folder / "results.json"])
-    assert "probe, untrained resnet18v1, 10fold" in capsys.readouterr().out
+    assert "probe, resnet18v1, 10fold" in capsys.readouterr().out
 
 
 def rows(n=40, subject=""):
