@@ -16,7 +16,7 @@ of the logistic loss on its eigenvalues. What a fold's own scale changes in its 
 added as an offset and the minimum found again, until neither moves: a matter of a few passes, as
 scales differ by some per cent. A fold in which they differ by more, because features live in the
 clips that it holds out, is solved in a kernel of its own, unless those features are so few that
-they hardly count in the kernel: passes mend these as well, and take far less time than another kernel.
+they hardly count in the kernel: passes mend these as well, in far less time.
 """
 from typing import NamedTuple
 
