@@ -14,8 +14,9 @@ vectors in the eigenbasis of one kernel, N dimensions at most, and all are minim
 L-BFGS (Nocedal and Wright, "Numerical Optimization", alg. 7.4), preconditioned with the curvature
 of the logistic loss on its eigenvalues. What a fold's own scale changes in its logits is then
 added as an offset and the minimum found again, until neither moves: a matter of a few passes, as
-scales differ by some per cent. A fold in which they differ by more, because a feature lives in the
-clips that it holds out, is solved in a kernel of its own.
+scales differ by some per cent. A fold in which they differ by more, because features live in the
+clips that it holds out, is solved in a kernel of its own, unless those features are so few that
+they hardly count in the kernel: passes mend these as well, in far less time.
 """
 from typing import NamedTuple
 
@@ -26,7 +27,9 @@ from torch import Tensor
 
 MEMORY = 6  # pairs of steps and gradient changes that L-BFGS keeps
 MOST_STEPS, MOST_PASSES, ROUGH_STEPS = 500, 50, 100
-APART = 30  # deviation of a feature over all clips, in the fold's own, that passes can still mend
+# deviation of a feature over all clips, in the fold's own, that passes can still mend in any number
+# of features; in no more than this share of those that vary
+APART, FAR_APART, HANDFUL = 30, 300, 1e-3
 PROBLEMS = 512  # heads solved at a time: bounds the memory
 TOLERANCE = 1e-5  # of the logit of a row of usual length
 ROUGH = 1e-3  # error of a logit that single precision is good for with any penalty
@@ -99,7 +102,9 @@ class Regression:
         of a minimum after which it ends all the same, with a line in print where that is
         MOST_STEPS. Double precision where the tolerance asks for it.
         """
-        far = (((self.std / stats.std) > APART) & stats.varies).any(1).cpu()
+        ratio = self.std / stats.std * stats.varies  # [P, D]
+        number = (ratio > APART).sum(1).cpu()
+        far = (number > HANDFUL * stats.varies.sum(1).cpu()) | (ratio > FAR_APART).any(1).cpu()
         near, heads = (~far).nonzero()[:, 0], {}
         for chosen in near.split(PROBLEMS) if len(near) else ():
             problem = (training[:, chosen], Statistics(*(value[chosen] for value in stats)),
@@ -108,8 +113,8 @@ class Regression:
             part, done = self._together(problem, old, tolerance, most)
             heads |= {int(fold): Solution(*(value[..., i:i + 1, :] for value in part))
                       for i, fold in enumerate(chosen)}
-            if most == MOST_STEPS:  # passes may have run out where scales were not that far apart
-                far[chosen[~done.cpu()]] = True
+            # passes may have run out; of few steps, those of a fold with no scales apart may have
+            far[chosen[~done.cpu() & ((number[chosen] > 0) | (most == MOST_STEPS))]] = True
         short = 0
         for fold in far.nonzero()[:, 0].tolist():
             heads[fold], done = self._alone(
