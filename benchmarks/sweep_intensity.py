@@ -78,7 +78,7 @@ def run_fold(opt, more, shared, threshold, fold):
     common = ["--data_folder", opt.data_folder, "--resume", "auto", "--print_freq", 1000, "--cache",
               Path(opt.save_path) / "cache", *shared]
     argv = [*common, "--pairs", opt.pairs, "--pool", opt.pool, "--min_intensity", threshold,
-            "--model_path", root / "runs", *more, "--without", *opt.without, *people]
+            "--model_path", root / "runs", *more, "--without", *sorted([*opt.without, *people])]
     main_of(PRETRAIN, *argv)
     pretrain = importlib.import_module(PRETRAIN)
     run = root / "runs" / pretrain.run_name(pretrain.parse_option([str(flag) for flag in argv]))
@@ -113,7 +113,7 @@ def main(argv=None):
     pairs, _ = util.read_table(opt.pairs, ("subject", "intensity"), fix="--pairs names them",
                                delimiter="\t")
     dataset.read_pairs(opt.pairs, opt.data_folder, min_intensity=-math.inf)  # checks every row
-    out = set(dataset.find_people(opt.without, clips, "--without"))
+    out = dataset.find_without(opt, clips)
     clips = clips.subset([clip.person not in out for clip in clips.clips])
     folds = dataset.ten_folds(clips, opt.inner_folds)
     people = [sorted({clips.names[c.person]
