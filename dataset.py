@@ -184,7 +184,7 @@ def read_videos(folder: str | Path, size: int, sides: bool) -> tuple[Data, list[
         print(f"action unit {mark!r} of {len(keys)} clips ({keys[0]} the first) is none; left out")
     encoding = {"classes": classes, "rendered": info.get("rendered", False)}
     content = ClipSet(clips, folder, ("flow",), (2,), encoding, len(classes))
-    return Data(content, arrays, videos.digest(folder)), units
+    return Data(content, arrays, arrays.digest), units
 
 
 def _of_views(paths):

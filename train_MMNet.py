@@ -16,7 +16,7 @@ import torch
 
 import dataset
 from evaluation import heldout
-from evaluation import motion as mmnet_part
+from evaluation.videos import Best, HeldOutVideos, chosen_subjects
 from images import videos
 from models import mmnet
 from training import checkpoint, distributed, epochs, motion, options, record
@@ -131,7 +131,7 @@ def run_name(opt):
 def set_loader(opt):
     """(dataset.Data, the action units of each clip, dataset.Folds)"""
     data, units = dataset.read_videos(opt.data_folder, opt.size, opt.au_sides)
-    opt.subject = mmnet_part.chosen_subjects(opt.part, data.clips)
+    opt.subject = chosen_subjects(opt.part, data.clips)
     opt.free.add("subject")  # as --part
     print(f"{len(data.clips)} clips, {len(data.clips.people)} subjects")
     return data, units, heldout.split(opt.protocol, data.clips)
@@ -144,6 +144,9 @@ def set_job(opt, data, units, members, name, device):
     layout, targets = mmnet.LAYOUTS[opt.model], None
     if layout.units:  # those of the training clips alone: what the others show is not known
         targets = videos.multi_hot(units, videos.unit_names(units[i] for i in members))
+        if not targets.shape[1]:
+            raise util.BadInput(f"{opt.data_folder}: no training clip of {name} names an action "
+                                f"unit; {opt.model} learns them, take V5NR")
     network = mmnet.create_mmnet(opt.model, data.clips.n_label,
                                  None if targets is None else targets.shape[1], opt.channels,
                                  opt.size)
@@ -187,7 +190,7 @@ def tune(opt, held, group, units, device):
     data, name = held.data, group.name
     out = data.clips.members(group.out)
     members = np.setdiff1d(np.arange(len(data.clips)), out)
-    best = mmnet_part.Best(data.clips, members) if opt.select == "inner" else None
+    best = Best(data.clips, members) if opt.select == "inner" else None
     job = set_job(opt, data, units, members if best is None else best.rest, name, device)
     state, history = held.states.pop(name, None) or {"epoch": 0}, []
     if state["epoch"] or state.get("within"):
@@ -234,7 +237,7 @@ def tune(opt, held, group, units, device):
 def evaluate(opt, argv, device, data, units, folds):
     """Trains what is left to do and writes the results: (run folder, results or None)."""
     run = record.Run(opt.save_path, run_name(opt), opt)
-    held = mmnet_part.HeldOutVideos(run, argv, __file__, data, folds)
+    held = HeldOutVideos(run, argv, __file__, data, folds)
     for group in held.groups:
         out = data.clips.members(group.out)
         job, notes = tune(opt, held, group, units, device)

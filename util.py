@@ -196,6 +196,12 @@ def number(kind: type, low: float | None = None, high: float | None = None,
     return convert
 
 
+def add_processes(group: argparse._ArgumentGroup) -> None:
+    """Adds --num_workers of what runs in processes."""
+    group.add_argument("--num_workers", type=number(int, 0), default=os.cpu_count() or 1,
+                       help="processes; 0: none but this one; the result is the same")
+
+
 def word(text: str) -> str:
     """An argparse type: letters, digits and .+-_ alone, so that it can be part of a file name."""
     if not re.fullmatch(r"[\w.+-]*", text) or text.startswith("."):

@@ -48,7 +48,8 @@ def load_classifier(opt: argparse.Namespace, path: str, clips: ClipSet,
                                ("classes", clips.encoding.get("classes"), old.get("classes"))):
         if ours != theirs and None not in (ours, theirs):
             raise BadInput(f"{path}: trained with {what} {theirs}, but the data have {ours}")
-    # fine-tuned checkpoints of earlier releases do not say it; a tower ends in the bias of it
+    # fine-tuned checkpoints of earlier releases do not say it: a tower's last tensor is the bias of
+    # its projection
     projection = [value for name, value in state["model"].items() if name.startswith("rgb_to_d.")]
     feat_dim = state["opt"].get("feat_dim") or (len(projection[-1]) if projection else 128)
     model = create_model(opt.model, feat_dim, clips.channels, opt.size)

@@ -29,7 +29,7 @@ MEMORY = 6  # pairs of steps and gradient changes that L-BFGS keeps
 MOST_STEPS, MOST_PASSES, ROUGH_STEPS = 500, 50, 100
 # deviation of a feature over all clips, in the fold's own, that passes can still mend in any number
 # of features; in no more than this share of those that vary
-APART, FAR_APART, HANDFUL = 30, 300, 1e-3
+APART, FAR_APART, FEW_APART = 30, 300, 1e-3
 PROBLEMS = 512  # heads solved at a time: bounds the memory
 TOLERANCE = 1e-5  # of the logit of a row of usual length
 ROUGH = 1e-3  # error of a logit that single precision is good for with any penalty
@@ -104,7 +104,7 @@ class Regression:
         """
         ratio = self.std / stats.std * stats.varies  # [P, D]
         number = (ratio > APART).sum(1).cpu()
-        far = (number > HANDFUL * stats.varies.sum(1).cpu()) | (ratio > FAR_APART).any(1).cpu()
+        far = (number > FEW_APART * stats.varies.sum(1).cpu()) | (ratio > FAR_APART).any(1).cpu()
         near, heads = (~far).nonzero()[:, 0], {}
         for chosen in near.split(PROBLEMS) if len(near) else ():
             problem = (training[:, chosen], Statistics(*(value[chosen] for value in stats)),

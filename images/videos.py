@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from images import flow
 from util import BadInput, ensure, read_table
 
 ARRAYS = {"frames": 5, "flow": 5, "jitter": 4, "index": 3}  # files of a set: dimensions
+SHARE = 0.15 / 4  # of the frames from onset, or offset, to the third frame: the widest jitter
 UNIT = re.compile(r"([LRTB]?)(\d{1,2})[A-E]?", re.IGNORECASE)
 
 
@@ -48,6 +50,12 @@ class Videos(NamedTuple):
     steps: Steps
     index: np.ndarray
     info: dict
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the set holds, of the digests that its flow.json lists."""
+        return hashlib.sha256(json.dumps([self.info["flow"], self.info["digests"]]).encode()
+                              ).hexdigest()
 
 
 def read_videos(folder: str | Path, size: int) -> Videos:
@@ -94,10 +102,39 @@ def _reduced(array, size, scale=1.0):
     return out
 
 
-def digest(folder: str | Path) -> str:
-    """SHA-256 of what a prepared folder holds, of the digests that its flow.json lists."""
-    info = json.loads((Path(folder) / "flow.json").read_text(encoding="utf-8"))
-    return hashlib.sha256(json.dumps([info["flow"], info["digests"]]).encode()).hexdigest()
+# ---------------------------------------------------------------- five frames
+
+def five_frames(onset: int, apex: int, offset: int, published: bool = False,
+                jitter: tuple = (0, 0)) -> tuple:
+    """Numbers of the five frames: onset, middle, apex, middle, offset.
+
+    published: the third is the middle of onset and offset, as in the published code; jitter: by
+    how many frames the onset comes later and the offset earlier, the middles being those of the
+    jittered frames.
+    """
+    third = (onset + offset) // 2 if published else apex
+    onset, offset = onset + jitter[0], offset - jitter[1]
+    return onset, (onset + third) // 2, third, (third + offset) // 2, offset
+
+
+def jittered(onset: int, apex: int, offset: int, published: bool, most: int,
+             reference: str) -> list[tuple]:
+    """The five frames of every variant of a clip, the plain one first.
+
+    Onset and offset are jittered by up to SHARE of their distance to the third frame, by `most`
+    different numbers of frames each. Where each step starts at the frame before it, both go
+    together in every way; where all start at the onset, in as many ways as there are jitters.
+    """
+    third = five_frames(onset, apex, offset, published)[2]
+    early, late = ([0, *sorted({round(step * widest / min(most, widest))
+                                for step in range(1, min(most, widest) + 1)})] if widest else [0]
+                   for widest in (int(SHARE * (third - onset)), int(SHARE * (offset - third))))
+    if reference == "previous":
+        pairs = list(product(early, late))
+    else:
+        ways = max(len(early), len(late))
+        pairs = [(early[i % len(early)], late[i % len(late)]) for i in range(ways)]
+    return [five_frames(onset, apex, offset, published, pair) for pair in pairs]
 
 
 # ---------------------------------------------------------------- batches

@@ -9,19 +9,21 @@ again. Expect two clips per second on two cores.
 """
 import argparse
 import hashlib
-import json
 import os
 import re
 import shutil
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 from images import flow
 from images.lists import DATABASES, natural
-from preparation import annotation, casme3, cutting, outputs, videos
+from images.videos import jittered
+from preparation import annotation, cutting, detection, options, outputs, videos
 from preparation.annotation import Row, Table
 from util import (
     BadInput,
+    add_processes,
     number,
     read_table,
     remove_leftovers,
@@ -69,11 +71,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     motion.add_argument("--jitters", type=number(int, 0), default=3,
                         help="jittered onsets, and offsets, of which the flow is made for "
                              "training")
-    casme3.add_crop_options(parser, 224, ("none",),
-                            "none: the whole frame, which suits the official crops")
+    options.add_crop_options(parser, 224, ("none",),
+                             "none: the whole frame, which suits the official crops")
     run = parser.add_argument_group("running")
-    run.add_argument("--num_workers", type=number(int, 0), default=os.cpu_count() or 1,
-                     help="processes; 0: none but this one; the result is the same")
+    add_processes(run)
     output = parser.add_argument_group("output")
     output.add_argument("--data_folder", required=True, metavar="DIR",
                         help="folder for clips.csv, flow.npy, frames.npy, index.npy, flow.json")
@@ -211,15 +212,15 @@ def numbered(folder: Path) -> dict[int, str]:
 
 def find_frames(opt: argparse.Namespace, table: Table) -> list[videos.Task]:
     """Tasks for the rows whose frames are there; the table keeps those rows and names the rest."""
-    root, box_of = Path(opt.raw), casme3.box_finder(opt.crop, opt.roll)
+    root, box_of = Path(opt.raw), options.box_finder(opt.crop, opt.roll)
     folders = find_folders(root) if opt.annotation else {}
     kept, tasks = [], []
     for row in table.rows:
-        number = re.sub(r"\D", "", row.subject)
+        digits = re.sub(r"\D", "", row.subject)
         folder = root / row.files[0] if row.files else \
-            folders.get((int(number or -1), row.video.lower()))
+            folders.get((int(digits or -1), row.video.lower()))
         path_of = numbered(folder) if folder and folder.is_dir() else {}
-        variants = videos.jittered(row.onset, row.apex, row.offset, opt.middle == "published",
+        variants = jittered(row.onset, row.apex, row.offset, opt.middle == "published",
                                    opt.jitters, opt.reference)
         moved, reason = {}, "" if path_of else "no frames of it are there"
         for wanted in dict.fromkeys(n for frames in variants for n in frames) if path_of else ():
@@ -275,7 +276,7 @@ def write(opt: argparse.Namespace, table: Table, clips: list, settings: dict) ->
     # for `prepare.py casme3 --clips`: the same clips as difference images
     write_table(folder / "onset_apex.csv", annotation.CLIP_COLUMNS, (
         (DATABASES[row.database], row.subject, f"{row.video}-{row.onset}",
-         *(os.path.relpath(task.files[task.plain[i]], opt.raw) for i in (0, 2)), row.emotion)
+         *(os.path.relpath(task.frames[task.plain[i]], opt.raw) for i in (0, 2)), row.emotion)
         for row, task, _ in clips))
     write_json(folder / "flow.json", {
         "classes": list(table.classes), "size": opt.size, "jitters": opt.jitters,
@@ -289,19 +290,18 @@ def run(opt: argparse.Namespace) -> None:
     """Prepares all clips and writes what belongs to them."""
     flow.require()
     if opt.crop[0] == "mtcnn":
-        from preparation import detection
         detection.require()
     table = read_workbook(opt.annotation, opt.bad_apex) if opt.annotation else \
         read_clips(opt.clips, opt.bad_apex)
     table.rows.sort(key=lambda row: (row.database, row.subject, row.key))  # as sets are read
     tasks, folder = find_frames(opt, table), Path(opt.data_folder)
     if not tasks:
-        raise casme3.none_left(opt.raw, table)
+        raise outputs.none_left(opt.raw, table)
     settings = videos.Settings(opt.crop[0], opt.margin, opt.size, opt.roll, opt.register,
                                opt.flow, opt.reference)
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
-    records = casme3.run_all(videos.process, tasks, settings, folder, opt.num_workers)
+    records = cutting.run_all(videos.process, tasks, settings, folder, opt.num_workers)
     clips = []
     for row, task, record in zip(table.rows, tasks, records):
         if "dropped" in record:
@@ -311,8 +311,8 @@ def run(opt: argparse.Namespace) -> None:
             table.repaired("frames that did not register: left as they were", row.key)
         clips.append((row, task, record))
     if not clips:
-        raise casme3.none_left(opt.raw, table)
-    write(opt, table, clips, json.loads(json.dumps(vars(settings))))
+        raise outputs.none_left(opt.raw, table)
+    write(opt, table, clips, asdict(settings))
     shutil.rmtree(folder / cutting.RECORDS)
     print_counts(table, [row for row, _, _ in clips])
     outputs.print_rules(table)

@@ -10,15 +10,8 @@ without writing the set. A run that was stopped goes on when started again. Expe
 second or more on two cores, without face detection.
 """
 import argparse
-import math
-import os
-from collections.abc import Callable
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import replace
-from itertools import repeat
 from pathlib import Path
-
-from tqdm import tqdm
 
 from images.encoding import DIFFERENCES
 from preparation import (
@@ -28,30 +21,12 @@ from preparation import (
     detection,
     frames,
     intensity,
+    options,
     outputs,
     registration,
 )
 from preparation.annotation import Row, Table
-from util import BadInput, RunFailed, number, positive_int
-
-LOOK_ON = 5  # frames after the onset on which a face is looked for
-
-
-class Crop(argparse.Action):
-    """--crop mtcnn | none | boxes FILE | box X Y W H, as a tuple."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        kind, rest = values[0], values[1:]
-        if (kind, len(rest)) not in (("mtcnn", 0), ("none", 0), ("boxes", 1), ("box", 4)):
-            parser.error("argument --crop: mtcnn, none, boxes FILE.csv or box X Y W H")
-        if kind == "box":
-            try:
-                rest = [float(v) for v in rest]
-            except ValueError:
-                parser.error("argument --crop: box X Y W H are numbers of pixels")
-            if not all(map(math.isfinite, rest)) or min(rest[2:]) <= 0:
-                parser.error("argument --crop: the box is finite, its width and height above 0")
-        setattr(namespace, self.dest, (kind, *rest))
+from util import add_processes, number, positive_int
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -78,12 +53,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--max_gap", type=positive_int, default=45,
                       help="longest onset to apex, frames; longer clips are dropped (the "
                            "published lists reach 36)")
-    add_crop_options(parser, 256, ("mtcnn",), "none: the central square")
+    options.add_crop_options(parser, 256, ("mtcnn",), "none: the central square")
     _add_difference_options(parser)
     _add_pair_options(parser)
     run = parser.add_argument_group("running")
-    run.add_argument("--num_workers", type=number(int, 0), default=os.cpu_count() or 1,
-                     help="processes; 0: none but this one; the result is the same")
+    add_processes(run)
     run.add_argument("--dry_run", action="store_true",
                      help="audit the data and 20 clips, without writing the set")
     output = parser.add_argument_group("output")
@@ -93,29 +67,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--save_crops", action="store_true",
                         help="keep the registered crops, about 0.7 MB a clip: another --difference "
                              "then decodes no frame again")
-
-
-def add_crop_options(parser: argparse.ArgumentParser, size: int, default: tuple,
-                     none: str) -> None:
-    """Crop and registration; size: side of the images by default; none: what --crop none means."""
-    crop = parser.add_argument_group("crop")
-    crop.add_argument("--crop", nargs="+", action=Crop, default=default,
-                      metavar=("mtcnn|none|box|boxes", "X Y W H|FILE"),
-                      help=f"face on the onset frame: detected; {none}; box X Y W H: one in pixels "
-                           f"for all; boxes FILE.csv: as prepare.py casme3 writes it")
-    crop.add_argument("--margin", type=number(float, 0, 4), default=round(registration.MARGIN, 6),
-                      help="share of the face added to the crop; the default lets the face fill "
-                           "the central 224 of 256 pixels")
-    crop.add_argument("--size", type=number(int, 32, 1024), default=size,
-                      help="side of the images, pixels")
-    crop.add_argument("--roll", action="store_true",
-                      help="turn the crop so that the eyes of the onset frame are level; with "
-                           "mtcnn, or the roll of a boxes.csv")
-    align = parser.add_argument_group("registration")
-    align.add_argument("--register", choices=("translation", "similarity", "none"),
-                       default="translation",
-                       help="motion of the head since the onset taken off a frame, on forehead and "
-                            "nose bridge, sub-pixel")
 
 
 def _add_difference_options(parser):
@@ -199,7 +150,7 @@ def read_table(opt: argparse.Namespace) -> Table:
 
 def find_frames(opt: argparse.Namespace, table: Table) -> list:
     """Tasks for the rows whose frames are there; the table keeps those rows and names the rest."""
-    box_of = box_finder(opt.crop, opt.roll)
+    box_of = options.box_finder(opt.crop, opt.roll)
     tree = frames.Tree(opt.raw) if opt.annotation else None
     kept, tasks = [], []
     for row in table.rows:
@@ -235,18 +186,8 @@ def tree_files(tree: frames.Tree, row: Row, onset: int | None, apex: int | None)
     if onset is None:
         return (), ()
     rgb, depth, _ = tree.frames(row.subject, row.video, row.onset)
-    later = sorted(n for n in rgb if n > onset)[:LOOK_ON]
+    later = sorted(n for n in rgb if n > onset)[:cutting.LOOK_ON]
     return (rgb[onset], rgb[apex], depth[onset], depth[apex]), tuple(rgb[n] for n in later)
-
-
-def box_finder(crop: tuple, roll: bool) -> Callable:
-    """A function row → Box or None, for --crop box and boxes."""
-    if crop[0] == "box":
-        return lambda row: registration.Box(*crop[1:])
-    if crop[0] == "boxes":
-        boxes = detection.read_boxes(crop[1], roll)
-        return lambda row: detection.box_for(boxes, *outputs.identity(row))
-    return lambda row: None
 
 
 def plan_pairs(opt: argparse.Namespace, table: Table) -> tuple:
@@ -255,7 +196,7 @@ def plan_pairs(opt: argparse.Namespace, table: Table) -> tuple:
         return [], [], None
     tree = frames.Tree(opt.unlabelled)
     pairs, search = intensity.find_pairs(tree, opt, table)
-    box_of, tasks, kept = box_finder(opt.crop, opt.roll), [], []
+    box_of, tasks, kept = options.box_finder(opt.crop, opt.roll), [], []
     for row in pairs:
         files, more = tree_files(tree, row, row.onset, row.apex)
         box = box_of(row)
@@ -269,24 +210,6 @@ def plan_pairs(opt: argparse.Namespace, table: Table) -> tuple:
 
 
 # ---------------------------------------------------------------- run
-
-def run_all(process: Callable, tasks: list, settings: object, folder: Path | str,
-            num_workers: int) -> list:
-    """Records `process(task, settings, folder)` of all tasks, in their order, by several processes,
-    with a progress bar."""
-    jobs = tasks, repeat(settings), repeat(str(folder))
-    bar = {"desc": "cutting", "total": len(tasks), "unit": "clip", "disable": None}
-    if num_workers < 2 or len(tasks) < 2:
-        return list(tqdm(map(process, *jobs), **bar))
-    pool = ProcessPoolExecutor(min(num_workers, len(tasks)))
-    try:
-        return list(tqdm(pool.map(process, *jobs, chunksize=2), **bar))
-    except BrokenExecutor:
-        raise RunFailed("a worker was killed, for memory perhaps; run again, with fewer "
-                        "--num_workers: finished clips are kept") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
 
 def sort_out(table: Table, rows: list, tasks: list, records: list,
              max_motion: float | None) -> list:
@@ -306,12 +229,6 @@ def sort_out(table: Table, rows: list, tasks: list, records: list,
     return kept
 
 
-def none_left(place: str, table: Table) -> BadInput:
-    """The error of a run without any clip."""
-    reasons = "; ".join(f"{key}: {why}" for key, why in table.dropped[:3])
-    return BadInput(f"{place}: no clip can be cut; {reasons}")
-
-
 def run(opt: argparse.Namespace) -> None:
     """Cuts all clips, or some for --dry_run, and writes what belongs to them."""
     registration.require()
@@ -323,20 +240,21 @@ def run(opt: argparse.Namespace) -> None:
     tasks = find_frames(opt, table)
     pairs, pair_tasks, search = plan_pairs(opt, table)
     if not tasks and not pair_tasks:
-        raise none_left(opt.raw or opt.unlabelled, table)
+        raise outputs.none_left(opt.raw or opt.unlabelled, table)
     if opt.dry_run:
         audit.dry_run(settings, table, table.rows or pairs, tasks or pair_tasks, folder,
-                      lambda some, aside: run_all(cutting.process, some, settings, aside,
-                                                  opt.num_workers))
+                      lambda some, aside: cutting.run_all(cutting.process, some, settings,
+                                                          aside, opt.num_workers))
         return
     outputs.begin(opt, table, folder)
-    records = run_all(cutting.process, tasks + pair_tasks, settings, folder, opt.num_workers)
+    records = cutting.run_all(cutting.process, tasks + pair_tasks, settings, folder,
+                              opt.num_workers)
     labelled = sort_out(table, table.rows, tasks, records[:len(tasks)], opt.max_motion)
     unlabelled = sort_out(table, pairs, pair_tasks, records[len(tasks):], opt.max_motion)
     unlabelled = [(row, task, record) for row, task, record in unlabelled
                   if outputs.strength(opt.intensity, row, record) >= opt.floor]
     if not labelled and not unlabelled:
-        raise none_left(opt.raw or opt.unlabelled, table)
+        raise outputs.none_left(opt.raw or opt.unlabelled, table)
     outputs.write(opt, table, labelled, unlabelled, search, folder)
     audit.draw_all(settings, table, labelled + unlabelled, folder)
     outputs.report(table, labelled, unlabelled, search, folder)

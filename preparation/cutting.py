@@ -7,32 +7,32 @@ import hashlib
 import io
 import json
 import os
+from collections.abc import Callable
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from images import encoding
 from images.decoding import PIXEL_LIMIT
 from preparation import detection, registration
-from preparation.registration import Box, Crops
-from util import write_bytes, write_json
+from preparation.registration import Box, Crops, Framing
+from util import RunFailed, write_bytes, write_json
 
 RECORDS = ".prepare"
+LOOK_ON = 5  # frames after the onset on which a face is looked for
 CROPS = ("onset", "apex", "depth_onset", "depth_apex")  # arrays of kept crops
 VERSION = 2  # of the computation: another one makes all records void
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What the images depend on besides the frames. margin: a share; range and scale: mm;
-    crops: whether the aligned crops are kept beside the images."""
-    crop: str = "none"
-    margin: float = registration.MARGIN
-    size: int = 256
-    roll: bool = False
-    register: str = "translation"
+class Settings(Framing):
+    """What the images depend on besides the frames. range and scale: mm; crops: whether the aligned
+    crops are kept beside the images."""
     difference: str = "signed"
     depth_scale: float = 1.0
     depth_range: float = 10.0
@@ -142,7 +142,7 @@ def _open(path, mode):
         raise Unusable(f"{path}: not a readable image") from None
 
 
-def find_box(task: Task, settings: Settings, onset: np.ndarray) -> tuple:
+def find_box(task: Task, settings: Framing, onset: np.ndarray) -> tuple:
     """(Box on the onset frame, file on which it was found); raises Unusable."""
     height, width = onset.shape[:2]
     if task.box:
@@ -220,3 +220,23 @@ def make_images(task: Task, settings: Settings, crops: Crops | None, box: dict |
         clipped = abs(moved[face]) > settings.depth_range
         measured["clipped"] = round(float(clipped.mean()), 4)
     return (encoding.encode(change, settings.difference), depth), measured
+
+
+# ---------------------------------------------------------------- all clips
+
+def run_all(process: Callable, tasks: list, settings: object, folder: Path | str,
+            num_workers: int) -> list:
+    """Records `process(task, settings, folder)` of all tasks, in their order, by several processes,
+    with a progress bar."""
+    jobs = tasks, repeat(settings), repeat(str(folder))
+    bar = {"desc": "cutting", "total": len(tasks), "unit": "clip", "disable": None}
+    if num_workers < 2 or len(tasks) < 2:
+        return list(tqdm(map(process, *jobs), **bar))
+    pool = ProcessPoolExecutor(min(num_workers, len(tasks)))
+    try:
+        return list(tqdm(pool.map(process, *jobs, chunksize=2), **bar))
+    except BrokenExecutor:
+        raise RunFailed("a worker was killed, for memory perhaps; run again, with fewer "
+                        "--num_workers: finished clips are kept") from None
+    finally:
+        pool.shutdown(cancel_futures=True)

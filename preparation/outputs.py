@@ -154,6 +154,12 @@ def pair_rows(by: str, unlabelled: list) -> Iterator[tuple]:
 
 # ---------------------------------------------------------------- report
 
+def none_left(place: str, table: Table) -> BadInput:
+    """The error of a run without any clip."""
+    reasons = "; ".join(f"{key}: {why}" for key, why in table.dropped[:3])
+    return BadInput(f"{place}: no clip can be cut; {reasons}")
+
+
 def counts(table: Table, labelled: list) -> dict:
     """Clips per class, per subject, and blank ones per class."""
     names = [table.classes[row.label] for row, *_ in labelled]

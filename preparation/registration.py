@@ -42,6 +42,17 @@ class Box:
 
 
 @dataclass(frozen=True)
+class Framing:
+    """How frames become crops. crop: what --crop says first; margin: a share; size: pixels; roll:
+    whether the eyes are turned level; register: the motion that is taken off."""
+    crop: str = "none"
+    margin: float = MARGIN
+    size: int = 256
+    roll: bool = False
+    register: str = "translation"
+
+
+@dataclass(frozen=True)
 class Crops:
     """One aligned pair: onset, apex uint8 `[S, S, 3]`; depth in mm float32 `[S, S]`, 0 invalid, or
     None; shift: motion of the head that was removed, residual: what is left, pixels of the crop

@@ -10,84 +10,48 @@ import io
 import json
 import os
 from dataclasses import asdict, dataclass
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 
 from images import flow
 from preparation import registration
-from preparation.cutting import RECORDS, Unusable, read_frame
-from preparation.registration import Box
+from preparation.cutting import LOOK_ON, RECORDS, Unusable, find_box, read_frame
+from preparation.registration import Box, Framing
 from util import replacing, write_bytes
 
 FRAMES, STEPS = 5, 4
 VERSION = 1  # of the computation: another one makes all records void
-SHARE = 0.15 / 4  # of the frames from onset, or offset, to the third frame: the widest jitter
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What the flow depends on besides the frames; margin: a share; size: pixels."""
-    crop: str = "none"
-    margin: float = registration.MARGIN
+class Settings(Framing):
+    """What the flow depends on besides the frames."""
     size: int = 224
-    roll: bool = False
-    register: str = "translation"
     flow: str = "dis"
     reference: str = "previous"
 
 
 @dataclass(frozen=True)
 class Task:
-    """One clip. files: paths of the frames it takes, the onset first; steps: (from, to), places in
-    `files`, of every step of motion, those of the plain clip first; variants: four places in
-    `steps` each, the plain clip first; plain: places of its five frames."""
+    """One clip. frames: paths of those it takes, the onset first; steps: (from, to), places in
+    `frames`, of every step of motion, those of the plain clip first; variants: four places in
+    `steps` each, the plain clip first; plain: places of its five frames; more: frames on which the
+    face is looked for next."""
     key: str
-    files: tuple
+    frames: tuple
     plain: tuple
     steps: tuple
     variants: tuple
     box: Box | None = None
+    more: tuple = ()
 
 
 # ---------------------------------------------------------------- which frames
 
-def five_frames(onset: int, apex: int, offset: int, published: bool = False,
-                jitter: tuple = (0, 0)) -> tuple:
-    """Numbers of the five frames: onset, middle, apex, middle, offset.
-
-    published: the third is the middle of onset and offset, as in the published code; jitter: by
-    how many frames the onset comes later and the offset earlier, the middles being those of the
-    jittered frames.
-    """
-    third = (onset + offset) // 2 if published else apex
-    onset, offset = onset + jitter[0], offset - jitter[1]
-    return onset, (onset + third) // 2, third, (third + offset) // 2, offset
-
-
-def jittered(onset: int, apex: int, offset: int, published: bool, most: int,
-             reference: str) -> list[tuple]:
-    """The five frames of every variant of a clip, the plain one first.
-
-    Onset and offset are jittered by up to SHARE of their distance to the third frame, by `most`
-    different numbers of frames each. Where each step starts at the frame before it, both go
-    together in every way; where all start at the onset, in as many ways as there are jitters.
-    """
-    third = five_frames(onset, apex, offset, published)[2]
-    early, late = ([0, *sorted({round(step * widest / min(most, widest))
-                                for step in range(1, min(most, widest) + 1)})] if widest else [0]
-                   for widest in (int(SHARE * (third - onset)), int(SHARE * (offset - third))))
-    if reference == "previous":
-        pairs = list(product(early, late))
-    else:
-        ways = max(len(early), len(late))
-        pairs = [(early[i % len(early)], late[i % len(late)]) for i in range(ways)]
-    return [five_frames(onset, apex, offset, published, pair) for pair in pairs]
-
-
 def plan(key: str, variants: list, path_of: dict, reference: str, box: Box | None) -> Task:
     """The Task of a clip from the frames of its variants; path_of: number → path."""
+    later = [path for number, path in sorted(path_of.items()) if number > variants[0][0]]
     steps, chosen = [], []
     for frames in variants:
         starts = frames[:-1] if reference == "previous" else (frames[0],) * STEPS
@@ -100,7 +64,8 @@ def plan(key: str, variants: list, path_of: dict, reference: str, box: Box | Non
     return Task(key, tuple(path_of[number] for number in numbers),
                 tuple(place[number] for number in variants[0]),
                 tuple((place[a], place[b]) for a, b in steps),
-                (tuple(range(STEPS)), *(tuple(map(steps.index, one)) for one in chosen[1:])), box)
+                (tuple(range(STEPS)), *(tuple(map(steps.index, one)) for one in chosen[1:])), box,
+                tuple(later[:LOOK_ON]))
 
 
 # ---------------------------------------------------------------- one clip
@@ -114,21 +79,16 @@ def whole_matrix(width: int, height: int, size: int) -> np.ndarray:
 def cut_frames(task: Task, settings: Settings) -> tuple[np.ndarray, int]:
     """(crops uint8 `[F, S, S, 3]` of all frames of a clip, registered onto the onset; how many did
     not register and stayed where they were). Raises Unusable."""
-    size, frames = settings.size, [read_frame(name) for name in task.files]
+    size, frames = settings.size, [read_frame(name) for name in task.frames]
     height, width = frames[0].shape[:2]
-    for name, frame in zip(task.files, frames):
+    for name, frame in zip(task.frames, frames):
         if frame.shape[:2] != (height, width):
             raise Unusable(f"{name}: {frame.shape[1]}x{frame.shape[0]} pixels, but the onset has "
                            f"{width}x{height}")
-    box, margin = task.box, settings.margin
-    if settings.crop == "mtcnn" and box is None:
-        from preparation import detection  # which loads torch
-        box = detection.find_face(frames[0], settings.roll)
-        if box is None:
-            raise Unusable("no face found on the onset frame")
-    if box is None:
+    if settings.crop == "none":
         matrix, box, margin = whole_matrix(width, height, size), Box(0, 0, size, size), 0.0
     else:
+        (box, _), margin = find_box(task, settings, frames[0]), settings.margin
         matrix = registration.crop_matrix(box, size, margin)
     crops, failed = [registration.cut(frame, matrix, size) for frame in frames], 0
     if settings.register != "none":
@@ -170,7 +130,7 @@ def process(task: Task, settings: Settings, folder: str | Path) -> dict:
 
 def fingerprint(task: Task, settings: Settings) -> str:
     """Digest of what the flow of a clip follows from."""
-    stat = [os.stat(name) for name in task.files]
+    stat = [os.stat(name) for name in task.frames]
     content = [VERSION, flow.parameters(settings.flow), asdict(settings), asdict(task),
                [(s.st_size, s.st_mtime_ns) for s in stat]]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

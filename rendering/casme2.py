@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from images import encoding
+from images.videos import jittered
 from rendering import clips, outputs
 from rendering.expression import Job, draw_usual, perform
 from rendering.face import face_of, photograph, rng_of, shade
@@ -50,7 +51,6 @@ WORKBOOKS = {"2014": "CASME2-coding-20140508.xlsx", "2019": "CASME2-coding-20190
              "csv": "CASME2-coding-20140508.csv"}
 RATE = 200  # frames a second
 LENGTHS = (12, 40)  # frames from onset to apex, and from apex to offset
-JITTER = 0.15 / 4  # of the frames between onset, or offset, and the frame in the middle
 SPAN = 800  # frames over which the head's course is drawn: many times as long as it correlates
 ALL_SUBJECTS = len(PER_SUBJECT)
 
@@ -145,15 +145,10 @@ def name_videos(rng: np.random.Generator, count: int) -> list[str]:
 
 
 def sampled(onset: int, apex: int, offset: int) -> list[int]:
-    """Numbers of the frames that five of a clip can be: onset, middle, third, middle, offset, the
-    third being the apex or the middle of onset and offset, the ends jittered inwards."""
-    numbers = set()
-    for third in (apex, (onset + offset) // 2):
-        for start in range(onset, onset + int(JITTER * (max(third, apex) - onset)) + 1):
-            numbers |= {start, (start + third) // 2, third}
-        for end in range(offset - int(JITTER * (offset - min(third, apex))), offset + 1):
-            numbers |= {end, (third + end) // 2}
-    return sorted(numbers)
+    """Numbers of the frames that five of a clip can be, jittered or not, whatever the third is."""
+    return sorted({number for published in (False, True)
+                   for frames in jittered(onset, apex, offset, published, offset, "previous")
+                   for number in frames})
 
 
 def plan_films(opt: argparse.Namespace, folder: Path) -> list[list[Film]]:

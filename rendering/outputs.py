@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from util import BadInput, number, replacing, write_bytes, write_json
+from util import BadInput, add_processes, number, replacing, write_bytes, write_json
 
 # Per subject the classes are as uneven as in the published lists of CAS(ME)^3: the Dirichlet
 # concentration that fits those best.
@@ -38,8 +38,7 @@ def add_amplitude(group: argparse._ArgumentGroup) -> None:
 def add_running(parser: argparse.ArgumentParser) -> None:
     """The groups "running" and "output"."""
     group = parser.add_argument_group("running")
-    group.add_argument("--num_workers", type=number(int, 0), default=os.cpu_count() or 1,
-                       help="processes; 0: none but this one; the result is the same")
+    add_processes(group)
     group.add_argument("--seed", type=number(int, 0), default=0,
                        help="everything drawn follows from (seed, clip)")
     group = parser.add_argument_group("output")

@@ -2,6 +2,7 @@
 import csv
 
 import numpy as np
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -10,6 +11,15 @@ def only(folder, pattern="*/log.jsonl"):
     """The folder of the only run below `folder`."""
     (path,) = folder.glob(pattern)
     return path.parent
+
+
+def refused(capsys, run, *argv):
+    """The one error line of a call that must end with exit code 2."""
+    with pytest.raises(SystemExit) as end:
+        run(*argv)
+    assert end.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
 
 
 def load(path):

@@ -90,9 +90,6 @@ def typical_motion(arrays: Videos) -> np.ndarray:
 
 # ---------------------------------------------------------------- training
 
-STAGES = ("units", "last", "all")  # what is trained: all but the classifier, it alone, everything
-
-
 class Job(NamedTuple):
     """A network in training. run: the network over the devices (distributed.wrap); targets: the
     action units of all clips, float32 `[N, U]`, or None; members: the clips it is trained on."""
@@ -107,7 +104,8 @@ class Job(NamedTuple):
 
 
 def set_stage(network: nn.Module, stage: str) -> None:
-    """Sets which weights move in a stage; frozen ones stay to the bit, batch norm's too."""
+    """Sets which weights move in a stage: 'units': all but the classifier's, 'last': those alone,
+    'all'; frozen ones stay to the bit, batch norm's too."""
     for name, part in network.named_parameters():
         part.requires_grad_(stage == "all" or name.startswith("fc.") == (stage == "last"))
     network.train(stage != "last")

@@ -98,8 +98,7 @@ def test_the_threshold_passes_the_gradient_straight_through():
     assert torch.allclose(gradient, expected, atol=1e-6)
 
 
-def test_no_motion_and_a_mirror_in_layout_change_nothing():
-    """Weights with the channels innermost give the same."""
+def test_weights_with_the_channels_innermost_give_the_same():
     model = mmnet.create_mmnet("V4", size=32).eval()
     motion, onset = torch.randn(2, 4, 4, 32, 32), torch.rand(2, 3, 32, 32)
     with torch.no_grad():

@@ -2,11 +2,11 @@
 
 import json
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import PARITY
 from torch import nn
 
 from models import (
@@ -19,7 +19,7 @@ from models import (
 from NCE.NCEAverage import NCEAverage
 from NCE.NCECriterion import NCECriterion, NCESoftmaxLoss
 
-PARITY = Path(__file__).resolve().parents[3] / "shared" / "parity" / "encoders.json"
+FIXTURE = PARITY / "encoders.json"
 RandomState = np.random.RandomState
 ALIASES = {"resnets18": "resnet18v1", "resnets50": "resnet50v1", "resnets101": "resnet101v1"}
 
@@ -39,10 +39,10 @@ def formula(key, shape):
     return a * np.sqrt(2 / np.prod(shape[1:]))
 
 
-@pytest.mark.skipif(not PARITY.exists(), reason="no parity fixtures beside the repository")
+@pytest.mark.skipif(not FIXTURE.exists(), reason="no parity fixtures beside the repository")
 @pytest.mark.parametrize("name", ["alexnet", "resnet18v1", "resnet50v1"])
 def test_encoder_reproduces_public_implementation(name):
-    fixture = json.loads(PARITY.read_text())[name]
+    fixture = json.loads(FIXTURE.read_text())[name]
     model = create_model(name).eval()
     state = model.state_dict()
     assert sorted(state) == fixture["names"]

@@ -5,9 +5,11 @@ import shutil
 import casme2_tree
 import numpy as np
 import pytest
+import runs
 from conftest import script
 
 from images import flow
+from images import videos as sampling
 from preparation import casme2, videos
 from util import read_table
 
@@ -20,12 +22,7 @@ def prepare(*argv):
 
 
 def refused(capsys, *argv):
-    """The one error line of a command that is refused."""
-    with pytest.raises(SystemExit) as end:
-        prepare(*argv)
-    assert end.value.code == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    return line
+    return runs.refused(capsys, prepare, *argv)
 
 
 @pytest.fixture(scope="module")
@@ -45,19 +42,19 @@ def info(folder):
 
 
 def test_five_frames_by_hand():
-    assert videos.five_frames(46, 59, 86) == (46, 52, 59, 72, 86)
-    assert videos.five_frames(46, 59, 86, published=True) == (46, 56, 66, 76, 86)
-    assert videos.five_frames(46, 59, 86, jitter=(2, 3)) == (48, 53, 59, 71, 83)
+    assert sampling.five_frames(46, 59, 86) == (46, 52, 59, 72, 86)
+    assert sampling.five_frames(46, 59, 86, published=True) == (46, 56, 66, 76, 86)
+    assert sampling.five_frames(46, 59, 86, jitter=(2, 3)) == (48, 53, 59, 71, 83)
 
 
 def test_jitter_goes_as_far_as_published_and_no_further():
     # int(.15 * 80 / 4) = 3 frames after the onset, int(.15 * 30 / 4) = 1 before the offset
-    variants = videos.jittered(0, 80, 110, False, 3, "previous")
+    variants = sampling.jittered(0, 80, 110, False, 3, "previous")
     assert variants[0] == (0, 40, 80, 95, 110) and len(variants) == len(set(variants)) == 8
     assert {v[0] for v in variants} == {0, 1, 2, 3} and {v[4] for v in variants} == {110, 109}
-    assert {v[0] for v in videos.jittered(0, 80, 110, False, 1, "previous")} == {0, 3}
-    assert videos.jittered(0, 10, 20, False, 3, "previous") == [(0, 5, 10, 15, 20)]
-    assert len(videos.jittered(0, 80, 110, False, 3, "onset")) == 4
+    assert {v[0] for v in sampling.jittered(0, 80, 110, False, 1, "previous")} == {0, 3}
+    assert sampling.jittered(0, 10, 20, False, 3, "previous") == [(0, 5, 10, 15, 20)]
+    assert len(sampling.jittered(0, 80, 110, False, 3, "onset")) == 4
 
 
 def test_shapes_counts_and_order(prepared):
@@ -84,7 +81,7 @@ def test_rows_of_the_index_are_the_flow_of_their_frames(raw, prepared):
     steps = np.concatenate([np.load(prepared / "flow.npy").reshape(-1, 2, 32, 32),
                             np.load(prepared / "jitter.npy")])
     index = np.load(prepared / "index.npy")
-    variants = videos.jittered(10, 40, 90, False, 3, "previous")  # sub02 EP02_01f, the third clip
+    variants = sampling.jittered(10, 40, 90, False, 3, "previous")  # sub02 EP02_01f, the third clip
     assert len(variants) > 2
     place = raw / "Cropped" / "sub02" / "EP02_01f"
     settings = videos.Settings(size=32, register="none")
@@ -231,6 +228,12 @@ def test_bad_workbooks_are_refused_in_one_line(raw, tmp_path, capsys, spoil, exp
 def test_bad_flags_are_refused_in_one_line(raw, tmp_path, capsys, flags, expected):
     said = refused(capsys, "--raw", raw, "--data_folder", tmp_path / "set", *flags)
     assert expected in said and not (tmp_path / "set").exists()
+
+
+def test_a_box_that_lies_outside_the_frame_drops_the_clip(raw, tmp_path, capsys):
+    said = refused(capsys, "--raw", raw, "--annotation", raw / "coding.csv",
+                   "--data_folder", tmp_path, *FLAGS, "--crop", "box", 500, 500, 20, 20)
+    assert "the box is not within the frame of 64x80 pixels" in said
 
 
 def test_a_root_without_frames(raw, tmp_path, capsys):

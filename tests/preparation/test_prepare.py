@@ -14,6 +14,7 @@ import irregular
 import numpy as np
 import pytest
 import raw_tree
+import runs
 from conftest import LISTS, ROOT, finetune, pretrain, probe, script
 from PIL import Image
 
@@ -61,13 +62,7 @@ def few_pictures(request, monkeypatch):
 
 
 def refusal(capsys, *argv):
-    """The error line of a run that must be refused as bad input."""
-    with pytest.raises(SystemExit) as stop:
-        prepare(*argv)
-    assert stop.value.code == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("error: ")
-    return line
+    return runs.refused(capsys, prepare, *argv)
 
 
 # What the annotation says, clip by clip: (subject, video, onset, apex, offset, AU, emotion).

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import runs
 from conftest import script
 from PIL import Image
 
@@ -27,13 +28,7 @@ def render(*argv):
 
 
 def refused(capsys, *argv):
-    """The last line on standard error of a call that must end with exit code 2."""
-    with pytest.raises(SystemExit) as stop:
-        render(*argv)
-    assert stop.value.code == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("error:")
-    return line
+    return runs.refused(capsys, render, *argv)
 
 
 def digest(folder):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 from conftest import ROOT, script
 from PIL import Image
 from test_render import digest, table
@@ -26,13 +27,7 @@ def render(*argv):
 
 
 def refused(capsys, *argv):
-    """The one line on standard error of a call that must end with exit code 2."""
-    with pytest.raises(SystemExit) as stop:
-        render(*argv)
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("error:")
-    return line
+    return runs.refused(capsys, render, *argv)
 
 
 def planned(**changes):
@@ -134,8 +129,8 @@ def test_all_frames_that_sampling_can_ask_for_are_there():
         there = set(casme2.sampled(onset, int(apex), int(offset)))
         assert onset == min(there) and offset == max(there) and len(there) < 25
         for third in (apex, (onset + offset) // 2):
-            for j in range(int(.15 * (apex - onset) / 4) + 1):
-                for k in range(int(.15 * (offset - apex) / 4) + 1):
+            for j in range(int(.15 * (third - onset) / 4) + 1):
+                for k in range(int(.15 * (offset - third) / 4) + 1):
                     start, end = onset + j, offset - k
                     assert {start, (start + third) // 2, third, (third + end) // 2, end} <= there
 

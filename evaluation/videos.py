@@ -1,4 +1,4 @@
-"""Held-out persons of a set of videos: which of them, and the pictures of their mistakes."""
+"""Held-out persons of a set of videos: which of them, the epoch that others choose, mistakes."""
 import re
 from pathlib import Path
 
@@ -71,6 +71,7 @@ class HeldOutVideos(heldout.HeldOut):
             blocks = [gradcam.levels(block[worst]) for block in maps]
             self.add_maps(group, {int(members[i]): list(own)
                                   for i, *own in zip(worst, *blocks)})
+
 
 class Best:
     """Choice of the epoch by training subjects that are not trained on (`inner`, a fifth of them).
