@@ -144,9 +144,6 @@ def set_job(opt, data, units, members, name, device):
     layout, targets = mmnet.LAYOUTS[opt.model], None
     if layout.units:  # those of the training clips alone: what the others show is not known
         targets = videos.multi_hot(units, videos.unit_names(units[i] for i in members))
-        if not targets.shape[1]:
-            raise util.BadInput(f"{opt.data_folder}: no training clip of {name} names an action "
-                                f"unit; {opt.model} learns them, take V5NR")
     network = mmnet.create_mmnet(opt.model, data.clips.n_label,
                                  None if targets is None else targets.shape[1], opt.channels,
                                  opt.size)
