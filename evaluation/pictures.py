@@ -181,12 +181,13 @@ class Panel(NamedTuple):
 
 
 def draw_mistakes(path: Path, clips: ClipSet, images: object, mistakes: list[tuple],
-                  counts: tuple[int, int], panels: Callable | None = None) -> None:
+                  counts: tuple[int, int], panels: Callable | None = None,
+                  maps_are: str = "looked at: Grad-CAM of the predicted class") -> None:
     """The clips most confidently wrong: what they show, and where the model looked.
 
     images: of `clips`; mistakes: (prediction row, maps) as result_files.read_mistakes gives them;
     counts: (mistakes, clips) in all; panels(clips, images, places, maps) → Panels of each clip
-    [change_panels].
+    [change_panels]; maps_are: what the maps show.
     """
     classes, several = clips.classes, len({clip.database for clip in clips.clips}) > 1
     place = {(clip.database, clip.subject, clip.key): i for i, clip in enumerate(clips.clips)}
@@ -207,7 +208,7 @@ def draw_mistakes(path: Path, clips: ClipSet, images: object, mistakes: list[tup
     _write(figure, size, 0.2, 0.15, top + ("; rendered stand-in data"
                                            if clips.encoding.get("rendered") else ""), 11)
     if rows:
-        _explain(figure, size)
+        _explain(figure, size, maps_are)
     for number, (row, _, _) in enumerate(rows):
         left = 0.2 + number % blocks * (width + 0.2)
         above = 0.8 + number // blocks * height
@@ -271,9 +272,8 @@ def _axes(figure, size, left, above, width=PANEL, height=PANEL):
     return axes
 
 
-def _explain(figure, size):
-    _write(figure, size, 0.2, 0.42, "looked at: Grad-CAM of the predicted class, each map in "
-           "shares of its own maximum:  0")
+def _explain(figure, size, maps_are):
+    _write(figure, size, 0.2, 0.42, f"{maps_are}, each map in shares of its own maximum:  0")
     axes = _axes(figure, size, 5.25, 0.43, 1.0, 0.12)
     axes.imshow(np.linspace(0, 1, 64)[None], cmap="viridis", aspect="auto")
     _write(figure, size, 6.32, 0.42, "1")

@@ -13,7 +13,7 @@ from conftest import script
 
 import dataset
 import train_MMNet
-from evaluation import result_files
+from evaluation import pictures, result_files
 from evaluation import videos as held_out
 from images import videos
 from models import mmnet
@@ -70,6 +70,23 @@ def results(run):
 def weights_differ(one, two):
     a, b = (checkpoint.load(path)["model"] for path in (one, two))
     return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def test_the_picture_of_mistakes_says_what_its_maps_are(prepared, tmp_path, monkeypatch):
+    data, _ = dataset.read_videos(prepared, 48, False)
+    held, drawn = object.__new__(held_out.HeldOutVideos), []
+    held.data = data
+    monkeypatch.setattr(pictures, "write_figure", lambda _, figure: drawn.append(figure))
+    clip = data.clips.clips[0]
+    row = {"database": "casme2", "subject": clip.subject, "key": clip.key, "label": 0,
+           "prediction": 1, "probabilities": [0.1, 0.9, 0, 0, 0]}
+    held.draw_mistakes(tmp_path, [(row, [np.full((3, 3), 9, np.uint8)] * 4)], (1, 9))
+    (figure,) = drawn
+    texts = [text.get_text() for text in figure.texts]
+    assert any("maps of attention" in text for text in texts)
+    assert not any("Grad-CAM" in text for text in texts)
+    assert [axes.get_title() for axes in figure.axes if axes.get_title()] == [
+        "onset", "flow to the apex", "block 1", "block 2", "block 3", "block 4"]
 
 
 @pytest.mark.pictures
