@@ -18,6 +18,7 @@ scales differ by some per cent. A fold in which they differ by more, because fea
 clips that it holds out, is solved in a kernel of its own, unless those features are so few that
 they hardly count in the kernel: passes mend these as well, in far less time.
 """
+import copy
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +31,7 @@ MOST_STEPS, MOST_PASSES, ROUGH_STEPS = 500, 50, 100
 # deviation of a feature over all clips, in the fold's own, that passes can still mend in any number
 # of features; in no more than this share of those that vary
 APART, FAR_APART, FEW_APART = 30, 300, 1e-3
-PROBLEMS = 512  # heads solved at a time: bounds the memory
+PROBLEMS = 64  # folds solved at a time: what a step touches stays near the processor
 TOLERANCE = 1e-5  # of the logit of a row of usual length
 ROUGH = 1e-3  # error of a logit that single precision is good for with any penalty
 LEAST = 0.01  # curvature: where all rows are fitted, that of the loss is no guide any more
@@ -63,6 +64,12 @@ def statistics(features: Tensor, training: Tensor, block: int = 1024) -> Statist
     return Statistics(*(torch.cat(blocks, 1) for blocks in zip(*parts)))
 
 
+def rough(l2: float) -> float:
+    """Tolerance that tells which penalty or which features are better: logits are the larger, the
+    weaker the penalty."""
+    return ROUGH * max(1, (1e-3 / l2) ** 0.5)
+
+
 class Solution(NamedTuple):
     """Heads of P folds, as coefficients of the rows and as logits."""
     alpha: Tensor  # [V N, P, C], near 0 in rows outside the fold
@@ -80,10 +87,8 @@ class Regression:
 
     def __init__(self, features: Tensor, labels: np.ndarray | Tensor, n_label: int):
         views, count, dim = features.shape
-        self.n_label, self.views, self.device = n_label, views, features.device
-        self.features, self.labels = features, torch.as_tensor(labels)
-        self.target = F.one_hot(self.labels, n_label).repeat(views, 1)[
-            :, None].to(self.device)  # [V N, 1, C]
+        self.views, self.device, self.features = views, features.device, features
+        self._label(labels, n_label)
         everything = statistics(features, torch.ones(count, 1, dtype=torch.bool))
         self.mean, self.std = everything.mean[0].double(), everything.std[0].double()
         self.length = max(int(everything.varies.sum()), 1)
@@ -91,6 +96,17 @@ class Regression:
         basis, self.values = _eigen(rows, self.length)
         self.rows, self.basis = ({kind: value.to(kind) for kind in (torch.float64, torch.float32)}
                                  for value in (rows, basis))
+
+    def _label(self, labels, n_label):
+        self.n_label, self.labels = n_label, torch.as_tensor(labels)
+        self.target = F.one_hot(self.labels, n_label).repeat(self.views, 1)[
+            :, None].to(self.device)  # [V N, 1, C]
+
+    def relabelled(self, labels: np.ndarray | Tensor, n_label: int) -> "Regression":
+        """The problem for other labels of the same clips, with the decomposition there is."""
+        other = copy.copy(self)
+        other._label(labels, n_label)
+        return other
 
     def solve(self, training: Tensor, stats: Statistics, l2: Tensor, weights: Tensor | None = None,
               start: Solution | None = None, tolerance: float = TOLERANCE,

@@ -213,9 +213,7 @@ def _inner_uf1(regression, task, groups, loss, tried):
     weights = _fold_weights(task, inner, loss)
     for l2 in PENALTIES:
         solution = regression.solve(inner, stats, torch.full((inner.shape[1],), l2), weights,
-                                    solution, most=logistic.ROUGH_STEPS,
-                                    # logits are the larger, the weaker the penalty
-                                    tolerance=logistic.ROUGH * max(1, (FEW / l2) ** 0.5))
+                                    solution, logistic.rough(l2), logistic.ROUGH_STEPS)
         said = (solution.logits[:len(labels)] + solution.bias).argmax(2).cpu().numpy()
         said = said[np.arange(len(labels))[:, None], which[:, groups].T]  # [N, F]
         uf1.append([_uf1(labels[keep], said[keep, fold], task.n_label)
@@ -426,6 +424,7 @@ class Frozen(NamedTuple):
     l2: list | None  # penalty of each fold's head
     choices: dict | None  # fold → what was chosen for it
     history: Tensor | None  # int16 [E, N], the prediction of every clip after each epoch
+    regression: logistic.Regression | None  # that solved the heads
 
     def notes(self, members: np.ndarray) -> dict:
         """What results say of these held-out clips of one fold besides."""
@@ -449,9 +448,11 @@ def train_frozen(opt: argparse.Namespace, classifier: Classifier, data: Data, fo
         encoded = encode(classifier, data.images, autocast, recipe.views)
     names = [[*folds.names, "all"][f] for f in held_out]
     task = Task(encoded.features, clips.labels, clips.n_label, folds.of, held_out)
-    choice = choices = history = initial = None
+    choice = choices = history = initial = regression = None
     if recipe.solver == "lbfgs" or recipe.start == "probe":
-        heads, choice = solve_heads(task, opt.l2, inner_groups(clips), recipe.loss)
+        regression = logistic.Regression(task.features, task.labels, task.n_label)
+        heads, choice = solve_heads(task, opt.l2, inner_groups(clips), recipe.loss,
+                                    regression=regression)
         print(choice.describe(opt.l2 is not None))
     if recipe.solver == "lbfgs":
         for number, tried in enumerate(choice.tried, 1):
@@ -471,7 +472,7 @@ def train_frozen(opt: argparse.Namespace, classifier: Classifier, data: Data, fo
         if inner:
             choices = {fold: inner.chosen(fold) for fold in held_out}
     return Frozen(heads, task, encoded, predict(heads, task), choice and choice.l2, choices,
-                  history)
+                  history, regression)
 
 
 def start_descent(opt: argparse.Namespace, task: Task, positions: int, names: list, loss: str,

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 
 import dataset
@@ -38,13 +37,18 @@ def subject_probe(opt: argparse.Namespace, clips: ClipSet, frozen: probing.Froze
     if len(of) < 2:
         return None
     members, counts = np.concatenate(of), [len(m) for m in of]
-    labels = np.repeat(np.arange(len(of)), counts)
-    fold_of = np.concatenate([np.arange(n) % CLIP_FOLDS for n in counts])
-    task = probing.Task(frozen.encoded.features[:, members], labels, len(of), fold_of,
+    order = np.argsort(members)
+    labels = np.repeat(np.arange(len(of)), counts)[order]
+    fold_of = np.concatenate([np.arange(n) % CLIP_FOLDS for n in counts])[order]
+    members = members[order]
+    everybody = len(members) == len(clips)
+    features = frozen.encoded.features
+    task = probing.Task(features if everybody else features[:, members], labels, len(of), fold_of,
                         sorted(set(fold_of.tolist())))
     if frozen.l2:
-        heads, _ = probing.solve_heads(task, float(np.median(frozen.l2)),
-                                       tolerance=logistic.ROUGH)
+        l2 = float(np.median(frozen.l2))
+        same = frozen.regression.relabelled(labels, len(of)) if everybody else None
+        heads, _ = probing.solve_heads(task, l2, tolerance=logistic.rough(l2), regression=same)
     else:
         print("telling subjects apart by the same features:")
         names = [f"clips{f + 1}of{len(task.held_out)}" for f in task.held_out]
@@ -102,6 +106,7 @@ def head_motion(clips: ClipSet, rows: list[dict], folder: Path) -> dict | None:
 
 
 def _correlations(moved, kind):
+    from scipy.stats import spearmanr  # a third of a second, where motion is recorded
     pairs = [(clip[kind], row) for clip, row in moved if clip[kind] is not None]
     pixels, rows = [value for value, _ in pairs], [row for _, row in pairs]
     series = {"correct": [row["prediction"] == row["label"] for row in rows]}
