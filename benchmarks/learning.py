@@ -26,7 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 import util  # first: it settles how threads wait before torch is imported
 import dataset
-from evaluation import measures, pictures, probing
+from benchmarks.rows import Rows, line, regression
+from evaluation import pictures
 from images import lists
 from rendering import expression
 from training import epochs, supervised
@@ -58,23 +59,12 @@ def parse_option(argv):
     return opt
 
 
-def pixel_regression(clips, images, side=16):
-    """Predictions `[N]` of logistic regressions on area-averaged pixels, ten folds, the penalty
-    chosen as for the heads."""
-    block = images.shape[-1] // side
-    x = images.reshape(len(images), -1, side, block, side, block).mean((3, 5))
-    x = torch.from_numpy(x.reshape(1, len(images), -1)).float()
-    fold_of = dataset.ten_folds(clips).of
-    task = probing.Task(x, clips.labels, clips.n_label, fold_of, sorted(set(fold_of.tolist())))
-    heads, _ = probing.solve_heads(task, groups=probing.inner_groups(clips))
-    return probing.predict(heads, task).argmax(1)
-
-
-class Bench:
+class Bench(Rows):
     """The runs of one call: each method calls a script and returns what it measured."""
 
     def __init__(self, opt):
-        self.opt, self.work, self.rows = opt, Path(opt.work), []
+        super().__init__(Path(opt.work), 4)
+        self.opt = opt
 
     def render(self, name, seed, *flags):
         folder = self.work / name
@@ -115,36 +105,6 @@ class Bench:
 
     def finetune(self, *args):
         return self.head("fine-tune_DVSCL", *args, "--save_freq", 1000)
-
-    def row(self, name, folders):
-        """A row of the table from the run folders of the seeds."""
-        self.add(name, [read(folder) for folder in folders])
-
-    def add(self, name, parts):
-        """A row from (labels, predictions, subjects) of each seed: figures of all seeds' clips
-        together, intervals over their subjects, the deviation over the seeds."""
-        labels, said = (np.concatenate(of) for of in list(zip(*parts))[:2])
-        people = [(str(seed), person) for seed, part in enumerate(parts) for person in part[2]]
-        each = [measures.evaluate(*part[:2], 4)["uf1"] for part in parts]
-        row = {"name": name, "uf1": measures.evaluate(labels, said, 4)["uf1"], "seeds": len(each),
-                 "ci95": measures.intervals(labels, said, people, 4)["uf1"],
-                 "std": float(np.std(each, ddof=1)) if len(each) > 1 else None}
-        self.rows.append(row)
-        util.write_json(self.work / "rows.json", self.rows)
-        print(line(row), flush=True)
-
-
-def read(folder):
-    """(labels, predictions, subjects) of a run folder."""
-    rows = [row for _, row in util.read_table(folder / "predictions.csv", fix="remove --work")[0]]
-    return (*(np.array([int(row[name]) for row in rows]) for name in ("label", "prediction")),
-            [row["subject"] for row in rows])
-
-
-def line(row):
-    low, high = row["ci95"]
-    return (f"| {row['name']} | {row['uf1']:.3f} | {low:.3f} – {high:.3f} | "
-            + ("" if row["std"] is None else f"± {row['std']:.3f} of {row['seeds']}") + " |")
 
 
 def subset(data, name, rows):
@@ -246,12 +206,10 @@ def main_rows(bench, sets, pools):
     """Baselines, pools of other people, each view, thresholds, fine-tuning: all seeds."""
     opt, model, seeds = bench.opt, "resnet18v1", range(bench.opt.seeds)
     everything = [dataset.read_clips(data) for data in sets]
-    for name, scores in measures.baselines(np.concatenate([c.labels for c in everything]),
-                                          4).items():
-        print(f"| {name.replace('_', ' ')} | {scores['uf1']:.3f} | | |")
+    bench.baselines(np.concatenate([c.labels for c in everything]))
     images = [dataset.load_images(c, bench.work / "cache", 4, 112)[0] for c in everything]
     bench.add("logistic regression on pixels", [
-        (c.labels, pixel_regression(c, x), [clip.subject for clip in c.clips])
+        (c.labels, regression(c, torch.from_numpy(x)), [clip.subject for clip in c.clips])
         for c, x in zip(everything, images)])
     bench.row("untrained, probe",
               [bench.probe("untrained", model, s, sets[s], "random") for s in seeds])

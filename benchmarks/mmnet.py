@@ -123,6 +123,7 @@ class TextbookSet(torch.utils.data.Dataset):
 
 
 def usual_epoch(network, optimizer, loader, device):
+    epochs.keep_memory(False)
     network.train()
     for moved, onset, label in loader:
         loss = F.cross_entropy(network(moved.to(device), onset.to(device)), label.to(device))
@@ -130,6 +131,7 @@ def usual_epoch(network, optimizer, loader, device):
         loss.backward()
         optimizer.step()
         loss.item()
+    epochs.keep_memory(device.type == "cpu")
 
 
 def start_seconds(name, size):
@@ -215,7 +217,8 @@ def measure(opt, name, raw, folder):
     clips = TextbookSet(raw, [row for _, row in rows], opt.size)
     usual = mmnet.create_mmnet(name, len(casme2.CLASSES), channels="nr", size=opt.size)
     usual = usual.to(opt.device)
-    descent = train_MMNet.set_optimizer(run, usual)
+    descent = torch.optim.AdamW(usual.parameters(), run.learning_rate,
+                                weight_decay=run.weight_decay)
     moved = torch.randn(opt.batch_size, 4, mmnet.STEPS, opt.size, opt.size, device=opt.device)
     known = (moved.to(memory_format=torch.channels_last_3d),
              torch.rand(opt.batch_size, 3, opt.size, opt.size, device=opt.device),

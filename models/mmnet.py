@@ -176,7 +176,7 @@ class Position(nn.Module):
 
 class MMNet(nn.Module):
     """layout: of the variant; channels: of a step of motion; n_label: classes; au_size: number of
-    action units where the variant has a head for them; size: of the frames, a multiple of 16."""
+    action units, of which a head then gives the logits; size: of the frames, a multiple of 16."""
 
     def __init__(self, layout: Layout, channels: int, n_label: int = 5, au_size: int | None = None,
                  size: int = 224):
@@ -188,8 +188,7 @@ class MMNet(nn.Module):
             AttentionBlock(*into[i:i + 2], i, layout.in_time) for i in range(4))
         self.position = Position(layout.widths[-1], size // 16)
         features = layout.widths[-1] * (size // 16) ** 2
-        if layout.units:
-            self.au = nn.Linear(features, au_size)
+        self.au = nn.Linear(features, au_size) if au_size else None
         self.fc = nn.Linear(features + (au_size if layout.units else 0), n_label)
         self.apply(_initialise)
         self.position.apply(_initialise_position)
@@ -216,9 +215,11 @@ class MMNet(nn.Module):
 
     def classify(self, features: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Logits `[B, n_label]` of features; with a head for action units also theirs."""
-        if not self.layout.units:
+        if self.au is None:
             return self.fc(features)
         units = seen = self.au(features)  # [B, au_size]
+        if not self.layout.units:
+            return self.fc(features), units
         if self.layout.units == "classes":
             share = units.sigmoid()
             # straight through: the threshold alone has no gradient (Bengio et al. 2013)
@@ -246,15 +247,15 @@ def create_mmnet(name: str, n_label: int = 5, au_size: int | None = None,
                  channels: str | None = None, size: int = 224) -> MMNet:
     """A variant by name, a key of LAYOUTS.
 
-    au_size: number of action units, which V6 and V6c need; channels: a key of CHANNELS [the
+    au_size: number of action units, which V6 and V6c need and see, and which others learn besides
+    (their forward gives both too); channels: a key of CHANNELS [the
     variant's own]; size: of the frames, pixels. Raises ValueError.
     """
     if name not in LAYOUTS:
         raise ValueError(f"model {name!r}: choose from {', '.join(LAYOUTS)}")
     layout = LAYOUTS[name]
-    if bool(layout.units) != bool(au_size):
-        raise ValueError(f"{name}: " + ("takes the number of action units" if layout.units
-                                        else "has no head for action units"))
+    if layout.units and not au_size:
+        raise ValueError(f"{name}: takes the number of action units")
     if size % 16 or size < 32:
         raise ValueError(f"size {size}: a multiple of 16, 32 or more")
     channels = channels or layout.channels

@@ -113,14 +113,16 @@ def set_stage(network: nn.Module, stage: str) -> None:
 
 def train_epoch(opt: argparse.Namespace, job: Job, stage: str, epoch: int, number: int,
                 within: dict, on_step: Callable) -> dict:
-    """One epoch of a stage; returns {train_loss, train_accuracy}, or {au_loss} of stage 'units'.
+    """One epoch of a stage; returns {train_loss, train_accuracy}, with opt.au_loss {au_loss} too;
+    of stage 'units' {au_loss} alone.
 
     epoch: of the whole training, from which everything random follows; number: within the stage,
     which the rate goes by; within, on_step: see epochs.Loop.run. Raises RunFailed if a loss is not
     finite.
     """
     device, labels = next(job.network.parameters()).device, job.labels[job.members]
-    names = ("au_loss",) if stage == "units" else ("train_loss", "train_accuracy")
+    names = ("train_loss", "train_accuracy") * (stage != "units")
+    names += ("au_loss",) * (stage == "units" or opt.au_loss > 0)
     means = epochs.Meters(names, within.get("meters"))
     weights = class_weights(labels, int(job.labels.max()) + 1).to(device)
     set_stage(job.network, stage)
@@ -137,14 +139,16 @@ def train_epoch(opt: argparse.Namespace, job: Job, stage: str, epoch: int, numbe
         with job.precision.autocast():
             said = job.run(moved, onset)
         logits, units = said if job.targets is not None else (said, None)
-        if stage == "units":
-            wanted = torch.from_numpy(job.targets[job.members[piece.numpy()]]).to(device)
-            loss = F.binary_cross_entropy_with_logits(units.float(), wanted)
-            values = (loss.detach(),)
-        else:
+        loss, values = 0.0, ()
+        if stage != "units":
             target = torch.from_numpy(labels[piece.numpy()]).to(device)
             loss = classification_loss(logits, target, opt.loss, weights).mean()
             values = (loss.detach(), (logits.argmax(1) == target).float().mean())
+        if "au_loss" in names:
+            wanted = torch.from_numpy(job.targets[job.members[piece.numpy()]]).to(device)
+            of_units = F.binary_cross_entropy_with_logits(units.float(), wanted)
+            loss = of_units if stage == "units" else loss + opt.au_loss * of_units
+            values += (of_units.detach(),)
         epochs.check_loss(loss, epoch, step, f"{epochs.KEPT} {opt.learning_rate:g}")
         means.add(values, len(piece))
         job.precision.scaler.scale(loss * len(piece) / whole).backward()

@@ -155,8 +155,8 @@ def test_published_names_of_the_action_unit_variant():
     assert set(mmnet.from_published(state)) == set(names.values())
 
 
-@pytest.mark.parametrize("wrong", [{"name": "V7"}, {"name": "V6"}, {"name": "V4", "au_size": 3},
-                                   {"name": "V4", "size": 100}, {"name": "V4", "channels": "x"}])
+@pytest.mark.parametrize("wrong", [{"name": "V7"}, {"name": "V6"}, {"name": "V4", "size": 100},
+                                   {"name": "V4", "channels": "x"}])
 def test_what_there_is_not_is_refused(wrong):
     with pytest.raises(ValueError):
         mmnet.create_mmnet(**wrong)

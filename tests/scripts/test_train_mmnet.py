@@ -117,7 +117,9 @@ def test_the_same_seed_gives_the_same_and_another_one_another(flags, tmp_path):
     assert weights_differ(a / "last.pth", c / "last.pth")
 
 
-def test_held_out_labels_and_action_units_change_no_weight(prepared, flags, tmp_path):
+@pytest.mark.parametrize("more", [["--model", "V6", "--au_epochs", 1, "--unfreeze_epoch", 1],
+                                  ["--model", "V4", "--au_loss", 0.5]], ids=["V6", "V4"])
+def test_held_out_labels_and_action_units_change_no_weight(prepared, flags, tmp_path, more):
     """Neither does it matter to the choice of an epoch by inner subjects."""
     text = (prepared / "clips.csv").read_text().splitlines()
     other = tmp_path / "other"
@@ -129,21 +131,40 @@ def test_held_out_labels_and_action_units_change_no_weight(prepared, flags, tmp_
                       lambda m: f"{m[1]},1,garbage,{m[3]},39+L40", line) for line in text]
     assert sum(a != b for a, b in zip(text, spoiled)) == 2
     (other / "clips.csv").write_text("\n".join(spoiled) + "\n")
-    flags += ["--model", "V6", "--au_epochs", 1, "--unfreeze_epoch", 1, "--part", "4",
-              "--select", "inner"]
+    flags += [*more, "--part", "4", "--select", "inner"]
     for name, data in (("plain", prepared), ("spoiled", other)):
         train(*flags, "--data_folder", data, "--save_path", tmp_path / name)
     assert weights_differ(only(tmp_path / "plain") / "last.pth",
                           only(tmp_path / "spoiled") / "last.pth") == []
 
 
-def job_of(prepared, name="V6"):
+def job_of(prepared, name="V6", *more):
     data, units = dataset.read_videos(prepared, 32, False)
     opt = train_MMNet.parse_option([
         "--data_folder", str(prepared), "--save_path", "s", "--model", name, "--size", "32",
-        "--batch_size", "4", "--device", "cpu"])
+        "--batch_size", "4", "--device", "cpu", *more])
     return opt, train_MMNet.set_job(opt, data, units, np.arange(len(units)), "x",
                                     torch.device("cpu"))
+
+
+def test_the_auxiliary_loss_reaches_the_blocks(prepared):
+    moved = []
+    for weight in (0.5, 0.25, 0.0):
+        opt, job = job_of(prepared, "V4", "--au_loss", "0.5")
+        assert job.network.fc.in_features == job.network.au.in_features
+        torch.nn.init.zeros_(job.network.fc.weight)  # so that classes tell the blocks nothing
+        before = {name: part.detach().clone() for name, part in job.network.named_parameters()}
+        means = motion.train_epoch(
+            opt.changed(learning_rate=1.0, batch_size=9, au_loss=weight), job._replace(
+                optimizer=torch.optim.SGD(job.network.parameters(), lr=1.0)),
+            "all", 1, 1, {}, lambda inside: None)
+        assert ("au_loss" in means) == (weight > 0)
+        moved.append({name: part.detach() - before[name] for name, part in
+                      job.network.named_parameters() if not name.startswith("fc.")})
+    for name, value in moved[0].items():
+        assert torch.allclose(value, 2 * moved[1][name], rtol=1e-3, atol=1e-6), name
+        assert not moved[2][name].any(), name
+    assert moved[0]["blocks.0.conv1.weight"].norm() > 1e-4 < moved[0]["au.weight"].norm()
 
 
 def test_stages_freeze_what_they_say_to_the_bit(prepared):
@@ -298,7 +319,8 @@ def test_parts_of_the_face_are_masked(prepared, flags, tmp_path, capsys):
     (["--part", "nobody"], "--part nobody: no such subject"),
     (["--part", ","], "names nobody"), (["--batch_size", 1], "batch norm takes two"),
     (["--input", "difference", "--channels", "n"], "goes with --input flow"),
-    (["--mask", "eyes"], "go together"), (["--seeds", 1], "--seeds: give two"),
+    (["--mask", "eyes"], "go together"), (["--model", "V6", "--au_loss", 1], "stage of its own"),
+    (["--seeds", 1], "--seeds: give two"),
     (["--data_folder", "nowhere"], "nowhere: no flow.json"),
     (["--pretrained", "none.pth", "--part", 5], "none.pth: no such checkpoint")])
 def test_bad_input_is_refused_in_one_line(flags, tmp_path, capsys, more, expected):

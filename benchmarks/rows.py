@@ -1,0 +1,65 @@
+"""Rows of the tables that the learning benchmarks print."""
+from pathlib import Path
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+
+import dataset
+import util
+from dataset import ClipSet
+from evaluation import measures, probing
+
+
+class Rows:
+    """A table of UF1 in a folder `work`, for `n_label` classes."""
+
+    def __init__(self, work: Path, n_label: int):
+        self.work, self.n_label, self.rows = work, n_label, []
+
+    def row(self, name: str, folders: list[Path]) -> None:
+        """A row of the table from the run folders of the seeds."""
+        self.add(name, [read(folder) for folder in folders])
+
+    def add(self, name: str, parts: list[tuple]) -> None:
+        """A row from (labels, predictions, subjects) of each seed: figures of all seeds' clips
+        together, intervals over their subjects, the deviation over the seeds."""
+        labels, said = (np.concatenate(of) for of in list(zip(*parts))[:2])
+        people = [(str(seed), person) for seed, part in enumerate(parts) for person in part[2]]
+        each = [measures.evaluate(*part[:2], self.n_label)["uf1"] for part in parts]
+        row = {"name": name, "uf1": measures.evaluate(labels, said, self.n_label)["uf1"],
+               "seeds": len(each),
+               "ci95": measures.intervals(labels, said, people, self.n_label)["uf1"],
+               "std": float(np.std(each, ddof=1)) if len(each) > 1 else None}
+        self.rows.append(row)
+        util.write_json(self.work / "rows.json", self.rows)
+        print(line(row), flush=True)
+
+    def baselines(self, labels: np.ndarray) -> None:
+        """Prints what knows nothing of a clip scores."""
+        for name, scores in measures.baselines(labels, self.n_label).items():
+            print(f"| {name.replace('_', ' ')} | {scores['uf1']:.3f} | | |")
+
+
+def read(folder: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """(labels, predictions, subjects) of a run folder."""
+    rows = [row for _, row in util.read_table(folder / "predictions.csv", fix="remove --work")[0]]
+    return (*(np.array([int(row[name]) for row in rows]) for name in ("label", "prediction")),
+            [row["subject"] for row in rows])
+
+
+def line(row: dict) -> str:
+    """A row as Markdown."""
+    low, high = row["ci95"]
+    return (f"| {row['name']} | {row['uf1']:.3f} | {low:.3f} – {high:.3f} | "
+            + ("" if row["std"] is None else f"± {row['std']:.3f} of {row['seeds']}") + " |")
+
+
+def regression(clips: ClipSet, images: Tensor, side: int = 16) -> np.ndarray:
+    """Predictions `[N]` of logistic regressions on images `[N, C, S, S]` averaged to a grid of so
+    many cells a side, ten folds, the penalty chosen as for the heads."""
+    x = F.adaptive_avg_pool2d(images.float(), side).flatten(1)[None]
+    fold_of = dataset.ten_folds(clips).of
+    task = probing.Task(x, clips.labels, clips.n_label, fold_of, sorted(set(fold_of.tolist())))
+    heads, _ = probing.solve_heads(task, groups=probing.inner_groups(clips))
+    return probing.predict(heads, task).argmax(1)
