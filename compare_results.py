@@ -310,7 +310,7 @@ def main(argv: list[str] | None = None) -> None:
     if any(len(result["predictions"]) > len(clips) for result in results):
         note = f"on the {len(clips)} clips that all results hold"
     if any(result.get("rendered") for result in results):
-        note += ", rendered stand-in data, not CAS(ME)^3"
+        note += ", rendered stand-in data, no faces of people"
     tables = [result_table(results, figures, note)]
     if len(results) > 1:
         changed = option_table(results)

@@ -198,7 +198,7 @@ def whether_transductive(values: Iterable[bool | None]) -> bool | None:
 def describe(results: dict) -> str:
     """A few lines for the terminal: figures, intervals, baselines."""
     ci = results["ci95"]
-    lines = ["rendered stand-in data, not CAS(ME)^3:"] if results.get("rendered") else []
+    lines = ["rendered stand-in data, no faces of people:"] if results.get("rendered") else []
     for name, title in zip(MEASURES, ("UF1", "UAR", "accuracy")):
         base = ", ".join(f"{k.replace('_', ' ')} {v[name]:.3f}"
                          for k, v in results["baselines"].items())
