@@ -93,30 +93,31 @@ def add_model_options(parser):
 
 
 def add_optimisation_options(parser):
-    """Numbers of the published code; docs/MMNet.md names their sources."""
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--batch_size", type=positive_int, default=32, help="clips per step")
+    group = parser.add_argument_group(
+        "optimisation", "defaults from the published code (C) or from the text of its notes (T)")
+    group.add_argument("--batch_size", type=positive_int, default=32,
+                       help="clips per step (C; V3, V5, V6 there: 36)")
     group.add_argument("--accumulate", type=positive_int, default=1,
                        help="parts that a batch is computed in, for the memory's sake")
     group.add_argument("--epochs", type=positive_int, help="passes over the data; the last one "
-                       "counts [V1, V2 70; V3 to V5 100; mmnet 74; V6 80 after --au_epochs]")
+                       "counts [C: V1, V2 70; V3 to V5 100; mmnet 74; T: V6 80 after --au_epochs]")
     group.add_argument("--learning_rate", type=number(float, 0), default=8e-4,
-                       help="initial rate of AdamW")
+                       help="initial rate of AdamW (C)")
     group.add_argument("--lr_gamma", type=number(float, 0, 1), default=0.987,
-                       help="factor of the rate per epoch")
+                       help="factor of the rate per epoch (C)")
     group.add_argument("--plateau_epoch", type=number(int, 0), default=50,
-                       help="epoch from which the rate stays")
-    group.add_argument("--weight_decay", type=number(float, 0), default=0.6, help="of AdamW")
+                       help="epoch from which the rate stays (C)")
+    group.add_argument("--weight_decay", type=number(float, 0), default=0.6, help="of AdamW (C)")
     options.add_loss_option(group)
     group.add_argument("--au_loss", type=number(float, 0), default=0.0, metavar="X",
                        help="weight of an auxiliary loss on the action units of training clips, "
                             "for variants other than V6, V6c; 0: none")
     group.add_argument("--au_epochs", type=positive_int, default=70,
-                       help="V6, V6c: epochs of the first stage, on action units alone")
+                       help="V6, V6c: epochs of the first stage, on action units alone (T; C: 80)")
     group.add_argument("--unfreeze_epoch", type=number(int, 0), default=50,
-                       help="V6, V6c: epochs of the second stage that train the last layer alone; "
-                            "V6c's threshold passes the gradient straight through, where the "
-                            "published code has none")
+                       help="V6, V6c: epochs of the second stage that train the last layer alone "
+                            "(T; C: 35); V6c's threshold passes the gradient straight through, "
+                            "where the published code has none")
     group.add_argument("--select", choices=("fixed", "inner"), default="fixed",
                        help="inner: a fifth of the training subjects is not trained on and chooses "
                             "the epoch; fixed: the last one")

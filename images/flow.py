@@ -131,17 +131,26 @@ def _colours(u, v):
 def crop(images: Tensor, boxes: Tensor, mirror: Tensor, size: int) -> Tensor:
     """The same region of all channels of a clip, resized: `[B, C, H, W]` → `[B, C, size, size]`.
 
-    boxes: float `[B, 4]`, left, top, width and height in pixels; mirror: bool `[B]`. Bilinear.
+    boxes: float `[B, 4]`, left, top, width and height in pixels, or `[B, 5]`, the fifth being
+    degrees by which the picture is turned about the box's middle, clockwise; mirror: bool `[B]`.
+    Bilinear; the border is repeated.
     """
     height, width = images.shape[-2:]
     sign = 1 - 2 * mirror.to(boxes)
     theta = boxes.new_zeros(len(boxes), 2, 3)
-    theta[:, 0, 0] = sign * boxes[:, 2] / width
-    theta[:, 1, 1] = boxes[:, 3] / height
+    share = torch.stack([sign * boxes[:, 2] / width, boxes[:, 3] / height], 1)
+    theta[:, :, :2] = share[:, :, None] * _turns(boxes)
     theta[:, 0, 2] = (2 * boxes[:, 0] + boxes[:, 2]) / width - 1
     theta[:, 1, 2] = (2 * boxes[:, 1] + boxes[:, 3]) / height - 1
     grid = F.affine_grid(theta, (len(boxes), 1, size, size), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def _turns(boxes):
+    """Matrices `[B, 2, 2]` that give the place in a box of a place (x, y) in what is cut out."""
+    angle = torch.deg2rad(boxes[:, 4]) if boxes.shape[1] == 5 else torch.zeros_like(boxes[:, 0])
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([cos, sin, -sin, cos], 1).unflatten(1, (2, 2))
 
 
 def crop_flow(flow: Tensor, boxes: Tensor, mirror: Tensor, size: int) -> Tensor:
@@ -149,4 +158,6 @@ def crop_flow(flow: Tensor, boxes: Tensor, mirror: Tensor, size: int) -> Tensor:
     and what is mirrored the other way."""
     by = torch.stack([(1 - 2 * mirror.to(boxes)) * size / boxes[:, 2], size / boxes[:, 3]], 1)
     cut = crop(flow.flatten(1, 2), boxes, mirror, size).unflatten(1, flow.shape[1:3])
-    return cut * by[:, None, :, None, None]
+    # the picture turns one way, the places that are looked up for it the other
+    return torch.einsum("bji,btjhw->btihw", _turns(boxes), cut * by[:, None, :, None, None]) \
+        if boxes.shape[1] == 5 else cut * by[:, None, :, None, None]

@@ -139,10 +139,17 @@ def jittered(onset: int, apex: int, offset: int, published: bool, most: int,
 
 # ---------------------------------------------------------------- batches
 
-def draw_boxes(n: int, size: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """(boxes float32 `[n, 4]`: left, top, width, height; mirror bool `[n]`) of published
-    augmentation: of 224 pixels 15 rows are cut off, anywhere, and up to 7 columns on each side."""
+def draw_boxes(n: int, size: int, rng: torch.Generator,
+               original: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """(boxes float32 as in flow.crop, mirror bool `[n]`) of published augmentation: of 224 pixels
+    15 rows are cut off, anywhere, and up to 7 columns on each side; of the original network the
+    frame is moved by up to 15 pixels and turned by up to 3 degrees."""
     unit = size / 224
+    if original:
+        moved = torch.randint(-15, 16, (n, 2), generator=rng) * unit
+        turned = 6 * torch.rand(n, 1, generator=rng) - 3
+        boxes = torch.cat([moved, torch.full((n, 2), float(size)), turned], 1)
+        return boxes, torch.rand(n, generator=rng) < 0.5
     top = torch.randint(0, 16, (n,), generator=rng)
     left, right = torch.randint(0, 8, (2, n), generator=rng)
     boxes = torch.stack([left, top, 224 - left - right, torch.full((n,), 224 - 15)], 1) * unit

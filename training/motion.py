@@ -22,13 +22,14 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 class Source(NamedTuple):
     """What batches are made of. steps: 4, or 1: from onset to apex; channels: a set of flow, or
-    'difference': RGB differences; scale: see flow.channels; normalised: the frames as ImageNet's;
-    masks: uint8 `[N, S, S]`, 0 where nothing is to be seen, or None."""
+    'difference': RGB differences; scale: see flow.channels; original: as the original network
+    is trained, frames normalised as ImageNet's; masks: uint8 `[N, S, S]`, 0 where nothing is to be
+    seen, or None."""
     videos: Videos
     steps: int
     channels: str
     scale: float | str = "map"
-    normalised: bool = False
+    original: bool = False
     masks: np.ndarray | None = None
 
 
@@ -46,7 +47,7 @@ def batches(source: Source, parts: list[np.ndarray], device: torch.device,
         if seeds:
             rng = epochs.generator(*seeds[number])
             variants = torch.randint(arrays.index.shape[1], (len(part),), generator=rng).numpy()
-            boxes = videos.draw_boxes(len(part), size, rng)
+            boxes = videos.draw_boxes(len(part), size, rng, source.original)
         rows.append(arrays.index[part, variants])
         drawn.append(boxes)
     by_flow = source.channels != "difference"
@@ -59,7 +60,7 @@ def batches(source: Source, parts: list[np.ndarray], device: torch.device,
         if source.masks is not None:
             mask = torch.from_numpy(source.masks[part]).to(device)[:, None, None]
         images = videos.crop_frames(frames * mask, boxes, mirror)
-        if source.normalised:
+        if source.original:
             images = (images - images.new_tensor(MEAN).view(3, 1, 1)) \
                 / images.new_tensor(STD).view(3, 1, 1)
         reference = arrays.info["reference"]

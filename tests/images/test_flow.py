@@ -111,6 +111,28 @@ def test_a_crop_scales_the_field_as_frames_that_are_cropped():
     assert right < 0.12 and plain > 0.4
 
 
+def test_a_turn_turns_the_field_as_frames_that_are_turned():
+    frames, _ = pair(0.7, 3)
+    boxes, mirror = torch.tensor([[4.0, -3, 224, 224, 3]]), torch.tensor([True])
+    turned = flow.crop(torch.from_numpy(frames)[None].float(), boxes, mirror, 224)[0]
+    theirs = flow.flow_steps(turned.round().byte().numpy())
+    field = torch.from_numpy(flow.flow_steps(frames))[None]
+    ours = flow.crop_flow(field, boxes, mirror, 224)[0].numpy()
+    still = flow.crop(field[:, 0], boxes, mirror, 224)[0].numpy()  # places alone, not directions
+    inside = (slice(None), slice(None), slice(20, -20), slice(20, -20))
+    off = np.linalg.norm((ours - theirs)[inside], axis=1).mean()
+    assert off < 0.03
+    assert np.linalg.norm((still - theirs)[inside], axis=1).mean() > 3 * off
+
+
+def test_a_quarter_turn_is_that_of_indexing():
+    field = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 1, 2, 8, 8))).float()
+    boxes = torch.tensor([[0.0, 0, 8, 8, 90]])
+    actual = flow.crop_flow(field, boxes, torch.tensor([False]), 8)[0, 0]
+    u, v = torch.rot90(field[0, 0], -1, (1, 2))  # clockwise: right becomes down
+    assert torch.allclose(actual, torch.stack([-v, u]), atol=1e-5)
+
+
 def test_crops_are_those_of_indexing_where_nothing_is_resized():
     image = torch.rand(2, 3, 16, 16)
     boxes = torch.tensor([[2.0, 3, 8, 8], [0, 0, 8, 8]])

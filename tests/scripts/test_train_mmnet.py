@@ -206,7 +206,7 @@ def test_stages_follow_the_epochs():
 
 def test_parts_of_a_batch_give_the_gradient_of_the_whole(prepared, monkeypatch):
     """Where neither batch norm nor the augmentation see the parts, three of them add up."""
-    monkeypatch.setattr(videos, "draw_boxes", lambda n, size, rng: videos.whole(n, size))
+    monkeypatch.setattr(videos, "draw_boxes", lambda n, size, *_: videos.whole(n, size))
     moved = []
     for parts in (1, 3):
         opt, job = job_of(prepared, "V4")

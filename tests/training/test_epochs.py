@@ -1,5 +1,7 @@
 """The rates' formulas, with plain numbers."""
 import math
+import platform
+import resource
 
 import pytest
 import torch
@@ -55,3 +57,20 @@ def test_a_map_of_one_position_takes_two_clips_on_a_device(monkeypatch, size, re
             epochs.check_slices(11, 8, model, device)
     else:
         epochs.check_slices(11, 8, model, device)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_stays_with_the_process_when_asked_to():
+    def faults(keep):
+        """Pages that the system hands out for six blocks of 64 MB, one after the other."""
+        epochs.keep_memory(keep)
+        torch.empty(2 ** 24).fill_(1)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(6):
+            torch.empty(2 ** 24).fill_(1)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    try:
+        given_back, kept = faults(False), faults(True)
+    finally:
+        epochs.keep_memory(False)
+    assert kept < given_back / 3
