@@ -1,18 +1,20 @@
 """Pictures by which a person sees whether the preparation is right: audit/*.png."""
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from images import encoding
+from images import encoding, flow
 from preparation import cutting, outputs
 from preparation.annotation import Table
 from util import write_figure
 
 PER_CLASS = 5  # clips per class on audit/<class>.png
+FLOW_PER_CLASS = 2  # and on audit/flow.png
 DRY_CLIPS = 20
 WORST = (("residual", "most residual motion", "{:.2f} px"),
          ("invalid", "most invalid depth", "{:.0%} of the face"),
@@ -73,18 +75,45 @@ def find_worst(clips: list) -> list:
 def draw_clips(path: Path, title: str, clips: list, settings: cutting.Settings,
                images: Path) -> None:
     """One row per clip: onset, apex (aligned), both differences, what is known of it."""
-    heads = ("onset", "apex, registered", "RGB difference ×4", "depth difference")
-    height = 2.6 * len(clips) + 0.6  # inches
-    figure, top = Figure(figsize=(14, height)), 0.75 / height  # the titles' share
-    axes = figure.subplots(len(clips), 5, squeeze=False, width_ratios=[1, 1, 1, 1, 1.55])
+    rows = []
+    for (row, task, _), text in clips:
+        depth = difference(images / row.depth, settings.difference, 1) if task.depth else None
+        rows.append(([*crops(task, settings, images),
+                      difference(images / row.rgb, settings.difference, 4), depth], text))
+    draw_rows(path, title, ("onset", "apex, registered", "RGB difference ×4", "depth difference"),
+              rows)
+
+
+def draw_flow(folder: Path, rows: list, classes: Sequence[str]) -> None:
+    """Draws audit/flow.png: a few clips of each class, the flow of their four steps as colours."""
+    frames, steps = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("frames", "flow"))
+    drawn = []
+    for name in classes:
+        members = [i for i, row in enumerate(rows) if row.emotion == name]
+        for i in (members[j] for j in spread(len(members), FLOW_PER_CLASS)):
+            field, row = steps[i].astype(np.float32), rows[i]
+            colours = flow.channels(torch.from_numpy(field), "hsv").permute(0, 2, 3, 1).numpy()
+            longest = np.sqrt((field ** 2).sum(1)).max((1, 2))
+            drawn.append(([frames[i, 0].transpose(1, 2, 0), frames[i, 2].transpose(1, 2, 0),
+                           *colours],
+                          f"{row.key}\n{name}\naction units: {row.units or 'not known'}\n"
+                          f"frames {row.onset}, {row.apex}, {row.offset}\nlongest of each step: "
+                          + " ".join(f"{value:.1f}" for value in longest) + " px"))
+    (folder / "audit").mkdir(exist_ok=True)
+    draw_rows(folder / "audit" / "flow.png", "hue: direction; brightness: length, 0 to the longest "
+              "of the step", ("onset", "third frame", *(f"flow, step {i}" for i in range(1, 5))),
+              drawn)
+
+
+def draw_rows(path: Path, title: str, heads: Sequence[str], rows: list) -> None:
+    """A sheet with one row per clip; rows: (its pictures, None for none, and a text) each."""
+    height, count = 2.6 * len(rows) + 0.6, len(heads)  # inches
+    figure, top = Figure(figsize=(2.55 * count + 3.8, height)), 0.75 / height  # the titles' share
+    axes = figure.subplots(len(rows), count + 1, squeeze=False, width_ratios=[1] * count + [1.55])
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - top, wspace=0.04,
                            hspace=0.12)
     figure.suptitle(title, y=1 - top / 4, va="center")
-    for (clip, text), line in zip(clips, axes):
-        row, task, _ = clip
-        pictures = [*crops(task, settings, images),
-                    difference(images / row.rgb, settings.difference, 4),
-                    difference(images / row.depth, settings.difference, 1) if task.depth else None]
+    for (pictures, text), line in zip(rows, axes):
         for axis, picture, head in zip(line, pictures, heads):
             axis.axis("off")
             axis.set_title(head, fontsize=9)
@@ -92,8 +121,9 @@ def draw_clips(path: Path, title: str, clips: list, settings: cutting.Settings,
                 axis.text(0.5, 0.5, "none", ha="center", va="center")
             else:
                 axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
-        line[4].axis("off")
-        line[4].text(0, 0.95, text, va="top", fontsize=8.5, transform=line[4].transAxes)
+        line[-1].axis("off")
+        line[-1].text(0, 0.95, text, va="top", fontsize=8.5, transform=line[-1].transAxes,
+                      parse_math=False)
     write_figure(path, figure, dpi=80)
 
 

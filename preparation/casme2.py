@@ -5,7 +5,7 @@
 
 Five classes: happiness, repression, disgust, surprise, others. Prints its counts beside the
 published ones. The same for other sets with --clips. A run that was stopped goes on when started
-again. Expect two clips per second on two cores.
+again. Look at <data_folder>/audit/flow.png afterwards. Expect ten clips a second on two cores.
 """
 import argparse
 import hashlib
@@ -19,7 +19,7 @@ from pathlib import Path
 from images import flow
 from images.lists import DATABASES, natural
 from images.videos import jittered
-from preparation import annotation, cutting, detection, options, outputs, videos
+from preparation import annotation, audit, cutting, detection, options, outputs, videos
 from preparation.annotation import Row, Table
 from util import (
     BadInput,
@@ -316,4 +316,5 @@ def run(opt: argparse.Namespace) -> None:
     shutil.rmtree(folder / cutting.RECORDS)
     print_counts(table, [row for row, _, _ in clips])
     outputs.print_rules(table)
-    print(f"clips, flow  {folder}")
+    audit.draw_flow(folder, [row for row, _, _ in clips], table.classes)
+    print(f"clips, flow  {folder}\npicture      {folder / 'audit' / 'flow.png'}")
