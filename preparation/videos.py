@@ -21,7 +21,8 @@ from preparation.registration import Box, Framing
 from util import replacing, write_bytes
 
 FRAMES, STEPS = 5, 4
-VERSION = 1  # of the computation: another one makes all records void
+LEAST_SIDE = 224  # pixels of the crops on which frames are registered
+VERSION = 2  # of the computation: another one makes all records void
 
 
 @dataclass(frozen=True)
@@ -85,20 +86,31 @@ def cut_frames(task: Task, settings: Settings) -> tuple[np.ndarray, int]:
         if frame.shape[:2] != (height, width):
             raise Unusable(f"{name}: {frame.shape[1]}x{frame.shape[0]} pixels, but the onset has "
                            f"{width}x{height}")
-    if settings.crop == "none":
-        matrix, box, margin = whole_matrix(width, height, size), Box(0, 0, size, size), 0.0
-    else:
-        (box, _), margin = find_box(task, settings, frames[0]), settings.margin
-        matrix = registration.crop_matrix(box, size, margin)
-    crops, failed = [registration.cut(frame, matrix, size) for frame in frames], 0
+    box, margin, failed = None, settings.margin, 0
+    if settings.crop != "none":
+        box, _ = find_box(task, settings, frames[0])
+
+    def framing(side):
+        """(matrix of crops of `side` pixels, the face's box in their terms)"""
+        if box:
+            return registration.crop_matrix(box, side, margin), (box, side, margin)
+        return whole_matrix(width, height, side), (Box(0, 0, side, side), side, 0.0)
+    matrix, _ = framing(size)
+    warps = [np.eye(2, 3)] * len(frames)
     if settings.register != "none":
-        masks = (registration.stable_mask(box, size, margin),
-                 registration.face_mask(box, size, margin))
-        for i in range(1, len(crops)):
-            warp, converged = registration.register(crops[0], crops[i], masks, settings.register)
+        # motion of half a pixel is lost in small crops, and the head's with it
+        side = max(size, LEAST_SIDE)
+        large, where = framing(side)
+        masks = registration.stable_mask(*where), registration.face_mask(*where)
+        onset, *others = (registration.cut(frame, large, side) for frame in frames)
+        for i, other in enumerate(others, 1):
+            warp, converged = registration.register(onset, other, masks, settings.register)
             failed += not converged
-            crops[i] = registration.cut(frames[i], registration.compose(matrix, warp), size)
-    return np.stack(crops), failed
+            share = size / side  # places are those of pixels' middles
+            warp[:, 2] = share * warp[:, 2] + (share - 1) * (np.eye(2) - warp[:, :2]) @ [0.5, 0.5]
+            warps[i] = warp
+    return np.stack([registration.cut(frame, registration.compose(matrix, warp), size)
+                     for frame, warp in zip(frames, warps)]), failed
 
 
 def process(task: Task, settings: Settings, folder: str | Path) -> dict:

@@ -184,7 +184,7 @@ def render_film(film: Film) -> dict:
     middle = rng.uniform(0, event.offset - event.onset)
     blinks = lids(SPAN, middle, RATE / 25, abs(act.blink)).tolist()  # none in most clips
     width, height = film.size
-    mm_per_px = max(205 / height, 168 / width)  # the head fills the frame
+    mm_per_px = max(160 / height, 131 / width)  # forehead to chin, as the official crops are cut
     face = face_of(job.subject, job.seed, mm_per_px)
     Path(film.files[0][1]).parent.mkdir(parents=True)
     for frame, path in film.files:
