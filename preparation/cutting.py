@@ -26,7 +26,7 @@ from util import RunFailed, write_bytes, write_json
 RECORDS = ".prepare"
 LOOK_ON = 5  # frames after the onset on which a face is looked for
 CROPS = ("onset", "apex", "depth_onset", "depth_apex")  # arrays of kept crops
-VERSION = 2  # of the computation: another one makes all records void
+VERSION = 3  # of the computation: another one makes all records void
 
 
 @dataclass(frozen=True)

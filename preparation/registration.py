@@ -18,6 +18,9 @@ except ImportError:
 
 MARGIN = 256 / 224 - 1  # the training crops keep the central 224 of 256 pixels
 COARSE = 64  # pixels of the side where a motion is looked for first; smaller ones hold too little
+# pixels of the crops that are registered, whatever the set's: in smaller ones the half pixel that a
+# head moves is lost
+LEAST_SIDE = 224
 MAX_SHIFT = 0.15  # of the crop's side: what lies beyond is a failed registration
 # Parts that expressions move least, as shares of the face box: (left, top, right, bottom).
 STABLE = (0.22, 0.0, 0.78, 0.2), (0.4, 0.3, 0.6, 0.58)  # forehead; nose bridge
@@ -190,6 +193,13 @@ def register(onset: np.ndarray, apex: np.ndarray, masks: Sequence[np.ndarray],
     return np.eye(2, 3), False
 
 
+def resized(warp: np.ndarray, side: int, size: int) -> np.ndarray:
+    """A motion in crops of `side` pixels as it is in crops of `size`, `[2, 3]`."""
+    linear, share = warp[:, :2], size / side  # places are those of pixels' middles
+    moved = share * warp[:, 2] + (share - 1) * (np.eye(2) - linear) @ [0.5, 0.5]
+    return np.concatenate([linear, moved[:, None]], 1)
+
+
 def _luminance(image):
     return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
 
@@ -242,20 +252,24 @@ def align(frames: Sequence[np.ndarray], depths: Sequence, box: Box, size: int = 
     require()
     height, width = frames[0].shape[:2]
 
-    def matrix_for(image):
-        return crop_matrix(box, size, margin, (image.shape[1] / width, image.shape[0] / height))
+    def matrix_for(image, side=size):
+        return crop_matrix(box, side, margin, (image.shape[1] / width, image.shape[0] / height))
     onset, apex = (cut(frame, matrix_for(frame), size) for frame in frames)
-    stable, face = stable_mask(box, size, margin), face_mask(box, size, margin)
     warp, converged = np.eye(2, 3), True
     if motion != "none":
-        warp, converged = register(onset, apex, (stable, face), motion)
+        side = max(size, LEAST_SIDE)
+        pair = (onset, apex) if side == size else \
+            [cut(frame, matrix_for(frame, side), side) for frame in frames]
+        masks = stable_mask(box, side, margin), face_mask(box, side, margin)
+        warp, converged = register(*pair, masks, motion)
+        warp = resized(warp, side, size)
         apex = cut(frames[1], compose(matrix_for(frames[1]), warp), size)
     depth = [None, None]
     if depths[0] is not None:
         depth = [cut_depth(image, compose(matrix_for(image), by), size)
                  for image, by in zip(depths, (np.eye(2, 3), warp))]
-    return Crops(onset, apex, *depth, moved(warp, size), residual_motion(onset, apex, stable),
-                 converged)
+    left = residual_motion(onset, apex, stable_mask(box, size, margin))
+    return Crops(onset, apex, *depth, moved(warp, size), left, converged)
 
 
 # ---------------------------------------------------------------- difference

@@ -21,7 +21,6 @@ from preparation.registration import Box, Framing
 from util import replacing, write_bytes
 
 FRAMES, STEPS = 5, 4
-LEAST_SIDE = 224  # pixels of the crops on which frames are registered
 VERSION = 2  # of the computation: another one makes all records void
 
 
@@ -98,17 +97,14 @@ def cut_frames(task: Task, settings: Settings) -> tuple[np.ndarray, int]:
     matrix, _ = framing(size)
     warps = [np.eye(2, 3)] * len(frames)
     if settings.register != "none":
-        # motion of half a pixel is lost in small crops, and the head's with it
-        side = max(size, LEAST_SIDE)
+        side = max(size, registration.LEAST_SIDE)
         large, where = framing(side)
         masks = registration.stable_mask(*where), registration.face_mask(*where)
         onset, *others = (registration.cut(frame, large, side) for frame in frames)
         for i, other in enumerate(others, 1):
             warp, converged = registration.register(onset, other, masks, settings.register)
             failed += not converged
-            share = size / side  # places are those of pixels' middles
-            warp[:, 2] = share * warp[:, 2] + (share - 1) * (np.eye(2) - warp[:, :2]) @ [0.5, 0.5]
-            warps[i] = warp
+            warps[i] = registration.resized(warp, side, size)
     return np.stack([registration.cut(frame, registration.compose(matrix, warp), size)
                      for frame, warp in zip(frames, warps)]), failed
 

@@ -3,6 +3,7 @@ import json
 import shutil
 
 import casme2_tree
+import cv2
 import numpy as np
 import pytest
 import runs
@@ -249,3 +250,24 @@ def test_frames_of_either_prefix_and_its_preference(tmp_path):
     actual = casme2.numbered(tmp_path)
     assert {n: path.rsplit("/", 1)[1] for n, path in actual.items()} \
         == {5: "reg_img5.jpg", 6: "img6.JPG"}
+
+
+@pytest.mark.parametrize("motion, turn", [("translation", [[1, 0], [0, 1]]),
+                                          ("similarity", [[1.01, -0.02], [0.02, 1.01]])])
+def test_small_crops_are_registered_as_large_ones_are(tmp_path, motion, turn):
+    """Half a pixel of such a crop is what the head moves here."""
+    face = cv2.GaussianBlur(np.random.default_rng(0).normal(size=(340, 280, 3)), (0, 0), 5)
+    face = np.clip(127 + 45 * face / face.std(), 0, 255).astype(np.uint8)
+    matrix = np.concatenate([turn, [[3.0], [-2.0]]], 1)
+    moved = cv2.warpAffine(face, matrix, (280, 340), borderMode=cv2.BORDER_REFLECT)
+    files = [str(tmp_path / f"{i}.png") for i in range(2)]
+    for file, image in zip(files, (face, moved)):
+        cv2.imwrite(file, image)
+    off = []
+    for register in ("none", motion):
+        (onset, other), failed = videos.cut_frames(
+            videos.Task("k", tuple(files), (), (), ()), videos.Settings(size=48, register=register))
+        assert not failed and onset.shape == (48, 48, 3)
+        off.append(np.abs(onset.astype(float) - other)[6:-6, 6:-6].mean())
+    # a similarity of the frame is not quite one of the square it is squeezed to
+    assert off[1] < 2 and off[1] < off[0] / 6
