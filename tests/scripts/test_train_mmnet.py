@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,11 +137,7 @@ def test_two_ranks_share_the_subjects_and_predict_as_one_process_does(flags, tmp
 def test_held_out_labels_and_action_units_change_no_weight(prepared, flags, tmp_path, more):
     """Neither does it matter to the choice of an epoch by inner subjects."""
     text = (prepared / "clips.csv").read_text().splitlines()
-    other = tmp_path / "other"
-    other.mkdir()
-    for path in prepared.iterdir():
-        os.link(path, other / path.name)
-    (other / "clips.csv").unlink()
+    other = shutil.copytree(prepared, tmp_path / "other")
     spoiled = [re.sub(r"(casme2,sub04,[^,]+),\d,(\w+),(.*),[^,]*$",
                       lambda m: f"{m[1]},1,garbage,{m[3]},39+L40", line) for line in text]
     assert sum(a != b for a, b in zip(text, spoiled)) == 2
@@ -344,10 +341,7 @@ def test_bad_input_is_refused_in_one_line(flags, tmp_path, capsys, more, expecte
 
 def test_sets_that_are_not_whole_are_refused(prepared, flags, tmp_path, capsys):
     def copy(name, change):
-        folder = tmp_path / name
-        folder.mkdir()
-        for path in prepared.iterdir():
-            (folder / path.name).write_bytes(path.read_bytes())
+        folder = shutil.copytree(prepared, tmp_path / name)
         change(folder)
         return refused(capsys, *flags, "--data_folder", folder, "--save_path", tmp_path / "r")
 
@@ -363,10 +357,7 @@ def test_sets_that_are_not_whole_are_refused(prepared, flags, tmp_path, capsys):
 
 def test_a_set_without_action_units_is_refused_for_a_network_that_learns_them(
         prepared, flags, tmp_path, capsys):
-    folder = tmp_path / "set"
-    folder.mkdir()
-    for path in prepared.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    folder = shutil.copytree(prepared, tmp_path / "set")
     lines = (folder / "clips.csv").read_text().splitlines()
     (folder / "clips.csv").write_text("\n".join(
         [lines[0], *(line.rpartition(",")[0] + "," for line in lines[1:])]) + "\n")
@@ -376,10 +367,7 @@ def test_a_set_without_action_units_is_refused_for_a_network_that_learns_them(
 
 
 def test_unknown_action_units_are_named(prepared, flags, tmp_path, capsys):
-    folder = tmp_path / "set"
-    folder.mkdir()
-    for path in prepared.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    folder = shutil.copytree(prepared, tmp_path / "set")
     text = (folder / "clips.csv").read_text().replace(",L10\n", ",?\n")
     (folder / "clips.csv").write_text(text)
     train(*flags, "--data_folder", folder, "--save_path", tmp_path / "r", "--part", 5)
