@@ -15,7 +15,7 @@ RESULTS = $(DEMO)/results/probe_random*/results.json $(DEMO)/results/probe_batch
 
 # the published rate and decay are for 100 epochs at 224 pixels
 MMNET = --data_folder $(DEMO)/mmnet/data --save_path $(DEMO)/mmnet/results \
-        --tb_path $(DEMO)/mmnet/tensorboard --size 48 --epochs 16 --batch_size 8 \
+        --tb_path $(DEMO)/mmnet/tensorboard --size 48 --epochs 12 --batch_size 8 \
         --learning_rate 0.0005 --weight_decay 0.05 --scale fixed --resume auto --print_freq 8
 
 .PHONY: demo demo-mmnet test lint check test-slow faces clean-demo
