@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.measuring import memory
 from NCE.NCEAverage import NCEAverage
 from NCE.NCECriterion import NCECriterion, NCESoftmaxLoss
 
@@ -63,18 +64,6 @@ def parse_option(argv=None):
     parser.add_argument("--case", choices=("textbook", "ours"), default=None,
                         help="run one case for the first of --n and print it as JSON")
     return parser.parse_args(argv)
-
-
-def memory(device, reset=False):
-    """(held now, peak since the last reset) in bytes."""
-    if device.type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return tuple(1024 * int(lines[key].split()[0]) for key in ("VmRSS", "VmHWM"))
 
 
 def prepare(opt, case, n, batch_size, nce_k, device):

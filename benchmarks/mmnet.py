@@ -36,11 +36,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-import bank_step
 import dataset
 import prepare
 import render
 import train_MMNet
+from benchmarks import measuring
+from benchmarks.measuring import quietly
 from images import flow, videos
 from models import mmnet
 from rendering import casme2
@@ -81,14 +82,6 @@ def parse_option(argv):
     if opt.clips % opt.batch_size:
         parser.error("argument --clips: a multiple of --batch_size, so that all steps are alike")
     return opt
-
-
-def silently(main, *argv):
-    """Runs a script's main without its output; returns the seconds it took."""
-    start = time.perf_counter()
-    with contextlib.redirect_stdout(None):
-        main(argv)
-    return time.perf_counter() - start
 
 
 # ---------------------------------------------------------------- the usual way
@@ -170,13 +163,14 @@ def alone_epoch(job, steps, moved, onset, label):
 def step_memory(opt, folder):
     """(parameters, peak bytes, seconds) of an optimizer step of the large variant, which comes
     after another on two clips: AdamW's means are there from the first step on."""
+    epochs.pick_device(str(opt.device))  # as the script does, in this process too
     run, job = set_job(folder, opt.batch_size, opt.device, "--model", LARGE, "--batch_size",
                        opt.batch_size, "--accumulate", opt.accumulate)
     our_epoch(run.changed(accumulate=1), job._replace(members=job.members[:2]))
     start = time.perf_counter()
     our_epoch(run, job)
     # of this program alone, where the peak that getrusage knows is also that of its parent
-    peak = bank_step.memory(opt.device)[1]
+    peak = measuring.memory(opt.device)[1]
     return (sum(part.numel() for part in job.network.parameters()), peak,
             time.perf_counter() - start)
 
@@ -187,10 +181,10 @@ def make_set(opt, work):
     """(folder of the frames, prepared folder, seconds that the preparation took)"""
     count = max(opt.prepared * ("prepare" in opt.parts), opt.clips, casme2.ALL_SUBJECTS)
     raw, folder, seconds = work / f"raw_{count}", work / f"set_{count}", None
-    silently(render.main, "casme2", "--data_folder", raw, "--clips", count, "--workbook", "csv")
+    quietly(render.main, "casme2", "--data_folder", raw, "--clips", count, "--workbook", "csv")
     if "prepare" in opt.parts or not (folder / "flow.json").exists():
         shutil.rmtree(folder, ignore_errors=True)  # what is half done would not be timed
-        seconds = silently(prepare.main, "casme2", "--raw", raw, "--annotation",
+        seconds = quietly(prepare.main, "casme2", "--raw", raw, "--annotation",
                            raw / casme2.WORKBOOKS["csv"], "--data_folder", folder,
                            "--size", PREPARED, "--num_workers", opt.num_workers)
     return raw, folder, seconds

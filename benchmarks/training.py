@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 import bank_step
 import dataset
+from benchmarks.measuring import quietly
 from evaluation import probing
 from images import lists, transforms
 from training import record, supervised
@@ -39,15 +40,6 @@ import itertools
 
 PARTS = ("pretrain", "probe", "finetune", "start", "growth")
 BATCH, K = 256, 4096
-
-
-def quietly(main, *argv):
-    """Runs a script's main without its output; returns the seconds it took."""
-    start = time.perf_counter()
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), \
-            contextlib.redirect_stderr(nowhere):
-        main([str(a) for a in argv])
-    return time.perf_counter() - start
 
 
 def synchronize(device):

@@ -245,7 +245,7 @@ def motion_panels(clips: ClipSet, arrays: videos.Videos, places: list[int],
     for place, own in zip(places, maps):
         onset = arrays.frames[place, 0].transpose(1, 2, 0)
         steps = torch.from_numpy(arrays.steps[arrays.index[place, 0]]).float()
-        apex = steps[1] if arrays.info["reference"] == "onset" else steps[:2].sum(0)
+        apex = videos.to_apex(steps, arrays.info["reference"])
         colours = flow.channels(apex, "hsv").permute(1, 2, 0).numpy()
         panels.append([Panel("onset", onset), Panel("flow to the apex", colours), *(
             Panel(f"block {b}", _grey(onset / 255), heat, "no map kept")

@@ -161,6 +161,14 @@ def whole(n: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor([[0.0, 0, size, size]]).repeat(n, 1), torch.zeros(n, dtype=torch.bool)
 
 
+def to_apex(steps: torch.Tensor, reference: str) -> torch.Tensor:
+    """Flow from onset to apex `[..., 2, H, W]` of the four steps `[..., 4, 2, H, W]`: the second
+    one, or the sum of two where each starts at the frame before it."""
+    if reference == "onset":
+        return steps[..., 1, :, :, :]
+    return steps[..., 0, :, :, :] + steps[..., 1, :, :, :]
+
+
 def differences(frames: torch.Tensor, reference: str) -> torch.Tensor:
     """RGB differences `[B, 4, 3, H, W]` between five frames `[B, 5, 3, H, W]`, of the previous one
     or of the onset."""

@@ -221,7 +221,7 @@ def find_frames(opt: argparse.Namespace, table: Table) -> list[videos.Task]:
             folders.get((int(digits or -1), row.video.lower()))
         path_of = numbered(folder) if folder and folder.is_dir() else {}
         variants = jittered(row.onset, row.apex, row.offset, opt.middle == "published",
-                                   opt.jitters, opt.reference)
+                            opt.jitters, opt.reference)
         moved, reason = {}, "" if path_of else "no frames of it are there"
         for wanted in dict.fromkeys(n for frames in variants for n in frames) if path_of else ():
             nearest = min(path_of, key=lambda n, wanted=wanted: (abs(n - wanted), n))

@@ -94,7 +94,8 @@ def keep_memory(keep: bool = True) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """torch.device for --device; raises BadInput for one that is not here."""
+    """torch.device for --device, of which a CPU's memory is then kept (`keep_memory`); raises
+    BadInput for one that is not here."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu")
                               if name == "auto" else name)

@@ -65,21 +65,15 @@ def batches(source: Source, parts: list[np.ndarray], device: torch.device,
                 / images.new_tensor(STD).view(3, 1, 1)
         reference = arrays.info["reference"]
         if by_flow:
-            motion = videos.motion_of(_steps(steps * mask, source.steps, reference), boxes, mirror,
-                                      source.channels, source.scale)
+            steps = steps * mask
+            if source.steps == 1:
+                steps = videos.to_apex(steps, reference)[:, None]
+            motion = videos.motion_of(steps, boxes, mirror, source.channels, source.scale)
         elif source.steps == 1:
             motion = (images[:, 2:3] - images[:, :1]).transpose(1, 2)
         else:
             motion = videos.differences(images, reference).transpose(1, 2)
         yield motion, images[:, 0]
-
-
-def _steps(steps, wanted, reference):
-    """All four steps, or the one from onset to apex, which is the sum of two where each starts at
-    the frame before it."""
-    if wanted == 1:
-        return steps[:, 1:2] if reference == "onset" else steps[:, :2].sum(1, keepdim=True)
-    return steps
 
 
 def typical_motion(arrays: Videos) -> np.ndarray:
