@@ -65,8 +65,8 @@ def statistics(features: Tensor, training: Tensor, block: int = 1024) -> Statist
 
 
 def rough(l2: float) -> float:
-    """Tolerance that tells which penalty or which features are better: logits are the larger, the
-    weaker the penalty."""
+    """Tolerance that tells which penalty or which features are better: ROUGH at a penalty of 0.001
+    or more, and growing below as logits do."""
     return ROUGH * max(1, (1e-3 / l2) ** 0.5)
 
 

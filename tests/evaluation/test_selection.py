@@ -365,6 +365,20 @@ def test_subjects_are_told_apart_where_the_features_do_and_not_otherwise(l2):
     assert named(noise, l2)["accuracy"] < 0.8
 
 
+def test_the_decomposition_of_the_heads_tells_subjects_apart_too(monkeypatch):
+    people = ["a", "b"] * 9 + ["a"] * 3
+    clips, rng = clip_set(people), torch.Generator().manual_seed(0)
+    features = torch.randn(1, 21, 6, generator=rng) + 9
+    for i, clip in enumerate(clips.clips):
+        features[0, i, 0] += 4 if clip.subject == "b" else -4
+    frozen = SimpleNamespace(
+        encoded=probing.Encoded(features, 1, None), l2=[1e-3],
+        regression=logistic.Regression(features, np.arange(21) % 3, 3))  # classes, which are others
+    monkeypatch.setattr(logistic, "_eigen", None)  # not another one
+    actual = shortcuts.subject_probe(options(epochs=1), clips, frozen)
+    assert (actual["n"], actual["n_subjects"]) == (21, 2) and actual["accuracy"] > 0.95
+
+
 def test_head_motion_correlates_by_ranks(tmp_path):
     clips, rng = clip_set(["a"] * 7), np.random.default_rng(0)
     shift, p = rng.random(7), rng.random(7)
