@@ -1,8 +1,9 @@
-"""Decoding: the difference images of a clip's views to one uint8 array."""
+"""Decoding: photographs, and the difference images of a clip's views to one uint8 array."""
+import math
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from images import encoding
 from util import BadInput
@@ -21,6 +22,31 @@ def open_image(path: str | Path) -> Image.Image:
     if image.width * image.height > PIXEL_LIMIT:
         raise BadInput(f"{path}: {image.width}x{image.height} pixels; the limit is {PIXEL_LIMIT}")
     return image
+
+
+def read_photo(path: str | Path, side: int | None = None) -> Image.Image:
+    """A photograph, decoded, upright and in RGB: turned as its EXIF data say; grey of any depth,
+    palettes, CMYK converted, what is transparent laid over white.
+
+    side: of a JPEG whose shorter side is twice as many pixels or more, only 1/2, 1/4 or 1/8 of
+    the lines is decoded, the shorter side staying above. Raises BadInput.
+    """
+    image = open_image(path)
+    try:
+        if side:
+            scale = side / min(image.size)
+            image.draft("RGB", tuple(math.ceil(scale * length) for length in image.size))
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":
+            levels = np.asarray(image, np.float64)
+            image = Image.fromarray((levels / (257 if levels.max() > 255 else 1)).clip(0, 255)
+                                    .round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadInput(f"{path}: cannot be decoded ({error}); replace it") from None
 
 
 def _grey8(image, path):
