@@ -46,7 +46,7 @@ from images import flow, videos
 from models import mmnet
 from rendering import casme2
 from training import epochs, motion
-from training.supervised import classification_loss
+from training.losses import classification_loss
 
 PARTS = ("train", "prepare", "memory")
 PREPARED = 224  # pixels of the prepared frames

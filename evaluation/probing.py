@@ -23,9 +23,9 @@ from evaluation import logistic, measures
 from images import cache, transforms
 from models.classifier import Classifier
 from training import checkpoint, epochs
+from training.losses import class_weights, classification_loss
 from training.options import PENALTIES
 from training.record import Log
-from training.supervised import class_weights, classification_loss
 from util import BadInput
 
 FEW = 1e-3  # where there are too few subjects to choose

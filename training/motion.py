@@ -13,7 +13,7 @@ from images import cache, videos
 from images.videos import Videos
 from models.mmnet import MMNet, from_published
 from training import checkpoint, epochs
-from training.supervised import class_weights, classification_loss
+from training.losses import class_weights, classification_loss
 from util import BadInput
 
 # of the original network's images, in RGB (ImageNet's)

@@ -1,38 +1,16 @@
-"""Training with labels: the losses, one epoch of a classifier, and what it predicts."""
+"""Training with labels: one epoch of a classifier, and what it predicts."""
 import argparse
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from images import cache, transforms
 from models.classifier import Classifier
 from training import epochs
-
-
-def class_weights(labels: np.ndarray, n_label: int) -> Tensor:
-    """n / (C n_c) per class, 0 for a class without clips: float32 `[C]`."""
-    counts = np.bincount(labels, minlength=n_label)
-    weights = np.where(counts > 0, len(labels) / (n_label * np.maximum(counts, 1)), 0)
-    return torch.tensor(weights, dtype=torch.float32)
-
-
-def classification_loss(logits: Tensor, labels: Tensor, kind: str = "crossentropy",
-                        weights: Tensor | None = None) -> Tensor:
-    """Loss per clip: logits `[..., C]`, labels `[...]` → `[...]`.
-
-    crossentropy; focal: times (1 - p)^2 (Lin et al., "Focal Loss for Dense Object Detection",
-    eq. 4 with gamma 2); balanced: cross-entropy times `weights` `[..., C]` of the true class.
-    """
-    log_p = F.log_softmax(logits.float(), -1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    if kind == "focal":
-        return -(1 - log_p.exp()).square() * log_p
-    if kind == "balanced":
-        return -weights.expand_as(logits).gather(-1, labels.unsqueeze(-1)).squeeze(-1) * log_p
-    return -log_p
+from training.losses import class_weights, classification_loss
 
 
 class Training(NamedTuple):

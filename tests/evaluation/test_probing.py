@@ -12,7 +12,7 @@ from evaluation import encoders, logistic, probing
 from images import encoding, transforms
 from models import create_classifier, create_model
 from models.classifier import Classifier
-from training import epochs, supervised
+from training import epochs, losses
 
 N, DIM, CLASSES, FOLDS, POSITIONS = 30, 12, 3, 5, 4
 LOSSES = ("crossentropy", "focal", "balanced")
@@ -275,7 +275,7 @@ def test_an_epoch_follows_from_the_heads_and_its_number_bit_for_bit(data):
 
 
 def test_class_weights_by_hand():
-    weights = supervised.class_weights(np.array([0, 0, 0, 1]), 3)
+    weights = losses.class_weights(np.array([0, 0, 0, 1]), 3)
     assert weights.tolist() == pytest.approx([4 / 9, 4 / 3, 0])
 
 
@@ -284,7 +284,7 @@ def test_losses_agree_with_their_formulas(kind):
     torch.manual_seed(0)
     logits, labels = 3 * torch.randn(9, CLASSES), torch.arange(9) % CLASSES
     weights = torch.tensor([0.2, 1.0, 3.0])
-    actual = supervised.classification_loss(logits, labels, kind, weights)
+    actual = losses.classification_loss(logits, labels, kind, weights)
     assert actual.shape == (9,)
     assert actual.mean().item() == pytest.approx(slow_loss(logits, labels, kind, weights).item(),
                                                 rel=1e-5)
@@ -292,7 +292,7 @@ def test_losses_agree_with_their_formulas(kind):
 
 def test_focal_loss_stays_finite_for_hopeless_and_certain_clips():
     logits = torch.tensor([[100.0, -100.0], [-100.0, 100.0]], requires_grad=True)
-    loss = supervised.classification_loss(logits, torch.tensor([0, 0]), "focal")
+    loss = losses.classification_loss(logits, torch.tensor([0, 0]), "focal")
     loss.sum().backward()
     assert loss.tolist() == pytest.approx([0, 200])
     assert torch.isfinite(logits.grad).all()
