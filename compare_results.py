@@ -213,18 +213,23 @@ def option_table(results: list[dict]) -> Table:
 def test_table(results: list[dict], clips: list[tuple]) -> Table:
     """The paired test of every two results."""
     labels = [results[0]["predictions"][clip][0] for clip in clips]
-    people = [clip[:2] for clip in clips]
+    named = any(clip[1] for clip in clips)
+    people = [clip[:2] if named else clip for clip in clips]
+    unit = "subject" if named else "image"
     guesses = [[result["predictions"][clip][1] for clip in clips] for result in results]
     pairs = list(itertools.combinations(range(len(results)), 2))
     tests = [measures.permutation_test(labels, guesses[i], guesses[j], people,
                                        results[0]["n_label"]) for i, j in pairs]
     adjusted = measures.holm([p for _, p in tests])
-    return (f"Paired permutation tests: predictions swapped subject by subject, two-sided, "
+    mcnemar = [measures.mcnemar(labels, guesses[i], guesses[j]) for i, j in pairs]
+    return (f"Paired permutation tests of UF1: predictions swapped {unit} by {unit}, two-sided, "
             f"{measures.DRAWS:,} draws; Holm's correction for {len(pairs)} "
-            f"pair{'s' * (len(pairs) > 1)}",
-            ("pair", "UF1 difference", "p", "p (Holm)"),
-            [[f"{i + 1} minus {j + 1}", f"{difference:+.3f}", f"{p:.4f}", f"{holm:.4f}"]
-             for (i, j), (difference, p), holm in zip(pairs, tests, adjusted)])
+            f"pair{'s' * (len(pairs) > 1)}. McNemar's exact test of accuracy takes all as "
+            f"independent of one another, which those of one subject are not",
+            ("pair", "UF1 difference", "p", "p (Holm)", "p (McNemar)"),
+            [[f"{i + 1} minus {j + 1}", f"{difference:+.3f}", f"{p:.4f}", f"{holm:.4f}",
+              f"{alone:.4f}"]
+             for (i, j), (difference, p), holm, alone in zip(pairs, tests, adjusted, mcnemar)])
 
 
 def published_table(path: Path = PUBLISHED) -> Table:

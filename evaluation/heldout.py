@@ -304,7 +304,24 @@ class HeldOut:
 
     def draw_mistakes(self, path: Path, mistakes: list, counts: tuple) -> None:
         """mistakes.png, of what result_files.read_mistakes gives."""
-        pictures.draw_mistakes(path, self.data.clips, self.data.images, mistakes, counts)
+        draw_mistakes(path, self.data.clips, self.data.images, mistakes, counts)
+
+
+def draw_mistakes(path: Path, clips: ClipSet, images: object, mistakes: list, counts: tuple,
+                  panels: Callable = pictures.change_panels, *maps_are: str) -> None:
+    """mistakes.png of what result_files.read_mistakes gives, images being of `clips`, with
+    `panels(clips, images, places, maps)` of each."""
+    place = {(dataset.DATABASES[c.database], c.subject, c.key): i
+             for i, c in enumerate(clips.clips)}
+    rows = [(row, maps, place.get((row["database"], row["subject"], row["key"])))
+            for row, maps in mistakes]
+    rows = [row for row in rows if row[-1] is not None]
+    several = len({clip.database for clip in clips.clips}) > 1
+    drawn = panels(clips, images, [i for *_, i in rows], [m for _, m, _ in rows]) if rows else []
+    pictures.draw_mistakes(
+        path, [(row | {"subject": f"{row['database']} {row['subject']}"} if several else row, own)
+               for (row, *_), own in zip(rows, drawn)],
+        counts, clips.classes, bool(clips.encoding.get("rendered")), *maps_are)
 
 
 class Everybody:
@@ -346,7 +363,7 @@ def over_seeds(opt: argparse.Namespace, evaluate: Callable) -> None:
     runs = []
     for seed in opt.seeds or [opt.seed]:
         one = opt.changed(seed=seed)
-        if hasattr(opt, "model_path"):
+        if getattr(opt, "model_path", ""):
             one.model_path = opt.model_path.replace("{seed}", str(seed))
         runs.append(evaluate(one))
     results = [results for _, results in runs if results]

@@ -7,6 +7,7 @@ without weights over all C classes.
 from collections.abc import Collection, Sequence
 
 import numpy as np
+from scipy.stats import binomtest
 
 DRAWS = 10_000  # of the bootstrap, and of the random baseline
 MEASURES = ("uf1", "uar", "accuracy")
@@ -72,8 +73,12 @@ def intervals(labels: Sequence[int], predictions: Sequence[int], subjects: Seque
     """
     each = per_subject(labels, predictions, subjects, n_label)
     rng = np.random.default_rng(seed)
-    times = rng.multinomial(len(each), np.full(len(each), 1 / len(each)), DRAWS)  # [R, S]
-    f1, recall, accuracy = scores((times @ each).reshape(DRAWS, n_label, n_label))
+    if len(each) == len(labels):  # images: one falls into a cell as often as the cell is full
+        drawn = rng.multinomial(len(each), each.sum(0) / len(each), DRAWS)
+    else:
+        times = rng.multinomial(len(each), np.full(len(each), 1 / len(each)), DRAWS)  # [R, S]
+        drawn = times @ each
+    f1, recall, accuracy = scores(drawn.reshape(DRAWS, n_label, n_label))
     return {name: np.percentile(draws, [2.5, 97.5]).tolist()
             for name, draws in (("uf1", f1.mean(-1)), ("uar", recall.mean(-1)),
                                 ("accuracy", accuracy))}
@@ -108,14 +113,37 @@ def permutation_test(labels: Sequence[int], first: Sequence[int], second: Sequen
     """
     one, two = (per_subject(labels, predictions, subjects, n_label)
                 for predictions in (first, second))  # [S, C * C]
-    swap = np.random.default_rng(seed).integers(0, 2, (DRAWS, len(one)))
-    moved = np.vstack([np.zeros_like(one[:1]), swap @ (two - one)])  # the first: as measured
+    if len(one) == len(labels):
+        moved = _swapped_images(two - one, np.random.default_rng(seed))
+    else:
+        swap = np.random.default_rng(seed).integers(0, 2, (DRAWS, len(one)))
+        moved = swap @ (two - one)
+    moved = np.vstack([np.zeros_like(one[:1]), moved])  # the first: as measured
     uf1 = [scores(flat.reshape(-1, n_label, n_label))[0].mean(-1)
            for flat in (one.sum(0) + moved, two.sum(0) - moved)]
     difference = uf1[0] - uf1[1]
     # equal differences are equal up to rounding
     extreme = (np.abs(difference[1:]) >= abs(difference[0]) - 1e-12).sum()
     return float(difference[0]), float((1 + extreme) / (1 + DRAWS))
+
+
+def _swapped_images(changes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """int64 `[R, C * C]`: what swapping a random half of the images moves, `changes` `[N, C * C]`
+    being what each one does. Of thousands of images there are few kinds, which are drawn at once;
+    of two that are each other's opposite together, so that the order of systems does not matter."""
+    sign = np.sign(np.take_along_axis(changes, (changes != 0).argmax(1)[:, None], 1))[:, 0]
+    kinds, kind = np.unique(changes * sign[:, None], axis=0, return_inverse=True)
+    ahead, behind = (np.bincount(kind.ravel()[sign == s], minlength=len(kinds)) for s in (1, -1))
+    return (rng.binomial(ahead + behind, 0.5, (DRAWS, len(kinds))) - behind) @ kinds
+
+
+def mcnemar(labels: Sequence[int], first: Sequence[int], second: Sequence[int]) -> float:
+    """p of McNemar's exact two-sided test of two systems' accuracy on the same images, `[N]` each,
+    which it takes as independent of one another."""
+    labels, first, second = map(np.asarray, (labels, first, second))
+    better = int(((first == labels) & (second != labels)).sum())
+    worse = int(((first != labels) & (second == labels)).sum())
+    return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
 
 
 def holm(values: Sequence[float]) -> list[float]:

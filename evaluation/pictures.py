@@ -3,7 +3,6 @@
 Drawn without pyplot, so that no window system and no state is involved. Lines are in the colours
 of Okabe and Ito, maps in cividis and viridis: both can be told apart without red and green.
 """
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +12,6 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-import dataset
 from dataset import ClipSet
 from images import encoding, flow, lists, transforms, videos
 from training.record import read_log
@@ -180,40 +178,31 @@ class Panel(NamedTuple):
     lack: str = ""
 
 
-def draw_mistakes(path: Path, clips: ClipSet, images: object, mistakes: list[tuple],
-                  counts: tuple[int, int], panels: Callable | None = None,
-                  maps_are: str = "looked at: Grad-CAM of the predicted class") -> None:
+def draw_mistakes(path: Path, drawn: list[tuple[dict, list[Panel]]], counts: tuple[int, int],
+                  classes: list[str], rendered: bool = False,
+                  maps_are: str = "looked at: Grad-CAM of the predicted class",
+                  noun: str = "clips") -> None:
     """The clips most confidently wrong: what they show, and where the model looked.
 
-    images: of `clips`; mistakes: (prediction row, maps) as result_files.read_mistakes gives them;
-    counts: (mistakes, clips) in all; panels(clips, images, places, maps) → Panels of each clip
-    [change_panels]; maps_are: what the maps show.
+    drawn: (prediction row, its Panels) of each; counts: (mistakes, clips) in all; maps_are: what
+    the maps show.
     """
-    classes, several = clips.classes, len({clip.database for clip in clips.clips}) > 1
-    place = {(clip.database, clip.subject, clip.key): i for i, clip in enumerate(clips.clips)}
-    rows = [(row, maps, place.get((dataset.DATABASES.index(row["database"]), row["subject"],
-                                    row["key"]))) for row, maps in mistakes]
-    rows = [(row | {"subject": f"{row['database']} {row['subject']}"} if several else row, *rest)
-            for row, *rest in rows if rest[1] is not None]
-    drawn = (panels or change_panels)(clips, images, [i for *_, i in rows],
-                                      [maps for _, maps, _ in rows]) if rows else []
-    each = len(drawn[0]) if drawn else 4
+    each = len(drawn[0][1]) if drawn else 4
     blocks = max(1, PANELS_WIDE // each)
     width, height = each * PANEL + (each - 1) * GAP, PANEL + TITLE + BELOW
-    deep = -(-len(rows) // blocks) or 1
+    deep = -(-len(drawn) // blocks) or 1
     size = max(blocks * width + (blocks + 1) * 0.2, 7.0), deep * height + 1.05
     figure = Figure(figsize=size)
-    top = f"{len(rows)} most confidently wrong of {counts[0]} mistakes in {counts[1]} clips" \
-        if rows else f"no mistake in {counts[1]} clips"
-    _write(figure, size, 0.2, 0.15, top + ("; rendered stand-in data"
-                                           if clips.encoding.get("rendered") else ""), 11)
-    if rows:
+    top = f"{len(drawn)} most confidently wrong of {counts[0]} mistakes in {counts[1]} {noun}" \
+        if drawn else f"no mistake in {counts[1]} {noun}"
+    _write(figure, size, 0.2, 0.15, top + "; rendered stand-in data" * rendered, 11)
+    if drawn:
         _explain(figure, size, maps_are)
-    for number, (row, _, _) in enumerate(rows):
+    for number, (row, panels) in enumerate(drawn):
         left = 0.2 + number % blocks * (width + 0.2)
         above = 0.8 + number // blocks * height
         _describe(figure, size, left, above, row, classes)
-        for k, panel in enumerate(drawn[number]):
+        for k, panel in enumerate(panels):
             axes = _axes(figure, size, left + k * (PANEL + GAP), above + TITLE)
             axes.set_title(panel.title, fontsize=7, pad=2)
             axes.imshow(panel.image)

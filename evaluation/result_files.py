@@ -82,7 +82,9 @@ def _maps(path, kept, key):
 
 def _order(row):
     """Rows sort by database, subject, key."""
-    return DATABASES.index(row["database"]), row["subject"], row["key"]
+    name = row["database"]
+    return (DATABASES.index(name) if name in DATABASES else len(DATABASES), name, row["subject"],
+            row["key"])
 
 
 def rows_of(clips: Iterable, probabilities: np.ndarray) -> list[dict]:
@@ -212,7 +214,8 @@ def describe(results: dict) -> str:
                None: "unknown: the checkpoint does not say whom it saw"}
     people = f"of {results['n_subjects']} held-out subjects" \
         if results.get("resampled") != "images" else "without subjects: intervals resample images"
-    lines.append(f"{results['n']} clips {people}, {results['n_label']} classes; transductive: "
+    noun = results.get("noun", "clips")
+    lines.append(f"{results['n']} {noun} {people}, {results['n_label']} classes; transductive: "
                  f"{answers[results['transductive']]}")
     rest = results["without_blank_clips"]
     if 0 < rest["n"] < results["n"]:
@@ -231,7 +234,10 @@ def _describe_choices(results):
             lines.append(f"chosen by inner folds: {title} {min(values):g} to {max(values):g}")
     if "oracle_best_epoch" in results:
         oracle = results["oracle_best_epoch"]
-        lines.append(f"oracle_best_epoch (picked on the held-out subjects, no result): UF1 "
-                     f"{oracle['per_subject']['uf1']:.3f} each subject at its best epoch, "
-                     f"{oracle['common']['uf1']:.3f} all at epoch {oracle['common']['epoch']}")
+        each = f"{oracle['per_subject']['uf1']:.3f} each subject at its best epoch, " \
+            if len(oracle["per_subject"]["epochs"]) > 1 else ""
+        noun = results.get("noun", "subjects")
+        lines.append(f"oracle_best_epoch (picked on the held-out {noun}, no result): UF1 "
+                     f"{each}{oracle['common']['uf1']:.3f} all at epoch "
+                     f"{oracle['common']['epoch']}")
     return lines

@@ -59,8 +59,8 @@ class HeldOutVideos(heldout.HeldOut):
         return {}
 
     def draw_mistakes(self, path: Path, mistakes: list, counts: tuple) -> None:
-        pictures.draw_mistakes(path, self.data.clips, self.data.images, mistakes, counts,
-                               pictures.motion_panels, "the blocks' maps of attention over time")
+        heldout.draw_mistakes(path, self.data.clips, self.data.images, mistakes, counts,
+                              pictures.motion_panels, "the blocks' maps of attention over time")
 
     def keep_attention(self, group: heldout.Group, members: np.ndarray, probabilities: np.ndarray,
                        maps: list) -> None:

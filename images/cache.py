@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from util import replacing, write_json
+from util import BadInput, replacing, write_json
 
 
 def stamp(paths: Iterable[str | Path], *settings) -> str:
@@ -39,25 +39,36 @@ def cached(items: list, decode: Callable, shape: tuple, dtype: type, stamp: str,
         if note.exists() and path.exists():
             return np.load(path, mmap_mode="r"), json.loads(note.read_text())["sha256"]
         place.mkdir(parents=True, exist_ok=True)
-    volume = math.prod(shape) * np.dtype(dtype).itemsize
-    room = shutil.disk_usage(place).free if folder != "off" else _free_memory()
-    if volume > 0.9 * room:
-        print(f"{volume / 2 ** 30:.1f} GiB of images do not fit the {room / 2 ** 30:.1f} GiB free "
-              f"{'in memory' if folder == 'off' else f'in {folder}'}: they are decoded for every "
-              f"batch anew, by {num_workers} threads")
+    if not _fits(math.prod(shape) * np.dtype(dtype).itemsize, folder, num_workers):
         return Stream(items, decode, num_workers), stamp
     if folder == "off":
         images = np.empty(shape, dtype)
         return images, _fill(images, items, decode, num_workers)
     with replacing(path) as part:
-        images = np.lib.format.open_memmap(part, "w+", dtype, shape)
-        # claimed before it is written: a disk that fills up under a mapping is a bus error
-        with open(part, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
+        images = _claimed(part, shape, dtype)
         digest = _fill(images, items, decode, num_workers)
         images.flush()
     write_json(note, {"sha256": digest, "clips": len(items)})
     return np.load(path, mmap_mode="r"), digest
+
+
+def _fits(volume, folder, num_workers):
+    """Whether so many bytes fit the folder, or memory; says so where they do not."""
+    room = shutil.disk_usage(folder).free if folder != "off" else _free_memory()
+    if volume > 0.9 * room:
+        print(f"{volume / 2 ** 30:.1f} GiB of images do not fit the {room / 2 ** 30:.1f} GiB free "
+              f"{'in memory' if folder == 'off' else f'in {folder}'}: they are decoded for every "
+              f"batch anew, by {num_workers} threads")
+    return volume <= 0.9 * room
+
+
+def _claimed(path, shape, dtype):
+    """A new mapped array, whose room on the disk is claimed before it is written: a disk that
+    fills up under a mapping is a bus error."""
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    with open(path, "r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
 
 
 def _fill(images, items, decode, num_workers):
@@ -76,6 +87,78 @@ def _free_memory():
         return next(1024 * int(line.split()[1]) for line in lines if "MemAvailable" in line)
     except (OSError, StopIteration):
         return float("inf")
+
+
+class OnDemand:
+    """Items decoded when they are first asked for: `[i]` and `[indices]` as of an array
+    `[N, *shape]`.
+
+    decode(i) → array of `shape` and `dtype`, called by several threads; an item for which it
+    raises BadInput is named, left blank, and marked in `lost`, bool `[N]`. A folder keeps what is
+    decoded as a memory-mapped file under its stamp, for later runs too; 'off' keeps it in memory;
+    where it fits neither, items are decoded anew each time.
+    """
+
+    def __init__(self, n: int, decode: Callable, shape: tuple, dtype: type, stamp: str,
+                 folder: str = "off", num_workers: int = 4):
+        self.decode, self.shape, self.dtype = decode, shape, np.dtype(dtype)
+        self.ready, self.lost = np.zeros(n, bool), np.zeros(n, bool)
+        self.pool = ThreadPoolExecutor(max(num_workers, 1))
+        self.array, self.note, self.unsaved = None, None, False
+        volume = n * math.prod(shape) * self.dtype.itemsize
+        path, note = (Path(folder) / f"{stamp[:32]}.{end}" for end in ("npy", "ready.npy"))
+        if folder != "off":
+            self.note = note
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                self.array = np.load(path, mmap_mode="r+")
+                if note.exists():
+                    self.ready = np.load(note)
+                return
+        if not _fits(volume, folder, num_workers):
+            return
+        if folder == "off":
+            self.array = np.empty((n, *shape), dtype)
+            return
+        with replacing(path) as part:
+            _claimed(part, (n, *shape), dtype)
+        self.array = np.load(path, mmap_mode="r+")
+
+    def __len__(self):
+        return len(self.ready)
+
+    def _decoded(self, i):
+        try:
+            return self.decode(i)
+        except BadInput as error:
+            if not self.lost[i]:
+                tqdm.write(f"left out: {error}")
+            self.lost[i] = True
+            return np.zeros(self.shape, self.dtype)
+
+    def __getitem__(self, index):
+        single = isinstance(index, (int, np.integer))
+        index = np.atleast_1d(np.arange(len(self))[index])
+        if self.array is None:
+            batch = np.stack(list(self.pool.map(self._decoded, index)))
+        else:
+            new = np.unique(index[~self.ready[index]])
+            for i, one in zip(new, self.pool.map(self._decoded, new)):
+                self.array[i] = one
+                self.ready[i] = not self.lost[i]  # by the next run it may have been replaced
+                self.unsaved = True
+            batch = self.array[index]
+        return batch[0] if single else batch
+
+    def save(self) -> None:
+        """Lets later runs know what is decoded; nothing where no folder keeps it."""
+        if self.note is None or self.array is None or not self.unsaved:
+            return
+        self.array.flush()  # before the note of it: a machine that stops leaves no blank images
+        known = np.load(self.note) if self.note.exists() else False  # of another process
+        with replacing(self.note) as part, open(part, "wb") as file:
+            np.save(file, self.ready | known)
+        self.unsaved = False
 
 
 class Stream:

@@ -45,17 +45,18 @@ def per_epoch(n: int, batch_size: int) -> int:
     return -(-n // size) - (n > size and n % size == 1)
 
 
-def announce(opt: argparse.Namespace, n_data: int) -> int:
+def announce(opt: argparse.Namespace, n_data: int, noun: str = "clips") -> int:
     """Prints the number of steps and how the learning rate goes; returns steps per epoch."""
     steps = per_epoch(n_data, opt.batch_size)
     rate = f"rises for {opt.warmup_epochs * steps:.0f} steps, then " * (opt.warmup_epochs > 0)
-    if opt.lr_schedule == "cosine":
-        rate += "falls to 0 in a cosine"
-    else:
+    if opt.lr_schedule == "step":
         rate += "decays after epoch " + (", ".join(
             f"{e} (step {e * steps})" for e in opt.lr_decay_epochs if e < opt.epochs)
             or "- (none within the run)")
-    print(f"{n_data} clips at batch {min(opt.batch_size, n_data)}: {steps} steps per epoch, "
+    else:
+        rate += {"cosine": "falls to 0 in a cosine", "constant": "stays",
+                 "exponential": "decays after every epoch"}[opt.lr_schedule]
+    print(f"{n_data} {noun} at batch {min(opt.batch_size, n_data)}: {steps} steps per epoch, "
           f"{steps * opt.epochs} in all; the learning rate {rate}")
     announce_dropped(n_data, min(opt.batch_size, n_data))
     return steps
@@ -161,8 +162,13 @@ def scheduled(opt: argparse.Namespace, base: float | Tensor, epoch: int, step: i
     progress = epoch - 1 + step / steps
     if progress <= warmup:  # never where there is no warm-up: a step is done
         return base * progress / warmup
-    if getattr(opt, "lr_schedule", "step") == "step":
+    schedule = getattr(opt, "lr_schedule", "step")
+    if schedule == "step":
         return step_rate(base, progress, opt.lr_decay_epochs, opt.lr_decay_rate)
+    if schedule == "exponential":
+        return exponential_rate(base, progress, opt.lr_decay_rate, opt.epochs)
+    if schedule == "constant":
+        return base
     return cosine_rate(base, progress, opt.epochs, warmup, 1 / steps)
 
 

@@ -10,14 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from images import cache, videos
+from images.photos import MEAN, STD
 from images.videos import Videos
 from models.mmnet import MMNet, from_published
 from training import checkpoint, epochs
 from training.losses import class_weights, classification_loss
 from util import BadInput
-
-# of the original network's images, in RGB (ImageNet's)
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Source(NamedTuple):

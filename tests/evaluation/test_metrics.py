@@ -184,7 +184,8 @@ def test_rows_without_subjects_resample_images():
         f1, recall, accuracy = measures.scores(confusion)
         draws.append((f1.mean(), recall.mean(), accuracy))
     for name, column in zip(measures.MEASURES, np.array(draws).T):
-        assert actual["ci95"][name] == pytest.approx(np.percentile(column, [2.5, 97.5]))
+        # other draws of the same distribution
+        assert actual["ci95"][name] == pytest.approx(np.percentile(column, [2.5, 97.5]), abs=.012)
     # one row that names somebody, and it is subjects that are resampled
     named = measures.summarise([dict(rows[0], subject="s1"), *rows[1:]], 3)
     assert named["resampled"] == "subjects" and named["n_subjects"] == 3

@@ -317,7 +317,7 @@ def mistakes_of(n, classes, maps, encoding="signed"):
 @pytest.mark.parametrize("n", [0, 1, 12])
 def test_mistakes_with_long_names_are_told_in_full_and_not_cut_off(drawn_figure, tmp_path, n):
     maps = [np.arange(36, dtype=np.uint8).reshape(6, 6), None]
-    figure = drawn_figure(pictures.draw_mistakes, tmp_path / "x.png", *mistakes_of(n, LONG, maps))
+    figure = drawn_figure(heldout.draw_mistakes, tmp_path / "x.png", *mistakes_of(n, LONG, maps))
     assert_inside(figure)
     actual = texts(figure)
     assert any(text.startswith(f"{n} most confidently" if n else "no mistake") for text in actual)
@@ -330,7 +330,7 @@ def test_mistakes_with_long_names_are_told_in_full_and_not_cut_off(drawn_figure,
         assert box.x1 < half or box.x0 > half  # not into the clip beside it
     assert ("not seen" in actual) == (n > 0)
     clips, images, rows, counts = mistakes_of(n, LONG, [None, None])  # kept by an earlier version
-    actual = texts(drawn_figure(pictures.draw_mistakes, tmp_path / "x.png", clips, images, rows,
+    actual = texts(drawn_figure(heldout.draw_mistakes, tmp_path / "x.png", clips, images, rows,
                                counts))
     assert ("no map kept" in actual) == (n > 0) and "not seen" not in actual
 

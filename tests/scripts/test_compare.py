@@ -82,6 +82,28 @@ def test_whole_subjects_are_swapped_not_clips():
         == pytest.approx(0.5, abs=0.02)
 
 
+def test_swapped_images_are_drawn_as_a_loop_draws_them():
+    labels, first, second, _ = two_systems(4)
+    images = list(range(len(labels)))
+    difference, p = measures.permutation_test(labels, first, second, images, 3)
+    assert measures.permutation_test(labels, second, first, images, 3) == (-difference, p)
+    rng, extreme = np.random.default_rng(0), 0
+    for _ in range(2000):
+        swap = rng.random(len(labels)) < .5
+        one, two = np.where(swap, second, first), np.where(swap, first, second)
+        extreme += abs(uf1(labels, one, 3) - uf1(labels, two, 3)) >= abs(difference) - 1e-12
+    assert p == pytest.approx(extreme / 2000, abs=.03)
+
+
+def test_mcnemar_by_hand():
+    labels = [0] * 12
+    first, second = [0] * 9 + [1] * 3, [0] * 2 + [1] * 8 + [0] * 2
+    # seven images that the first alone has right, two that the second has: P(B(9, .5) <= 2) twice
+    assert measures.mcnemar(labels, first, second) == pytest.approx(2 * (1 + 9 + 36) / 2 ** 9)
+    assert measures.mcnemar(labels, second, first) == measures.mcnemar(labels, first, second)
+    assert measures.mcnemar(labels, first, first) == 1
+
+
 def test_order_changes_the_sign_alone_and_equal_systems_do_not_differ():
     labels, first, second, people = two_systems(1)
     difference, p = measures.permutation_test(labels, first, second, people, 3)
@@ -208,7 +230,7 @@ def test_table_changed_options_and_tests_of_three_results(make, capsys):
                 for i, j in ((0, 1), (0, 2), (1, 2))]
     adjusted = measures.holm([p for _, p in expected])
     for test, (difference, p), holm in zip(tests, expected, adjusted):
-        assert test[1:] == [f"{difference:+.3f}", f"{p:.4f}", f"{holm:.4f}"]
+        assert test[1:4] == [f"{difference:+.3f}", f"{p:.4f}", f"{holm:.4f}"]
 
 
 def test_one_result_and_two_that_differ_in_bookkeeping_alone(make, capsys):
@@ -217,7 +239,8 @@ def test_one_result_and_two_that_differ_in_bookkeeping_alone(make, capsys):
     actual = tables(compare(capsys, a, make("b", 0.9, save_path="elsewhere", num_workers=9)))
     assert set(actual) == {"What changed", "Held-out subjects,", "Paired permutation"}
     assert actual["What changed"] == [["option", "1", "2"], ["stage", "a", "b"]]
-    assert actual["Paired permutation"][1] == ["1 minus 2", "+0.000", "1.0000", "1.0000"]
+    assert actual["Paired permutation"][1] == ["1 minus 2", "+0.000", "1.0000", "1.0000",
+                                                "1.0000"]
 
 
 def test_differing_clips_are_refused_or_cut_to_the_common_ones(make, capsys):

@@ -1,0 +1,319 @@
+"""One supervised epoch of a network on face images, what it predicts, and what it starts from."""
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torchvision
+from images.faces import FaceSet
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from images import cache, photos, regions
+from models.scn import PARTS
+from training import checkpoint, distributed, epochs, losses
+from training.supervised import draw_order
+from util import BadInput
+
+# of an image without landmarks: RAN's crops, one of them a second time
+LACKING = (*regions.FIXED[:-1], regions.FIXED[4], regions.FIXED[-1])
+
+
+# ---------------------------------------------------------------- what a network sees
+
+class Source(NamedTuple):
+    """What batches are made of. images: cache.OnDemand, uint8 `[N, 3, S, S]`; landmarks: float32
+    `[N, P, 2]` in shares of the sides, NaN where there are none, or None; views: of
+    regions.N_VIEWS; gaussian: a map of the landmarks is a fourth channel."""
+    faces: FaceSet
+    images: cache.OnDemand
+    landmarks: np.ndarray | None = None
+    views: str = "whole"
+    gaussian: bool = False
+
+    @property
+    def side(self) -> int:
+        return self.images.shape[-1]
+
+    def points(self, i: int) -> np.ndarray | None:
+        """Landmarks of image `i` in pixels, int `[P, 2]`, or None."""
+        if self.landmarks is None or np.isnan(self.landmarks[i]).any():
+            return None
+        return (self.landmarks[i] * self.side).round().astype(np.int64)
+
+    def boxes(self, index: np.ndarray, rng: torch.Generator | None) -> Tensor | None:
+        """Views of the images of `index`, float32 `[B, K, 4]`, left, top, right, bottom; None: the
+        whole image alone. rng: of random crops in training; without, they follow from the
+        image."""
+        side = self.side
+        if self.views == "whole":
+            return None
+        if self.views == "random" and rng is not None:
+            return regions.random_boxes(len(index), side, rng)
+        if self.views == "random":
+            return torch.cat([regions.random_boxes(1, side, epochs.generator(int(i)))
+                              for i in index])
+        if self.views != "landmark":
+            shares = regions.FIXED if self.views == "fixed" else regions.PAPER
+            boxes = torch.from_numpy(regions.fixed_boxes(shares, side, side)).float()
+            return boxes.expand(len(index), -1, -1)
+        boxes = []
+        for points in map(self.points, index):
+            if points is None:
+                boxes.append(regions.fixed_boxes(LACKING, side, side))
+            else:
+                corner, size = np.split(regions.landmark_boxes(points, side, side), 2, axis=1)
+                boxes.append(np.concatenate([corner, corner + size], 1))
+        return torch.from_numpy(np.stack(boxes)).float()
+
+    def marks(self, index: np.ndarray, device: torch.device) -> Tensor | None:
+        """The maps of landmarks of the images of `index`, `[B, 1, S, S]` on the device, 1 where
+        there are none; None without --gaussian."""
+        if not self.gaussian:
+            return None
+        maps = torch.ones(len(index), 1, self.side, self.side, device=device)
+        known = [k for k, i in enumerate(index) if self.points(i) is not None]
+        if known:
+            boxes = np.stack([regions.part_boxes(self.points(index[k])) for k in known])
+            maps[known] = regions.gaussian_map(torch.from_numpy(boxes).to(device), self.side)
+        return maps
+
+
+class Job(NamedTuple):
+    """A network in training. run: the network over the devices (distributed.wrap); ema: of its
+    weights, or None; labels: int64 `[N]` as they are now, relabelled ones among them; members: the
+    images it is trained on; distance: of the Wasserstein term `[C, C]`, or None; relabelled: rows
+    (image, from, to, probability, epoch)."""
+    network: nn.Module
+    run: nn.Module
+    ema: ModelEmaV3 | None
+    source: Source
+    labels: np.ndarray
+    members: np.ndarray
+    optimizer: torch.optim.Optimizer
+    precision: epochs.Precision
+    distance: Tensor | None
+    relabelled: list
+
+    @property
+    def best_network(self) -> nn.Module:
+        """The network that predicts: the average, where one is kept."""
+        return self.network if self.ema is None else self.ema.module
+
+
+# ---------------------------------------------------------------- one epoch
+
+def loss_of(opt: argparse.Namespace, said: tuple, target: Tensor, weights: Tensor | None,
+            distance: Tensor | None, n: int) -> tuple[Tensor, dict]:
+    """(loss per image in the mean, its parts by name, logits): said: (logits `[B, C]`, importance
+    `[B, K]` or None) of a part of a batch of `n` images with labels `target`.
+
+    The rank regularisation is over all ranks' parts, and not in the mean: it comes apart, as
+    `rank_loss`.
+    """
+    logits, importance = said
+    loss = losses.classification_loss(logits, target, opt.loss, weights,
+                                      opt.label_smoothing).mean()
+    parts = {}
+    if opt.region_margin:
+        parts["region_loss"] = losses.region_loss(importance, opt.region_margin)
+        loss = loss + parts["region_loss"]
+    if distance is not None:
+        parts["wasserstein"] = losses.wasserstein(logits.float(), target, distance, "mean")
+        # of the sum over the batch, as published
+        loss = loss + opt.wloss_alpha * (n if opt.wloss_reduction == "sum" else 1) \
+            * parts["wasserstein"]
+    return loss, parts
+
+
+def loss_weights(opt: argparse.Namespace, labels: np.ndarray, n_label: int,
+                 device: torch.device) -> Tensor | None:
+    """What --loss takes of the labels of the training images, `[C]`, or None."""
+    make = {"balanced": losses.class_weights, "logit_adjusted": losses.log_prior}.get(opt.loss)
+    return make and make(labels, n_label).to(device)
+
+
+def meters(opt: argparse.Namespace, within: dict) -> epochs.Meters:
+    names = ["train_loss", "train_accuracy"]
+    names += ["rank_loss"] * (opt.rank_margin > 0) + ["region_loss"] * (opt.region_margin > 0)
+    names += ["wasserstein"] * (opt.wloss_alpha > 0)
+    return epochs.Meters(names, within.get("meters"))
+
+
+def train_epoch(opt: argparse.Namespace, job: Job, epoch: int, within: dict,
+                on_step: Callable) -> dict:
+    """One epoch; returns the means of its losses, and how many images were relabelled.
+
+    Images that cannot be read are left out. Every rank takes its part of a batch. within,
+    on_step: see epochs.Loop.run. Raises RunFailed if a loss is not finite.
+    """
+    source, members = job.source, job.members
+    device = next(job.network.parameters()).device
+    means = meters(opt, within)
+    job.network.train()
+    if opt.freeze_backbone:
+        job.network.features.eval()
+    labels = torch.from_numpy(job.labels)  # shares its memory, so that it is relabelled too
+    began = within["labels"] if within else labels.clone()  # what an epoch is drawn by
+    rng, known = epochs.generator(opt.seed, epoch), began.numpy()[members]
+    weights = loss_weights(opt, known, source.faces.n_label, device)
+    order = draw_order(known, opt.oversample, rng)
+    every = [order[index].numpy() for index in epochs.batches(len(members), opt.batch_size, rng)]
+    steps = list(enumerate(every, 1))[within.get("step", 0):]
+    wanted = [members[distributed.part(torch.from_numpy(index)).numpy()] for _, index in steps]
+    for (step, index), rows, batch in zip(steps, wanted, cache.fetch(source.images, wanted,
+                                                                     device)):
+        for group in job.optimizer.param_groups:
+            group["lr"] = epochs.scheduled(opt, group["base"], epoch, step, len(every),
+                                           opt.warmup_epochs)
+        rng = epochs.generator(opt.seed, epoch, step)
+        mine = distributed.part(torch.arange(len(index)))
+        drawn = photos.draw(len(index), rng, opt.augment, source.side)
+        boxes = source.boxes(members[index], rng)
+        kept = ~source.images.lost[rows]
+        mine, rows, batch = mine[kept], rows[kept], batch[torch.from_numpy(kept)]
+        if not len(rows):
+            continue
+        torch.manual_seed(rng.initial_seed() % 2 ** 63)  # of dropout
+        inputs = photos.train_transform(
+            batch, {name: value[mine] for name, value in drawn.items()},
+            None if boxes is None else boxes[mine].to(device), source.marks(rows, device),
+            source.views == "landmark")
+        target = labels[rows].to(device)
+        with job.precision.autocast():
+            said = job.run(inputs)
+        logits, importance = said if isinstance(said, tuple) else (said, None)
+        loss, parts = loss_of(opt, (logits, importance), target, weights, job.distance,
+                              len(index))
+        # gradients are averaged over ranks, whose parts may differ by one image
+        total = loss * (len(rows) * distributed.size() / len(index) if distributed.active() else 1)
+        if opt.rank_margin:
+            everyone = distributed.gather_features(importance.float())
+            parts["rank_loss"] = losses.rank_regularisation(everyone, opt.rank_margin,
+                                                            opt.rank_beta)
+            total = total + parts["rank_loss"]
+        values = torch.stack([total.detach(), (logits.argmax(1) == target).float().mean(),
+                              *(parts[name].detach() for name in list(means)[2:])])
+        values = distributed.mean(values.float(), len(rows))
+        epochs.check_loss(values, epoch, step, f"{epochs.KEPT} {opt.learning_rate:g}")
+        means.add(values.tolist(), len(index))
+        job.optimizer.zero_grad(set_to_none=True)
+        job.precision.scaler.scale(total).backward()
+        job.precision.scaler.step(job.optimizer)
+        job.precision.scaler.update()
+        if job.ema is not None:
+            job.ema.update(job.network, (epoch - 1) * len(every) + step)
+        if opt.relabel_epoch and epoch >= opt.relabel_epoch:
+            relabel(opt, job, rows, logits.detach(), importance, epoch)
+        on_step({"step": step, "meters": means.state(), "labels": began})
+    if opt.relabel_epoch:
+        return means.means() | {"relabelled": sum(row[-1] == epoch for row in job.relabelled)}
+    return means.means()
+
+
+def relabel(opt: argparse.Namespace, job: Job, rows: np.ndarray, logits: Tensor,
+            importance: Tensor | None, epoch: int) -> None:
+    """Gives images of a batch, `rows`, the class that the network is surer of, from the next
+    epoch on, for all ranks."""
+    device = logits.device
+    rows = distributed.gather(torch.from_numpy(rows).to(device))
+    probabilities = distributed.gather(logits.float().softmax(1))
+    if importance is not None:
+        importance = distributed.gather(importance.detach().float())
+    labels = torch.from_numpy(job.labels).to(device)[rows]
+    new = losses.relabel(probabilities, labels, opt.relabel_margin,
+                         importance if opt.relabel_group == "low" else None, opt.rank_beta)
+    for k in (new != labels).nonzero().flatten().tolist():
+        place = int(rows[k])
+        if job.labels[place] != int(new[k]):  # oversampled, it may stand in the batch twice
+            job.relabelled.append((place, int(job.labels[place]), int(new[k]),
+                                   float(probabilities[k].max()), epoch))
+            job.labels[place] = int(new[k])
+
+
+# ---------------------------------------------------------------- prediction
+
+@torch.no_grad()
+def predict(network: nn.Module, source: Source, members: np.ndarray, autocast: Callable,
+            flip: bool = True, batch_size: int = 64) -> tuple:
+    """(the images of `members` that could be read `[M]`, their probabilities `[M, C]`, importance
+    `[M, K]` or None); nothing random. flip: the mean over the image and its mirror image."""
+    network.eval()
+    device = next(network.parameters()).device
+    kept, probabilities, importances = [], [], []
+    parts = np.array_split(members, max(1, -(-len(members) // batch_size)))
+    for rows, batch in zip(parts, cache.fetch(source.images, parts, device)):
+        good = ~source.images.lost[rows]
+        if not good.any():
+            continue
+        rows, batch = rows[good], batch[torch.from_numpy(good)]
+        boxes, marks = source.boxes(rows, None), source.marks(rows, device)
+        both = []
+        for mirror in (False, True)[:1 + flip]:
+            inputs = photos.eval_transform(batch, mirror, boxes if boxes is None else
+                                           boxes.to(device), marks)
+            with autocast():
+                said = network(inputs)
+            logits, importance = said if isinstance(said, tuple) else (said, None)
+            both.append((logits.float().softmax(1), importance))
+        kept.append(rows)
+        probabilities.append(torch.stack([p for p, _ in both]).mean(0).cpu().numpy())
+        if both[0][1] is not None:
+            importances.append(both[0][1].float().cpu().numpy())
+    if not kept:
+        raise BadInput(f"{source.faces.folder}: no image of {len(members)} can be read")
+    return (np.concatenate(kept), np.concatenate(probabilities),
+            np.concatenate(importances) if importances else None)
+
+
+# ---------------------------------------------------------------- what a network starts from
+
+def canonical(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the names of `models.scn`, whose ever they were: torchvision's, MS1M's and
+    RAN's (`conv1`, `layer1`…), with or without `module.`."""
+    numbers = {name: f"features.{i}" for i, name in enumerate(PARTS)}
+    plain = {name.removeprefix("module."): value for name, value in state.items()}
+    return {".".join([numbers.get(name.split(".")[0], name.split(".")[0]),
+                      *name.split(".")[1:]]): value for name, value in plain.items()}
+
+
+def imagenet_weights(arch: str) -> dict[str, Tensor]:
+    """torchvision's weights of ImageNet; raises BadInput where they cannot be had."""
+    weights = torchvision.models.get_model_weights(arch).IMAGENET1K_V1
+    place = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"--pretrained imagenet: {weights.url} cannot be had ({reason}); put it at "
+                       f"{place}, or give --pretrained none to train from scratch") from None
+
+
+def load_backbone(network: nn.Module, pretrained: str, arch: str) -> None:
+    """Starts the backbone from `pretrained`: none, imagenet, or a file of torchvision's, MS1M's,
+    SCN's, RAN's or these scripts' naming. Prints what was loaded; raises BadInput where nothing
+    was, or where it is another network."""
+    if pretrained == "none":
+        return
+    state = canonical(imagenet_weights(arch) if pretrained == "imagenet"
+                      else checkpoint.load_weights(pretrained))
+    ours = {name: value for name, value in network.state_dict().items()
+            if name.startswith("features.")}
+    wrong = sorted(name for name in ours.keys() & state.keys()
+                   if ours[name].shape != state[name].shape)
+    found = ours.keys() & state.keys()
+    if wrong or not found:
+        raise BadInput(f"--pretrained {pretrained}: "
+                       + (f"not of {arch}: {wrong[0]} has the shape {list(state[wrong[0]].shape)}"
+                          if wrong else f"none of its {len(state)} tensors belongs to a ResNet "
+                          f"({next(iter(state), 'it is empty')} the first)")
+                       + "; name another file, or give --pretrained none")
+    network.load_state_dict({name: state[name] for name in found}, strict=False)
+    counted = {name for name in ours if not name.endswith("num_batches_tracked")}
+    missing = sorted(counted - found)
+    others = sorted({name.split(".")[0] for name in state.keys() - ours.keys()})
+    print(f"--pretrained {pretrained}: {len(counted & found)} of {len(counted)} tensors of the "
+          f"backbone loaded" + f", not {', '.join(missing[:3])}" * bool(missing)
+          + f"; not taken: {', '.join(others[:6])}" * bool(others))
