@@ -141,7 +141,7 @@ def _read_subjects(folder: Path, found: Found) -> dict[str, str]:
     if nameless:
         raise BadInput(f"{table}: no subject of {len(nameless)} images, {nameless[0]} the first; "
                        f"name the subject of every image, or remove the file")
-    found.notes["subjects are in train and test both"] += sorted(of["train"] & of["test"])
+    found.notes["subjects in train and test both"] += sorted(of["train"] & of["test"])
     return subjects
 
 
@@ -202,9 +202,9 @@ def decode(faces: FaceSet, i: int, side: int) -> np.ndarray:
     full = _upright_size(path)
     left, top, right, bottom = _clipped(faces, i, full)
     image = read_photo(path, math.ceil(side * min(full) / min(right - left, bottom - top)))
-    x, y = image.width / full[0], image.height / full[1]
-    left, top = left * x, top * y
-    right, bottom = min(right * x, image.width), min(bottom * y, image.height)
+    # a pixel is 1, 2, 4 or 8 of the file's, the last ones of a line less than full
+    reduced = 2 ** round(math.log2(max(full) / max(image.size)))
+    left, top, right, bottom = (length / reduced for length in (left, top, right, bottom))
     # cut out before it is resized, or pixels beyond the box would shine through at its edges
     corner = math.floor(left), math.floor(top)
     cut = image.crop((*corner, math.ceil(right), math.ceil(bottom)))
