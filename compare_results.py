@@ -31,7 +31,7 @@ FREE = {"data_folder", "list_folder", "model_path", "save_path", "tb_path", "cac
         "seeds", "oracle_curve"}
 # of those the ones that say what is computed, not where and how
 TOLD = {"model_path", "data_folder", "list_folder", "pairs", "subject"}
-HEAD = ("", "clips / subjects", "UF1", "UAR", "accuracy", "transductive")
+HEAD = ("", "number / subjects", "UF1", "UAR", "accuracy", "transductive")
 TRANSDUCTIVE = {True: "yes", False: "no", None: "unknown"}
 Table = tuple[str, Sequence[str], list[list[str]]]  # caption, head, rows
 
@@ -311,9 +311,10 @@ def main(argv: list[str] | None = None) -> None:
     results = [read_results(path) for path in opt.results]
     clips = common_clips(opt.results, results, opt.common)
     figures = [measures.summarise(rows_on(result, clips), result["n_label"]) for result in results]
-    note = f"{len(clips)} clips"
+    noun = results[0].get("noun", "clips")
+    note = f"{len(clips)} {noun}"
     if any(len(result["predictions"]) > len(clips) for result in results):
-        note = f"on the {len(clips)} clips that all results hold"
+        note = f"on the {len(clips)} {noun} that all results hold"
     if any(result.get("rendered") for result in results):
         note += ", rendered stand-in data, no faces of people"
     tables = [result_table(results, figures, note)]
@@ -329,7 +330,8 @@ def main(argv: list[str] | None = None) -> None:
         pictures.draw_comparison(
             opt.picture, [(f"{number}: {title(result)}", scores["uf1"], scores["ci95"]["uf1"])
                           for number, (result, scores) in enumerate(zip(results, figures), 1)],
-            {name: scores["uf1"] for name, scores in figures[0]["baselines"].items()}, note)
+            {name: scores["uf1"] for name, scores in figures[0]["baselines"].items()}, note,
+            figures[0]["resampled"])
 
 
 if __name__ == "__main__":

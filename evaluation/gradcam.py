@@ -32,6 +32,23 @@ def maps_of_mistakes(classifier: Classifier, images: np.ndarray, members: np.nda
     return {int(i): list(pair) for i, *pair in zip(chosen, *kept)}
 
 
+def class_maps(network: torch.nn.Module, inputs: torch.Tensor,
+               classes: torch.Tensor) -> torch.Tensor:
+    """Grad-CAM (Selvaraju et al. 2017, eq. 1 and 2) of one class of each image, `[B, h, w]`, of a
+    network with `maps` and `classify`; of several views `[B, K, C, H, W]` that of the last one, the
+    whole image."""
+    network.eval()
+    with torch.no_grad():
+        maps = network.maps(inputs)
+    maps.requires_grad_()
+    said = network.classify(maps)
+    logits = said[0] if isinstance(said, tuple) else said
+    (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), maps)
+    if maps.ndim == 5:
+        maps, gradient = maps[:, -1], gradient[:, -1]
+    return F.relu((gradient.mean((2, 3), keepdim=True) * maps).sum(1)).detach()
+
+
 def levels(maps: torch.Tensor) -> list:
     """Maps `[B, h, w]` as lists of integers 0..255, at most SIDE a side; all 0 where empty."""
     side = min(SIDE, maps.shape[-1])

@@ -24,6 +24,11 @@ PANELS = (("contrastive loss", "nats", {"rgb_loss": ("RGB", BLUE), "depth_loss":
                                                  "depth_prob": (None, ORANGE)}),
           ("action-unit loss", "", {"au_loss": ("", BLUE)}),
           ("training loss", "", {"train_loss": ("", BLUE)}),
+          ("parts of the loss", "", {"rank_loss": ("ranks", BLUE),
+                                     "region_loss": ("regions", ORANGE),
+                                     "wasserstein": ("Wasserstein", GREEN)}),
+          ("validation", "", {"val_uf1": ("UF1", BLUE), "val_accuracy": ("accuracy", ORANGE)}),
+          ("relabelled images", "", {"relabelled": ("", PURPLE)}),
           ("UF1 on inner folds", "", {"inner_uf1": ("", GREEN)}),
           ("training accuracy", "", {"train_accuracy": ("", BLUE)}),
           ("learning rate", "", {"learning_rate": ("", GREEN)}))
@@ -56,16 +61,16 @@ def draw_confusion(path: Path, confusion: np.ndarray, classes: list[str],
                     **plain)
     axes.set_title(title, fontsize="medium")
     axes.set_xlabel("predicted")
-    axes.set_ylabel("true (clips)")
+    axes.set_ylabel("true (number)")
     figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
     write_figure(path, figure)
 
 
 def draw_comparison(path: str | Path, rows: list[tuple], baselines: dict,
-                    title: str = "") -> None:
+                    title: str = "", units: str = "subjects") -> None:
     """UF1 of several results with their 95 % intervals, and of the baselines as lines.
 
-    rows: (name, UF1, (low, high)); baselines: name → UF1.
+    rows: (name, UF1, (low, high)); baselines: name → UF1; units: what is resampled.
     """
     figure = Figure(figsize=(7.2, 1.5 + 0.5 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
@@ -80,7 +85,7 @@ def draw_comparison(path: str | Path, rows: list[tuple], baselines: dict,
                     parse_math=False)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(0, None)
-    axes.set_xlabel("UF1 on held-out subjects, with 95 % intervals over subjects")
+    axes.set_xlabel(f"UF1 on held-out {units}, with 95 % intervals over {units}")
     axes.set_title(title, fontsize="medium")
     axes.legend(fontsize="small", loc="lower left")
     write_figure(path, figure)
@@ -125,7 +130,7 @@ def draw_curves(folder: Path, held_out: dict | None = None, panels: tuple = PANE
         axes.grid(alpha=0.3)
         if title == "learning rate":
             _scale_rate(axes, [line["learning_rate"] for line in lines if "learning_rate" in line])
-        elif "prob" in title or "accuracy" in title or ORACLE[:-1] in title:
+        elif any(word in title for word in ("prob", "accuracy", "validation", ORACLE[:-1])):
             axes.set_ylim(-0.03, 1.03)
         elif axes.get_ylim()[0] > 0:
             axes.set_ylim(bottom=0)
@@ -240,6 +245,30 @@ def motion_panels(clips: ClipSet, arrays: videos.Videos, places: list[int],
             Panel(f"block {b}", _grey(onset / 255), heat, "no map kept")
             for b, heat in enumerate(own, 1))])
     return panels
+
+
+def face_panels(faces: np.ndarray, maps: list) -> list[list[Panel]]:
+    """Panels of face images uint8 `[N, 3, S, S]`: the image, and it in grey under its map."""
+    return [[Panel("image", face), Panel("looked at", _grey(face / 255), own[0], "no map kept")]
+            for face, own in zip(faces.transpose(0, 2, 3, 1), maps)]
+
+
+def draw_importance(path: Path, rows: list[tuple], title: str = "") -> None:
+    """Images laid out in rows by their importance: rows: (caption, images uint8 `[M, 3, S, S]`,
+    texts of each)."""
+    across = max((len(images) for _, images, _ in rows), default=1)
+    size = across * (PANEL + GAP) + 0.4, len(rows) * (PANEL + 0.75) + 0.5
+    figure = Figure(figsize=size)
+    _write(figure, size, 0.2, 0.12, title, 11)
+    for number, (caption, images, told) in enumerate(rows):
+        above = 0.5 + number * (PANEL + 0.75)
+        _write(figure, size, 0.2, above, caption, 9)
+        for k, (image, text) in enumerate(zip(images, told)):
+            left = 0.2 + k * (PANEL + GAP)
+            axes = _axes(figure, size, left, above + 0.2)
+            axes.imshow(image.transpose(1, 2, 0))
+            _write(figure, size, left, above + 0.24 + PANEL, text, 6.5)
+    write_figure(path, figure)
 
 
 def _grey(image):

@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
-from images import face_sets
+from images import cache, face_sets
 from images.decoding import open_image, read_photo
 from images.face_folders import SPLITS, Found
 from images.face_sets import CLASSES, SETS
 from util import BadInput, ensure, read_cells, read_table
 
-__all__ = ["CLASSES", "SETS", "FaceSet", "decode", "read_faces", "read_landmarks", "report"]
+__all__ = ["CLASSES", "SETS", "FaceSet", "decode", "read_faces", "read_landmarks", "report",
+           "stamp"]
 
 # numbers of images as published, by class or, where those are not known, in all; affectnet7 is
 # affectnet8 without contempt
@@ -211,6 +212,14 @@ def decode(faces: FaceSet, i: int, side: int) -> np.ndarray:
     image = cut.resize(size, Image.Resampling.BILINEAR, box=(
         left - corner[0], top - corner[1], right - corner[0], bottom - corner[1]))
     return np.asarray(image).transpose(2, 0, 1).copy()
+
+
+def stamp(faces: FaceSet, side: int) -> str:
+    """What the decoded images of a set follow from, for cache.OnDemand."""
+    if faces.pixels is not None:
+        return hashlib.sha256(faces.pixels.tobytes() + bytes([side % 256, side // 256])).hexdigest()
+    boxes = None if faces.boxes is None else hashlib.sha256(faces.boxes.tobytes()).hexdigest()
+    return cache.stamp((faces.folder / path for path in faces.paths), "faces", side, boxes)
 
 
 def _upright_size(path: Path) -> tuple[int, int]:

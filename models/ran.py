@@ -26,11 +26,15 @@ class RAN(Backbone):
         self.beta = nn.Sequential(nn.Linear(2 * self.width, 1), nn.Sigmoid())
         self.fc = nn.Linear(2 * self.width, n_label)
 
-    def regions(self, views: Tensor) -> Tensor:
-        """Features `[B, K, D]` of each view."""
+    def maps(self, views: Tensor) -> Tensor:
+        """What layer4 gives of each view, `[B, K, D, H/32, W/32]`."""
         if self.bn_per_view and self.training:
-            return torch.stack([self.pooled(view) for view in views.unbind(1)], 1)
-        return self.pooled(views.flatten(0, 1)).unflatten(0, views.shape[:2])
+            return torch.stack([super(RAN, self).maps(view) for view in views.unbind(1)], 1)
+        return super().maps(views.flatten(0, 1)).unflatten(0, views.shape[:2])
+
+    def pool(self, maps: Tensor) -> Tensor:
+        """`maps` → features `[B, K, D]`."""
+        return super().pool(maps.flatten(0, 1)).unflatten(0, maps.shape[:2])
 
     def attend(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features `[B, K, D]` → (their sum by both attentions `[B, 2 D]`, the self-attention and
@@ -42,6 +46,9 @@ class RAN(Backbone):
         both = own * relation
         return (both * pairs).sum(1) / both.sum(1), own.squeeze(-1), relation.squeeze(-1)
 
-    def forward(self, views: Tensor) -> tuple[Tensor, Tensor]:
-        features, importance, _ = self.attend(self.regions(views))
+    def classify(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        features, importance, _ = self.attend(self.pool(maps))
         return self.fc(self.dropout(features)), importance
+
+    def forward(self, views: Tensor) -> tuple[Tensor, Tensor]:
+        return self.classify(self.maps(views))

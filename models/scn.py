@@ -42,8 +42,9 @@ class Backbone(nn.Module):
         x = self.features[:5](images[:, :3])  # [B, 64, H/4, W/4]
         return self.features[5:8](x * (1 + self.mask(images[:, 3:])))
 
-    def pooled(self, images: Tensor) -> Tensor:
-        return self.features[8](self.maps(images)).flatten(1)  # [B, D]
+    def pool(self, maps: Tensor) -> Tensor:
+        """`maps` → features `[B, D]`."""
+        return self.features[8](maps).flatten(1)
 
 
 class Baseline(Backbone):
@@ -51,7 +52,6 @@ class Baseline(Backbone):
 
     drop_rate: of the dropout before it, in training.
     """
-    n_outputs = 1  # what a training step is given
 
     def __init__(self, n_label: int, arch: str = "resnet18", drop_rate: float = 0,
                  gaussian: bool = False):
@@ -59,21 +59,23 @@ class Baseline(Backbone):
         self.dropout = nn.Dropout(drop_rate)
         self.fc = nn.Linear(self.width, n_label)
 
+    def classify(self, maps: Tensor) -> Tensor:
+        return self.fc(self.dropout(self.pool(maps)))
+
     def forward(self, images: Tensor) -> Tensor:
-        return self.fc(self.dropout(self.pooled(images)))
+        return self.classify(self.maps(images))
 
 
 class SCN(Baseline):
     """Self-cure network: images `[B, 3, H, W]` → (logits `[B, C]`, importance `[B, 1]`), the
     logits weighted by the importance (eq. 2)."""
-    n_outputs = 2
 
     def __init__(self, n_label: int, arch: str = "resnet18", drop_rate: float = 0,
                  gaussian: bool = False):
         super().__init__(n_label, arch, drop_rate, gaussian)
         self.alpha = nn.Sequential(nn.Linear(self.width, 1), nn.Sigmoid())
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.dropout(self.pooled(images))
+    def classify(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.dropout(self.pool(maps))
         importance = self.alpha(features)
         return importance * self.fc(features), importance

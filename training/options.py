@@ -230,11 +230,12 @@ def add_head_options(parser: ArgumentParser, stage: str, protocol: str) -> tuple
     return data, model
 
 
-def add_loss_option(group: argparse._ArgumentGroup) -> None:
-    """Adds --loss of training with labels."""
-    group.add_argument("--loss", choices=("crossentropy", "focal", "balanced"),
+def add_loss_option(group: argparse._ArgumentGroup, *more: str, noun: str = "clips",
+                    told: str = "") -> None:
+    """Adds --loss of training with labels; more: other kinds, of which `told` tells."""
+    group.add_argument("--loss", choices=("crossentropy", "focal", "balanced", *more),
                        default="crossentropy", help="focal: gamma 2; balanced: classes weighted "
-                       "by n/(C n_c) of the training clips")
+                       f"by n/(C n_c) of the training {noun}{told}")
 
 
 def add_penalty_option(group: argparse._ArgumentGroup) -> None:

@@ -80,7 +80,7 @@ def test_scn(fer, number):
     batch, labels = images(case), torch.tensor(case["labels"])
     kept = model.state_dict()
     kept = {name: value.clone() for name, value in kept.items()}
-    close(model.pooled(batch).abs().sum(1), case["feature_abs_sum"])
+    close(model.pool(model.maps(batch)).abs().sum(1), case["feature_abs_sum"])
     model.load_state_dict(kept)
     logits, importance = model(batch)
     close(importance[:, 0], case["alpha"])
@@ -112,7 +112,7 @@ def test_ran(fer, number, joint):
     model.train(case["mode"] == "train")
     expected = case if joint is None else case[joint]
     views, labels = images(case), torch.tensor(case["labels"])
-    features = model.regions(views)
+    features = model.pool(model.maps(views))
     both, own, relation = model.attend(features)
     close(model.alpha(features)[..., 0], expected["self_attention_sigmoid"])
     close(own, expected["mu"])
@@ -133,7 +133,7 @@ def test_ran(fer, number, joint):
 def test_ran_gives_what_its_parts_give(fer):
     model = filled(RAN(7), {}).eval()
     views = images(fer["ran"][0])
-    both, own, _ = model.attend(model.regions(views))
+    both, own, _ = model.attend(model.pool(model.maps(views)))
     logits, importance = model(views)
     assert torch.equal(logits, model.fc(both)) and torch.equal(importance, own)
 

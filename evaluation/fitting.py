@@ -1,0 +1,188 @@
+"""A network fitted to labelled face images: what it is trained and chosen on, its epochs, its
+checkpoints, and its results on the test split."""
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from evaluation import measures, photographs
+from images.faces import FaceSet
+from training import checkpoint, distributed, epochs, faces, losses, record
+from training.record import Run
+from util import BadInput
+
+
+class Validation:
+    """Figures of validation images after every epoch, and the best epoch's weights where they
+    choose (`select`): the highest UF1, the earliest where several are equal."""
+
+    def __init__(self, source: faces.Source, members: np.ndarray, select: bool):
+        self.source, self.members, self.select = source, members, select
+        self.state = {"value": -1.0, "epoch": 0, "model": {}}
+        self.confusion = None
+
+    def follow(self, network: nn.Module, epoch: int, autocast: Callable) -> dict:
+        """{val_uf1, val_accuracy} of a network; nothing without validation images."""
+        if not len(self.members):
+            return {}
+        kept, said, _ = faces.predict(network, self.source, self.members, autocast, False)
+        figures = measures.evaluate(self.source.faces.labels[kept], said.argmax(1),
+                                    self.source.faces.n_label)
+        self.confusion = np.array(figures["confusion"])
+        if self.select and figures["uf1"] > self.state["value"] + 1e-12:
+            self.state = {"value": figures["uf1"], "epoch": epoch, "model": {
+                name: part.cpu().clone() for name, part in network.state_dict().items()}}
+        return {"val_uf1": figures["uf1"], "val_accuracy": figures["accuracy"]}
+
+
+class Fit:
+    """One run over the `sources` of a set's splits: train, test, and val where it has its own.
+
+    --noise moves labels of the training split before anything is held out of it: who validates
+    knows no better than who trains. Raises BadInput for a run folder that exists.
+    """
+
+    def __init__(self, run: Run, sources: dict[str, faces.Source]):
+        opt, source = run.opt, sources["train"]
+        self.run, self.sources, self.resume = run, sources, run.find_resume()
+        self.faces: FaceSet = source.faces
+        self.labels = photographs.noisy_labels(self.faces.labels, opt.noise, self.faces.n_label,
+                                               opt.seed)
+        noisy = source._replace(faces=dataclasses.replace(self.faces, labels=self.labels))
+        self.members, out = np.arange(len(self.faces)), np.arange(0)
+        if "val" not in sources:
+            self.members, out = photographs.hold_out(noisy.faces, opt.val_fraction, opt.seed)
+        elif opt.val_fraction:
+            noisy, out = sources["val"], np.arange(len(sources["val"].faces))
+        if (opt.select == "val" or opt.wloss_update) and not len(out):
+            raise BadInput("--select val and --wloss_update take validation images: give "
+                           "--val_fraction above 0")
+        self.validation = Validation(noisy, out, opt.select == "val")
+        print(f"{len(self.members)} training images, {len(out)} to validate, "
+              f"{len(sources['test'].faces)} to test")
+        self.digest = hashlib.sha256(" ".join(
+            part.faces.digest() for part in sources.values()).encode()).hexdigest()
+        self.history = []
+
+    def begin(self, network: nn.Module, optimizer: torch.optim.Optimizer,
+              distance: Tensor | None = None) -> None:
+        """Sets what is trained: a network on its device, and the distances of --wloss_alpha."""
+        opt, device = self.run.opt, next(network.parameters()).device
+        precision = epochs.mixed_precision(opt.amp, device)
+        epochs.check_slices(len(self.members), opt.batch_size, network, device)
+        ema = ModelEmaV3(network, opt.ema_decay, use_warmup=True) if opt.ema_decay else None
+        self.job = faces.Job(network, distributed.wrap(network, device, precision.autocast), ema,
+                             self.sources["train"], self.labels.copy(), self.members, optimizer,
+                             precision, distance, [])
+
+    # ------------------------------------------------------------ epochs
+
+    def run_epochs(self, argv: list[str], script: str) -> dict:
+        """Trains what is left to do; returns the log's header."""
+        opt = self.run.opt
+        done, within = self._restore()
+        steps = epochs.announce(opt, len(self.members), "images")
+        distributed.barrier()  # every rank has looked at the folder before rank 0 writes to it
+        header = record.header(script, opt, argv, data_digest=self.digest)
+        log = self.run.log(header, (lambda line: line["epoch"] <= done) if self.resume else None,
+                           writes=distributed.first())
+        epochs.Loop(opt, log, steps=steps, together=True).run(self._epoch, self._save, done,
+                                                              within)
+        return header
+
+    def _restore(self):
+        job = self.job
+        if not self.resume:
+            return 0, {}
+        states = {"model": job.network, "optimizer": job.optimizer, "scaler": job.precision.scaler}
+        old = self.run.restore(self.resume, states | ({"ema": job.ema} if job.ema else {}),
+                               data_digest=self.digest)
+        job.labels[:] = old["labels"].numpy()
+        job.relabelled[:] = map(tuple, old["relabelled"])
+        if job.distance is not None:
+            job.distance.copy_(old["distance"])
+        self.validation.state, self.history = old["best"], old["history"]
+        return old["epoch"], old["within"]
+
+    def _epoch(self, epoch, within, on_step):
+        opt, job, start = self.run.opt, self.job, time.perf_counter()
+        means = faces.train_epoch(opt, job, epoch, within, on_step)
+        share = 1 - within.get("step", 0) / epochs.per_epoch(len(self.members), opt.batch_size)
+        means |= {"learning_rate": job.optimizer.param_groups[0]["lr"], "images_per_second":
+                  share * len(self.members) / (time.perf_counter() - start)}
+        means |= self.validation.follow(job.best_network, epoch, job.precision.autocast)
+        if opt.wloss_update and epoch % opt.wloss_update == 0:
+            job.distance.copy_(losses.updated(job.distance, self.validation.confusion))
+        if opt.oracle_curve:
+            kept, said, _ = self._predicted(job.best_network)
+            guesses = np.zeros(len(self.sources["test"].faces), int)
+            guesses[kept] = said.argmax(1)
+            self.history.append(guesses.tolist())
+        return means
+
+    def _save(self, epoch, within):
+        job = self.job
+        job.source.images.save()
+        if distributed.first():
+            checkpoint.save(self.run.last(), {
+                "system": "FER", "opt": vars(self.run.opt), "epoch": epoch, "within": within,
+                "classes": list(self.faces.classes), "data_digest": self.digest,
+                "model": job.network.state_dict(), "ema": job.ema and job.ema.state_dict(),
+                "optimizer": job.optimizer.state_dict(),
+                "scaler": job.precision.scaler.state_dict(),
+                "labels": torch.from_numpy(job.labels.copy()), "relabelled": job.relabelled,
+                "distance": job.distance, "best": self.validation.state, "history": self.history})
+
+    # ------------------------------------------------------------ results
+
+    def _predicted(self, network):
+        test, opt = self.sources["test"], self.run.opt
+        return faces.predict(network, test, np.arange(len(test.faces)),
+                             self.job.precision.autocast, opt.tta_flip)
+
+    def evaluate(self, header: dict, **details: object) -> dict | None:
+        """Predicts the test split and writes the results, with `details` beside the figures;
+        None but on the rank that writes."""
+        opt, job, run, test = self.run.opt, self.job, self.run, self.sources["test"]
+        if not distributed.first():
+            distributed.barrier()
+            return None
+        network = job.best_network
+        if opt.select == "val":
+            network.load_state_dict(self.validation.state["model"])
+            details["choice"] = {"epochs": self.validation.state["epoch"],
+                                 "val_uf1": self.validation.state["value"]}
+        predicted = self._predicted(network)
+        details["left_out"] = {
+            name: [part.faces.paths[i] for i in np.flatnonzero(part.images.lost)]
+            for name, part in self.sources.items()}
+        files = {"checkpoint": "last.pth", "results": "results.json",
+                 "predictions": "predictions.csv", "confusion": "confusion.png",
+                 "mistakes": "mistakes.png", "curves": "curves.png", "log": "log.jsonl"}
+        if opt.relabel_epoch:
+            details["relabelling"] = photographs.relabelling(self.labels, job)
+            photographs.write_relabelled(run.folder / "relabelled.csv", self.faces,
+                                         job.relabelled)
+            files["relabelled"] = "relabelled.csv"
+        importance = predicted[2]
+        if importance is not None and importance.shape[1] > 1:
+            details["view_importance"] = importance.mean(0).tolist()
+        results = photographs.write_results(run, header, test, network, predicted, self.history,
+                                            details)
+        if importance is not None and importance.shape[1] == 1:
+            kept, _, importance = faces.predict(network, job.source, self.members,
+                                                job.precision.autocast, False)
+            photographs.draw_importance(run.folder / "importance.png", job.source, kept,
+                                        self.labels, importance[:, 0])
+            files["importance"] = "importance.png"
+        for part in self.sources.values():
+            part.images.save()
+        print(photographs.describe(results))
+        run.print_places(**files)
+        distributed.barrier()
+        return results

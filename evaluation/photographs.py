@@ -1,0 +1,186 @@
+"""Face images: what is held out to choose by, and the results on a test split, read once."""
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.model_selection import StratifiedGroupKFold
+from torch import nn
+
+from evaluation import gradcam, measures, pictures, result_files
+from images import photos
+from images.faces import FaceSet
+from training import faces
+from training.record import Run
+from util import BadInput, write_table
+
+ACROSS = 12  # images in a row of importance.png
+
+
+# ---------------------------------------------------------------- what is held out
+
+def hold_out(images: FaceSet, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(rest, held out): int64 indices of about `fraction` of the images, stratified by class, whole
+    subjects where the set names them. Raises BadInput where it names too few."""
+    everyone = np.arange(len(images))
+    if not fraction:
+        return everyone, everyone[:0]
+    subjects = np.array(images.subjects)
+    if (subjects != "").any():
+        parts = max(2, round(1 / fraction))
+        if len(set(images.subjects)) < parts:
+            raise BadInput(f"{images.folder}: {len(set(images.subjects))} subjects, of whom "
+                           f"{fraction:g} cannot be held out; give --val_fraction 0")
+        folds = StratifiedGroupKFold(parts, shuffle=True, random_state=seed % 2 ** 32)
+        rest, out = next(folds.split(everyone, images.labels, subjects))
+        return rest, out
+    rng = np.random.default_rng(seed)
+    out = np.concatenate([rng.permutation(own)[:round(fraction * len(own))] for own in (
+        np.flatnonzero(images.labels == label) for label in range(images.n_label))])
+    return np.setdiff1d(everyone, out), np.sort(out)
+
+
+def test_of(images: FaceSet) -> tuple[FaceSet, FaceSet]:
+    """(training, test) of a set without splits: a fifth of it, whoever asks."""
+    rest, out = hold_out(images, 0.2, 0)
+    print(f"{images.folder}: no test split; {len(out)} of {len(images)} images are held out as one")
+    return images.subset(rest), images.subset(out)
+
+
+# ---------------------------------------------------------------- results
+
+def relabelling(given: np.ndarray, job: faces.Job) -> dict:
+    """What became of the labels `given` to the training images, int64 `[N]`: how many moved, and of
+    those that --noise had planted how many were found and how many got their own class back."""
+    true, now, given = (labels[job.members] for labels in (job.source.faces.labels, job.labels,
+                                                           given))
+    planted, moved = given != true, now != given
+    said = {"relabelled": int(moved.sum())}
+    if planted.any():
+        said |= {"planted": int(planted.sum()), "found": int((moved & planted).sum()),
+                 "restored": int((planted & (now == true)).sum()),
+                 "wrong_before": float(planted.mean()), "wrong_after": float((now != true).mean())}
+    return said
+
+
+def describe(results: dict) -> str:
+    """A few lines for the terminal: figures, what was left out, relabelled, chosen."""
+    lines = [result_files.describe(results)]
+    for split, paths in results["left_out"].items():
+        if paths:
+            lines.append(f"{len(paths)} images of the {split} split could not be read: "
+                         f"{', '.join(paths[:3])}")
+    if "choices" in results:
+        choice = results["choices"]["test"]
+        lines.append(f"chosen by validation images: epoch {choice['epochs']}, UF1 "
+                     f"{choice['val_uf1']:.3f} there")
+    said = results.get("relabelling")
+    if said:
+        lines.append(f"{said['relabelled']} training images carry another label than at first")
+    if said and "planted" in said:
+        lines.append(f"of {said['planted']} planted errors {said['found']} were found "
+                     f"({said['found'] / said['planted']:.1%}), {said['restored']} got their own "
+                     f"class back; wrong labels {said['wrong_before']:.1%} before, "
+                     f"{said['wrong_after']:.1%} after")
+    if "view_importance" in results:
+        lines.append("importance of the views, the whole image last: " + " ".join(
+            f"{x:.3f}" for x in results["view_importance"]))
+    return "\n".join(lines)
+
+
+def write_relabelled(path: Path, images: FaceSet, rows: list[tuple]) -> None:
+    """relabelled.csv: every image that got another label, in the order it happened."""
+    write_table(path, ("path", "from", "to", "probability", "epoch"), (
+        (images.paths[i], images.classes[old], images.classes[new], f"{p:.6f}", epoch)
+        for i, old, new, p, epoch in rows))
+
+
+def rows_of(images: FaceSet, kept: np.ndarray, probabilities: np.ndarray) -> list[dict]:
+    """Prediction rows of the images `kept`, `[M]`, with these probabilities `[M, C]`."""
+    return [{"database": images.name, "subject": images.subjects[i], "key": images.paths[i],
+             "label": int(images.labels[i]), "prediction": int(p.argmax()),
+             "probabilities": p.tolist()} for i, p in zip(kept, probabilities)]
+
+
+def looked_at(network: nn.Module, source: faces.Source, rows: np.ndarray,
+              classes: np.ndarray) -> torch.Tensor:
+    """Grad-CAM `[B, h, w]` of one class of each of the images `rows`."""
+    device = next(network.parameters()).device
+    batch = torch.from_numpy(np.asarray(source.images[rows])).to(device)
+    boxes, marks = source.boxes(rows, None), source.marks(rows, device)
+    inputs = photos.eval_transform(batch, boxes=None if boxes is None else boxes.to(device),
+                                   marks=marks)
+    return gradcam.class_maps(network, inputs, torch.from_numpy(classes).to(device))
+
+
+def write_results(run: Run, header: dict, source: faces.Source, network: nn.Module,
+                  predicted: tuple, history: list, details: dict) -> dict:
+    """results.json, predictions.csv, confusion.png, curves.png and mistakes.png of a test split;
+    returns the results.
+
+    predicted: as faces.predict gives it; history: predictions of all test images after each epoch,
+    where --oracle_curve follows them; details: what results.json says besides.
+    """
+    images, folder = source.faces, run.folder
+    kept, probabilities, _ = predicted
+    worst = measures.most_wrong(images.labels[kept], probabilities)
+    maps = {}
+    if len(worst):
+        shown = looked_at(network, source, kept[worst], probabilities[worst].argmax(1))
+        maps = {images.paths[i]: [one] for i, one in zip(kept[worst], gradcam.levels(shown))}
+    told = {name: header[name] for name in ("command", "versions")}
+    result_files.write_subjects(folder, {"test": {
+        "transductive": details.pop("transductive"), "checkpoint": details.pop("checkpoint", None),
+        "sha256": None, "made_by": told, "maps": maps,
+        "rows": rows_of(images, kept, probabilities),
+        **({"history": np.array(history)[:, kept].T.tolist()} if history else {}),
+        **({"choice": details.pop("choice")} if "choice" in details else {})}})
+    results = result_files.write_results(
+        folder, {**header, **details, "noun": "images", "rendered": images.rendered,
+                 "protocol": "test split"}, images.n_label, list(images.classes))
+    oracle = {}
+    if history:
+        each = measures.per_epoch([(images.labels[kept], np.array(history)[:, kept].T)],
+                                  images.n_label)
+        oracle = {f"{pictures.ORACLE}{name}": [figures[name] for figures in each]
+                  for name in measures.MEASURES}
+        run.log(None).curves(oracle)
+    pictures.draw_confusion(folder / "confusion.png", np.array(results["confusion"]),
+                            list(images.classes), "rendered stand-in data" * images.rendered)
+    pictures.draw_curves(folder, oracle)
+    mistakes, counts = result_files.read_mistakes(folder)
+    place = {path: i for i, path in enumerate(images.paths)}
+    panels = pictures.face_panels(np.stack([source.images[place[row["key"]]]
+                                            for row, _ in mistakes]),
+                                  [maps for _, maps in mistakes]) if mistakes else []
+    pictures.draw_mistakes(folder / "mistakes.png",
+                           [(row, own) for (row, _), own in zip(mistakes, panels)], counts,
+                           list(images.classes), images.rendered, noun="images")
+    return results
+
+
+def draw_importance(path: Path, source: faces.Source, kept: np.ndarray, labels: np.ndarray,
+                    importance: np.ndarray) -> None:
+    """importance.png: images `kept` `[M]` with their labels `[N]` as they were given, from the
+    lowest importance `[M]` of SCN to the highest."""
+    order, n = importance.argsort(), len(importance)
+    across = min(ACROSS, n)
+    rows = []
+    for caption, places in (
+            ("lowest", np.arange(across)), ("spread over all, in order",
+                                            np.linspace(0, n - 1, across).round().astype(int)),
+            ("highest", np.arange(n - across, n))):
+        chosen = order[places]
+        rows.append((caption, np.stack([source.images[int(i)] for i in kept[chosen]]),
+                     [f"{importance[k]:.3f}\n{source.faces.classes[labels[kept[k]]]}"
+                      for k in chosen]))
+    pictures.draw_importance(path, rows, f"importance of {n} training images, with the label given"
+                             + "; rendered stand-in data" * source.faces.rendered)
+
+
+def noisy_labels(labels: np.ndarray, share: float, n_label: int, seed: int) -> np.ndarray:
+    """Labels `[N]` of which a share, rounded, is moved to another class, drawn uniformly."""
+    rng, noisy = np.random.default_rng([seed, 1]), labels.copy()
+    moved = rng.permutation(len(labels))[:math.floor(share * len(labels) + 0.5)]
+    noisy[moved] = (labels[moved] + rng.integers(1, n_label, len(moved))) % n_label
+    return noisy
