@@ -150,7 +150,7 @@ def resample(images: Tensor, geometry: Tensor | None, boxes: Tensor | None = Non
     out = F.grid_sample(images, grid.view(n, k * side, side, 2), padding_mode="reflection",
                         align_corners=False)
     if boxes is None:
-        return out
+        return out.contiguous(memory_format=torch.channels_last)
     return out.unflatten(2, (k, side)).transpose(1, 2)  # [B, K, C, S, S]
 
 

@@ -545,9 +545,9 @@ def test_a_gap_among_the_published_figures_is_refused(make, capsys, tmp_path, mo
 def test_the_picture_shows_every_result_with_its_interval(make, capsys, tmp_path, monkeypatch):
     drawn, draw = [], pictures.draw_comparison
 
-    def noted(path, rows, baselines, title):
+    def noted(path, rows, baselines, title, units):
         drawn.append((rows, baselines))
-        draw(path, rows, baselines, title)
+        draw(path, rows, baselines, title, units)
     monkeypatch.setattr(pictures, "draw_comparison", noted)
     paths = make("a", 0.9), make("b", 0.4)
     cells = {r[0]: r[2] for r in tables(compare(
