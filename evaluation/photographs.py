@@ -31,6 +31,8 @@ def hold_out(images: FaceSet, fraction: float, seed: int) -> tuple[np.ndarray, n
         if len(set(images.subjects)) < parts:
             raise BadInput(f"{images.folder}: {len(set(images.subjects))} subjects, of whom "
                            f"{fraction:g} cannot be held out; give --val_fraction 0")
+        # no more parts than a class can be dealt to
+        parts = min(parts, int(np.bincount(images.labels).max()))
         folds = StratifiedGroupKFold(parts, shuffle=True, random_state=seed % 2 ** 32)
         rest, out = next(folds.split(everyone, images.labels, subjects))
         return rest, out

@@ -76,10 +76,10 @@ def load(path: str | Path) -> dict:
 
 
 def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint that anybody wrote: its `model` or `state_dict`, or the file
+    """The tensors of a checkpoint that anybody wrote: its `model`, `state_dict`, or the file
     itself; raises BadInput."""
     state = _read(path)
-    for name in ("model", "state_dict"):
+    for name in ("model", "state_dict", "model_state_dict"):
         state = state.get(name, state) if isinstance(state, dict) else state
     _check(path, {"model": state})
     return state

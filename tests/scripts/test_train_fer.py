@@ -1,0 +1,315 @@
+"""train_FER.py: files, what never enters, resume, recipes, checkpoints, bad input."""
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import face_tree
+import numpy as np
+import pytest
+import runs
+import torch
+from conftest import ROOT, script
+from runs import only
+
+import train_FER
+from models.scn import SCN
+from training import checkpoint, epochs, record
+
+
+def train(*argv):
+    return script("train_FER").main([str(a) for a in argv])
+
+
+def refused(capsys, *argv):
+    return runs.refused(capsys, train, *argv)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faces") / "set"
+    face_tree.write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def marks(tree):
+    path = tree.parent / "marks.csv"
+    face_tree.write_landmarks(path, sorted(
+        f"Image/aligned/{p.name}" for p in (tree / "Image/aligned").iterdir())[:-4])
+    return path
+
+
+@pytest.fixture
+def flags(tree):
+    return ["--dataset", "rafdb", "--data_folder", tree, "--pretrained", "none", "--size", 32,
+            "--epochs", 2, "--batch_size", 14, "--cache", "off", "--device", "cpu",
+            "--learning_rate", 1e-3]
+
+
+def results(run):
+    return json.loads((run / "results.json").read_text())
+
+
+def weights_differ(one, two):
+    a, b = (checkpoint.load(path) for path in (one, two))
+    return runs.differing([a["model"], a["ema"], a["best"]], [b["model"], b["ema"], b["best"]])
+
+
+@pytest.mark.pictures
+def test_scn_leaves_the_files_of_the_house_and_its_own(flags, tmp_path, capsys):
+    train(*flags, "--model", "scn", "--rank_margin", .07, "--relabel_epoch", 1, "--relabel_margin",
+          0, "--relabel_group", "all", "--noise", .2, "--save_path", tmp_path, "--oracle_curve")
+    run = only(tmp_path)
+    content, state = results(run), checkpoint.load(run / "last.pth")
+    assert content["n"] == 21 and content["resampled"] == "images" and content["noun"] == "images"
+    assert content["classes"] == list(face_tree.CLASSES) == state["classes"]
+    assert content["transductive"] is False and content["left_out"] == {"train": [], "test": []}
+    assert content["oracle_best_epoch"]["common"]["epoch"] in (1, 2)
+    for name in ("confusion.png", "mistakes.png", "curves.png", "importance.png"):
+        assert (run / name).stat().st_size > 1000
+    with open(run / "relabelled.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    said = content["relabelling"]
+    # 49 of 56 are trained on; 11 of the 56 got another label
+    assert len(rows) >= said["relabelled"] > 0 and said["planted"] <= 11
+    for row in rows:
+        assert row["path"].startswith("Image/aligned/train_") and row["from"] != row["to"]
+        assert row["epoch"] in ("1", "2") and 0 < float(row["probability"]) < 1
+    printed = capsys.readouterr().out
+    assert f"of {said['planted']} planted errors {said['found']} were found" in printed
+    curves = runs.curves(tmp_path / "tensorboard" / run.name)
+    assert {"train_loss", "rank_loss", "relabelled", "val_uf1", "oracle/uf1"} <= curves.keys()
+    script("compare_results").main([str(run / "results.json")])
+    assert "fer, scn, test split" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", [
+    ["--model", "ran"], ["--model", "ran", "--views", "random", "--region_margin", .02,
+                         "--bn_per_view"],
+    ["--model", "ran", "--views", "landmark", "--landmarks", "MARKS"],
+    ["--gaussian", "--landmarks", "MARKS", "--loss", "focal", "--arch", "resnet34"],
+    ["--wloss_alpha", .0125, "--wloss_update", 1, "--select", "val", "--loss", "logit_adjusted"],
+    ["--wloss_alpha", .1, "--wloss_distance", "uniform", "--wloss_norm", "frobenius",
+     "--optimizer", "sgd", "--lr_schedule", "step"],
+    ["--freeze_backbone", "--drop_rate", .5, "--oversample", "--loss", "balanced", "--no-tta_flip",
+     "--optimizer", "rmsprop", "--ema_decay", 0, "--amp"]], ids=lambda more: " ".join(
+         map(str, more)))
+def test_variants_run(flags, marks, tmp_path, more):
+    more = [marks if part == "MARKS" else part for part in more]
+    train(*flags, "--epochs", 1, "--save_path", tmp_path, *more)
+    content = results(only(tmp_path))
+    assert 0 <= content["uf1"] <= 1
+    assert ("view_importance" in content) == ("ran" in more)
+    if "ran" in more:
+        assert sum(content["view_importance"]) == pytest.approx(1, abs=1e-4)
+
+
+def test_it_learns_what_a_square_shows(flags, tree, tmp_path):
+    train(*flags, "--epochs", 12, "--augment", "none", "--label_smoothing", 0, "--warmup_epochs", 0,
+          "--save_path", tmp_path, "--val_fraction", 0, "--batch_size", 8, "--no-tta_flip")
+    assert results(only(tmp_path))["uf1"] > .8
+
+
+def test_labels_of_the_test_split_change_no_weight_and_no_choice(flags, tree, tmp_path):
+    other = shutil.copytree(tree, tmp_path / "other")
+    table = other / "EmoLabel" / "list_patition_label.txt"
+    lines = table.read_text().split("\n")
+    table.write_text("\n".join(f"{line.split()[0]} {(int(line.split()[1]) + 2) % 7 + 1}"
+                               if line.startswith("test") else line for line in lines))
+    flags += ["--select", "val", "--wloss_alpha", .01, "--wloss_update", 1, "--model", "scn",
+              "--relabel_epoch", 1, "--relabel_margin", 0]
+    for name, data in (("plain", tree), ("spoiled", other)):
+        train(*flags, "--data_folder", data, "--save_path", tmp_path / name)
+    plain, spoiled = (only(tmp_path / name) for name in ("plain", "spoiled"))
+    assert weights_differ(plain / "last.pth", spoiled / "last.pth") == []
+    assert results(plain)["choices"] == results(spoiled)["choices"]
+    assert results(plain)["confusion"] != results(spoiled)["confusion"]
+
+
+@pytest.mark.parametrize("stop, workers", [(2, 0), (4, 2), (6, 4)])
+def test_a_run_that_was_stopped_goes_on_to_the_same_tensors(flags, tmp_path, monkeypatch, stop,
+                                                            workers):
+    flags += ["--model", "scn", "--rank_margin", .1, "--relabel_epoch", 1, "--relabel_margin", 0,
+              "--relabel_group", "all", "--noise", .2, "--drop_rate", .3, "--oversample",
+              "--select", "val", "--wloss_alpha", .01, "--wloss_update", 1, "--oracle_curve",
+              "--num_workers", workers]
+    train(*flags, "--save_path", tmp_path / "whole")
+    look, count = epochs.Keeper.step, []
+
+    def struck(self, save):
+        count.append(1)
+        if len(count) == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        look(self, save)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(epochs.Keeper, "step", struck)
+        train(*flags, "--save_path", tmp_path / "part")
+    assert end.value.code == 143
+    train(*flags, "--save_path", tmp_path / "part", "--resume", "auto")
+    whole, part = only(tmp_path / "whole"), only(tmp_path / "part")
+    assert runs.states_differ(whole / "last.pth", part / "last.pth") == []
+    for name in ("predictions.csv", "relabelled.csv"):
+        assert (whole / name).read_bytes() == (part / name).read_bytes()
+    lines = [[{k: v for k, v in line.items() if k != "images_per_second"}
+              for line in record.read_log(run)[1:]] for run in (whole, part)]
+    assert lines[0] == lines[1] and len(lines[0]) == 2
+
+
+def test_subjects_are_kept_apart_and_resampled(flags, tmp_path):
+    folder = tmp_path / "set"
+    face_tree.write(folder, subjects=14)
+    train(*flags, "--data_folder", folder, "--save_path", tmp_path, "--epochs", 1)
+    content = results(only(tmp_path))
+    assert content["resampled"] == "subjects" and content["n_subjects"] == 14
+
+
+def test_images_that_cannot_be_read_are_named_and_left_out(flags, tmp_path, capsys):
+    folder = tmp_path / "set"
+    face_tree.write(folder)
+    for name in ("train_00003", "test_00002", "test_00004"):
+        path = folder / "Image" / "aligned" / f"{name}_aligned.jpg"
+        path.write_bytes(path.read_bytes()[:300])
+    train(*flags, "--data_folder", folder, "--save_path", tmp_path, "--val_fraction", 0)
+    content = results(only(tmp_path))
+    assert content["n"] == 19 and {name: len(left) for name, left in content["left_out"].items()} \
+        == {"train": 1, "test": 2}
+    printed = capsys.readouterr().out
+    assert printed.count("left out: ") == 3
+    assert "2 images of the test split could not be read" in printed
+
+
+def test_class_folders_without_a_test_split_are_split(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for i in range(42):
+        path = tmp_path / "set" / face_tree.CLASSES[i % 3] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        face_tree.Image.fromarray(face_tree.picture(i % 3, rng)).save(path)
+    train("--dataset", "folder", "--data_folder", tmp_path / "set", "--pretrained", "none",
+          "--size", 32, "--epochs", 1, "--batch_size", 8, "--cache", tmp_path / "cache",
+          "--device", "cpu", "--save_path", tmp_path / "r")
+    content = results(only(tmp_path / "r"))
+    assert content["n"] == 9 and content["classes"] == ["disgust", "fear", "surprise"]
+    assert "no test split; 9 of 42 images are held out" in capsys.readouterr().out
+    assert len(list((tmp_path / "cache").glob("*.ready.npy"))) == 2
+
+
+def test_two_ranks_train_one_network(flags, tmp_path):
+    """To what one process comes to, but for batch norm, which sees half a batch each."""
+    subprocess.run([str(a) for a in (
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
+        ROOT / "train_FER.py", *flags, "--model", "scn", "--rank_margin", .1, "--relabel_epoch", 1,
+        "--relabel_margin", 0, "--epochs", 1, "--save_path", tmp_path)], check=True,
+        capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    content = results(only(tmp_path))
+    assert content["n"] == 21 and content["versions"]["ranks"] == 2
+    assert content["relabelling"]["relabelled"] > 0
+
+
+# ---------------------------------------------------------------- where it starts
+
+def test_a_run_goes_on_from_a_model_with_the_wasserstein_term(flags, tmp_path, capsys):
+    train(*flags, "--save_path", tmp_path / "a", "--epochs", 1)
+    first = only(tmp_path / "a") / "last.pth"
+    train(*flags[:4], *flags[6:], "--save_path", tmp_path / "b", "--epochs", 1, "--model_path",
+          first, "--wloss_alpha", .0125, "--learning_rate", 0)
+    assert "all 122 tensors loaded" in capsys.readouterr().out
+    a, b = (checkpoint.load(p)["model"] for p in (first, only(tmp_path / "b") / "last.pth"))
+    assert torch.equal(a["fc.weight"], b["fc.weight"])
+    assert results(only(tmp_path / "b"))["transductive"] is None
+    said = refused(capsys, *flags[:4], *flags[6:], "--save_path", tmp_path / "c", "--model", "scn",
+                   "--model_path", first)
+    assert "not a checkpoint of scn but of baseline" in said
+
+
+@pytest.mark.parametrize("more, expected", [
+    ([], {"optimizer": "adamw", "learning_rate": 2e-4, "epochs": 40, "augment": "strong",
+          "label_smoothing": .1, "ema_decay": .999, "tta_flip": True, "warmup_epochs": 5}),
+    (["--epochs", "8"], {"warmup_epochs": 2}),
+    (["--recipe", "published", "--model", "scn"], {
+        "optimizer": "adam", "learning_rate": 1e-3, "lr_schedule": "exponential",
+        "lr_decay_rate": .9, "epochs": 70, "rank_margin": .07, "relabel_epoch": 10,
+        "relabel_group": "all", "ema_decay": 0, "warmup_epochs": 0}),
+    (["--recipe", "published", "--model", "scn", "--epochs", "9"], {"epochs": 9,
+                                                                    "rank_margin": .07}),
+    (["--recipe", "published", "--model", "ran"], {
+        "optimizer": "sgd", "learning_rate": .01, "lr_schedule": "step", "lr_decay_rate": .1,
+        "lr_decay_epochs": [12, 20, 32], "bn_per_view": True, "views": "fixed"}),
+    (["--recipe", "notes"], {"batch_size": 600, "optimizer": "adam", "learning_rate": 1e-3}),
+    (["--recipe", "notes", "--model", "ran"], {"batch_size": 72, "views": "fixed"}),
+    (["--recipe", "notes", "--wloss_alpha", ".0125"], {"optimizer": "sgd", "momentum": 0,
+                                                       "epochs": 300})])
+def test_recipes_set_what_no_flag_says(more, expected, capsys):
+    opt = train_FER.parse_option(["--dataset", "rafdb", "--data_folder", "d", "--save_path", "s",
+                                  *more])
+    assert {name: getattr(opt, name) for name in expected} == expected
+    assert ("--recipe" in capsys.readouterr().out) == ("--recipe" in more)
+
+
+def test_weight_decay_that_is_a_rates_factor_is_warned_of(capsys):
+    train_FER.parse_option(["--dataset", "rafdb", "--data_folder", "d", "--save_path", "s",
+                            "--weight_decay", "0.9"])
+    assert "--lr_decay_rate 0.9" in capsys.readouterr().out
+
+
+def test_frozen_backbones_stay_to_the_bit(flags, tmp_path):
+    torch.manual_seed(5)
+    torch.save(SCN(7).state_dict(), tmp_path / "start.pth")
+    train(*flags[:4], *flags[6:], "--pretrained", tmp_path / "start.pth", "--freeze_backbone",
+          "--model", "scn", "--save_path", tmp_path)
+    before = torch.load(tmp_path / "start.pth", weights_only=True)
+    after = checkpoint.load(only(tmp_path) / "last.pth")["model"]
+    moved = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
+    assert moved == {"fc", "alpha"}
+
+
+# ---------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize("more, expected", [
+    (["--rank_margin", .1], "--rank_margin goes with --model scn"),
+    (["--relabel_epoch", 3], "--relabel_group all"),
+    (["--region_margin", .1], "goes with --model ran"),
+    (["--views", "fixed"], "goes with --model ran"),
+    (["--model", "ran", "--views", "whole"], "--views fixed"),
+    (["--model", "ran", "--region_margin", .2], "margins below 0.177"),
+    (["--model", "ran", "--views", "landmark"], "--landmarks FILE"),
+    (["--gaussian"], "--landmarks FILE"), (["--landmarks", "x.csv"], "--gaussian or"),
+    (["--wloss_update", 2], "--wloss_alpha"), (["--warmup_epochs", 9], "at most the --epochs"),
+    (["--wloss_alpha", .1, "--wloss_distance", "none.csv"], "none.csv: missing"),
+    (["--select", "val", "--val_fraction", 0], "--val_fraction above 0"),
+    (["--data_folder", "nowhere"], "nowhere"), (["--dataset", "sfew"], "invalid choice"),
+    (["--pretrained", "none.pth"], "none.pth: no such checkpoint"),
+    (["--model_path", "x.pth"], "--pretrained"),
+    (["--seeds", 1], "--seeds: give two"), (["--batch_size", 1], "at least 2"),
+    (["--size", 8], "out of range")])
+def test_bad_input_is_refused_in_one_line(flags, tmp_path, capsys, more, expected):
+    said = refused(capsys, *flags, "--save_path", tmp_path / "r", *more)
+    assert said.startswith("error: ") and expected in said
+    assert not (tmp_path / "r").exists() or not list((tmp_path / "r").glob("fer_*/results.json"))
+
+
+def test_distances_of_a_file(flags, tmp_path, capsys):
+    names = face_tree.CLASSES
+    rows = [[abs(i - j) for j in range(7)] for i in range(7)]
+    table = tmp_path / "d.csv"
+    table.write_text("\n".join([",".join(["class", *names]), *(
+        ",".join([name, *map(str, row)]) for name, row in zip(names, rows))]) + "\n")
+    opt = train_FER.parse_option([str(f) for f in (*flags, "--save_path", "s", "--wloss_alpha", .1,
+                                                   "--wloss_distance", table)])
+    distance = train_FER.set_distance(opt, names, torch.device("cpu"))
+    torch.testing.assert_close(distance[0], torch.arange(7, dtype=torch.float64) / 21)
+    table.write_text(table.read_text().replace("fear,1,0", "fear,1,3"))
+    assert "0 to itself" in refused(capsys, *flags, "--save_path", tmp_path / "r", "--wloss_alpha",
+                                    .1, "--wloss_distance", table)
+
+
+def test_a_run_folder_that_exists_is_not_entered(flags, tmp_path, capsys):
+    train(*flags, "--save_path", tmp_path, "--epochs", 1)
+    assert "go on with --resume auto" in refused(capsys, *flags, "--save_path", tmp_path,
+                                                 "--epochs", 1)
+    said = refused(capsys, *flags, "--save_path", tmp_path, "--epochs", 1, "--resume", "auto",
+                   "--label_smoothing", .3)
+    assert "--label_smoothing 0.1 there, 0.3 here" in said
