@@ -18,6 +18,9 @@ MMNET = --data_folder $(DEMO)/mmnet/data --save_path $(DEMO)/mmnet/results \
         --tb_path $(DEMO)/mmnet/tensorboard --size 48 --epochs 12 --batch_size 8 \
         --learning_rate 0.0005 --weight_decay 0.05 --scale fixed --resume auto --print_freq 8
 
+# without its pins, which would replace torch
+DETECTOR = $(PY) -m pip install --disable-pip-version-check --quiet --no-deps facenet-pytorch
+
 .PHONY: demo demo-mmnet test lint check test-slow faces clean-demo
 
 # 24 labelled people, held out in turn; 600 unlabelled pairs of 60 others to pre-train on
@@ -63,10 +66,10 @@ check: lint test
 test-slow: .venv/test-ready
 	$(PY) -m pytest -m slow -n auto --maxprocesses 8 --dist worksteal
 
-# the face detector of prepare.py; without its pins, which would replace torch
+# the face detector of prepare.py and detect_faces.py
 faces: .venv/ready
 	$(PY) -m pip install --disable-pip-version-check --quiet -r requirements-prepare.txt requests
-	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps facenet-pytorch
+	$(DETECTOR)
 
 clean-demo:
 	rm -rf $(DEMO)
@@ -84,5 +87,6 @@ clean-demo:
 	touch $@
 
 .venv/test-ready: .venv/ready requirements-test.txt requirements-prepare.txt
-	$(PY) -m pip install --disable-pip-version-check --quiet -r requirements-test.txt
+	$(PY) -m pip install --disable-pip-version-check --quiet -r requirements-test.txt requests
+	$(DETECTOR)
 	touch $@

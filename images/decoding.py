@@ -45,7 +45,8 @@ def read_photo(path: str | Path, side: int | None = None) -> Image.Image:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, RuntimeError,  # the last of AVIF's decoder
+            Image.DecompressionBombError) as error:
         raise BadInput(f"{path}: cannot be decoded ({error}); replace it") from None
 
 

@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import repeat
@@ -228,15 +228,22 @@ def run_all(process: Callable, tasks: list, settings: object, folder: Path | str
             num_workers: int) -> list:
     """Records `process(task, settings, folder)` of all tasks, in their order, by several processes,
     with a progress bar."""
+    return list(run_each(process, tasks, settings, folder, num_workers, ("cutting", "clip")))
+
+
+def run_each(process: Callable, tasks: list, settings: object, folder: Path | str,
+             num_workers: int, words: tuple, executor: type = ProcessPoolExecutor) -> Iterator:
+    """As `run_all`, one record after another. words: what the bar says, and its unit."""
     jobs = tasks, repeat(settings), repeat(str(folder))
-    bar = {"desc": "cutting", "total": len(tasks), "unit": "clip", "disable": None}
+    bar = {"desc": words[0], "total": len(tasks), "unit": words[1], "disable": None}
     if num_workers < 2 or len(tasks) < 2:
-        return list(tqdm(map(process, *jobs), **bar))
-    pool = ProcessPoolExecutor(min(num_workers, len(tasks)))
+        yield from tqdm(map(process, *jobs), **bar)
+        return
+    pool = executor(min(num_workers, len(tasks)))
     try:
-        return list(tqdm(pool.map(process, *jobs, chunksize=2), **bar))
+        yield from tqdm(pool.map(process, *jobs, chunksize=2), **bar)
     except BrokenExecutor:
-        raise RunFailed("a worker was killed, for memory perhaps; run again, with fewer "
-                        "--num_workers: finished clips are kept") from None
+        raise RunFailed(f"a worker was killed, for memory perhaps; run again, with fewer "
+                        f"--num_workers: finished {words[1]}s are kept") from None
     finally:
         pool.shutdown(cancel_futures=True)

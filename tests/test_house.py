@@ -19,7 +19,7 @@ from preparation import outputs
 from training import checkpoint, distributed
 
 SCRIPTS = ("pre-train_DVSCL", "LinearProbing_DVSCL_10fold", "fine-tune_DVSCL", "train_MMNet",
-           "predict", "compare_results", "prepare", "render")
+           "predict", "compare_results", "prepare", "render", "detect_faces")
 
 
 def run(code, *flags, **environment):

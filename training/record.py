@@ -204,7 +204,12 @@ class Log:
 
 def read_log(folder: str | Path) -> list[dict]:
     """The lines of a run's log.jsonl as dicts, up to the first that is not whole."""
-    path, lines = Path(folder) / "log.jsonl", []
+    return read_lines(Path(folder) / "log.jsonl")
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The lines of a file of JSON lines, up to the first that is not whole; none of no file."""
+    lines = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
