@@ -1,38 +1,26 @@
-"""Classes of new clips, from a checkpoint that fine-tune_DVSCL.py --subject all made.
+"""Classes of photographs, or of clips, by a checkpoint, which says what kind of model it holds.
 
+  python predict.py --model_path results/RUN/last.pth photo.jpg photos --pictures drawn
   python predict.py --model_path results/RUN/last.pth --onset 110.jpg --apex 118.jpg \\
       --depth_onset 110.png --depth_apex 118.png
   python predict.py --model_path results/RUN/last.pth --data_folder D \\
       --list D/v_rgb/spNO1_test.txt --json
 
-Frames are cropped, registered, subtracted and normalised as the checkpoint records it of the
-images it was trained on; prepared images must have been made alike. Prints a row per clip: the
-likeliest class and the probability of each. Expect a few seconds.
+The first is for models of train_FER.py: faces are found, cut out as the model was trained, and told
+apart; the others are for those that fine-tune_DVSCL.py --subject all made, whose frames are
+cropped, registered, subtracted and normalised as the checkpoint records it. Prints a row per face
+or clip: the likeliest class and the probability of each. Expect a few seconds.
 """
 import util  # first: it settles how threads wait before torch is imported
 
 # isort: split
 import argparse
-import json
-import sys
-import tempfile
-from pathlib import Path
 
-import numpy as np
-import torch
-
-import dataset
-from evaluation import encoders
-from images import decoding, encoding, lists
-from models import create_classifier
-from models.classifier import Classifier
-from preparation import cutting, detection, registration
-from training import checkpoint, epochs, supervised
-from util import BadInput, ensure, number
-
-NEEDED = ("classifier", "classes", "layer", "view", "channels", "encoding", "normalization")
-FRAMES = ("onset", "apex", "depth_onset", "depth_apex")
-SMALLEST = 32  # side of a frame, pixels: no face is found in fewer
+from images import encoding
+from prediction import clips, photographs
+from preparation import detection, registration
+from training import checkpoint, epochs
+from util import BadInput, number
 
 
 class FaceBox(argparse.Action):
@@ -47,7 +35,10 @@ class FaceBox(argparse.Action):
 
 def parse_option(argv: list[str] | None) -> util.Options:
     parser = util.ArgumentParser(description=__doc__)
-    data = parser.add_argument_group("data: two frames with their depth, or a list")
+    parser.add_argument("photos", nargs="*", metavar="PHOTO|FOLDER",
+                        help="photographs of faces, for a model of train_FER.py")
+    add_photo_options(parser)
+    data = parser.add_argument_group("clips: two frames with their depth, or a list")
     data.add_argument("--onset", metavar="FILE", help="RGB frame at the onset")
     data.add_argument("--apex", metavar="FILE", help="RGB frame at the apex")
     data.add_argument("--depth_onset", metavar="FILE",
@@ -67,7 +58,7 @@ def parse_option(argv: list[str] | None) -> util.Options:
                            "beside v_rgb/ [wrap]")
     model = parser.add_argument_group("model")
     model.add_argument("--model_path", required=True, metavar="FILE",
-                       help="last.pth of fine-tune_DVSCL.py --subject all")
+                       help="last.pth of fine-tune_DVSCL.py --subject all, or of train_FER.py")
     running = parser.add_argument_group("running")
     running.add_argument("--device", default="auto", metavar="NAME",
                          help="auto: cuda where there is one, else cpu; or cpu, cuda, cuda:1")
@@ -75,223 +66,55 @@ def parse_option(argv: list[str] | None) -> util.Options:
                          help="threads that decode images")
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print JSON, not a table")
+    output.add_argument("--csv", metavar="FILE", help="photographs: also write this table [none]")
+    output.add_argument("--pictures", metavar="DIR", help="photographs: also draw them, with boxes "
+                        "and classes, into this folder [none]")
     opt = parser.parse_args(argv)
     check_option(parser, opt)
     return opt
 
 
+def add_photo_options(parser: util.ArgumentParser) -> None:
+    group = parser.add_argument_group("photographs")
+    group.add_argument("--whole", action="store_true",
+                       help="they are crops of faces already: none is searched for")
+    group.add_argument("--margin", type=number(float, 0, 4),
+                       help="share of a face added to its crop [as the training images were cut, "
+                            f"where that is known, else {registration.MARGIN:.3f}]")
+    group.add_argument("--min_face_size", type=number(int, detection.SMALLEST_FACE), default=40,
+                       help="longer side of the smallest face that is looked for, pixels")
+
+
 def check_option(parser: util.ArgumentParser, opt: util.Options) -> None:
-    frames = [f"--{name}" for name in (*FRAMES, "box") if getattr(opt, name) is not None]
+    frames = [f"--{name}" for name in (*clips.FRAMES, "box") if getattr(opt, name) is not None]
+    if opt.photos:
+        if opt.list or frames or opt.data_folder:
+            parser.error(f"photographs and {(frames or ['--list'])[0]} exclude each other")
+        return
+    if opt.csv or opt.pictures or opt.whole:
+        parser.error("--csv, --pictures and --whole go with photographs")
     if opt.list and frames:
         parser.error(f"--list and {frames[0]} exclude each other")
     if bool(opt.list) != bool(opt.data_folder):
         parser.error("--list and --data_folder go together")
     if not opt.list and not (opt.onset and opt.apex):
-        parser.error("give --onset and --apex, or --data_folder and --list")
+        parser.error("give photographs, or --onset and --apex, or --data_folder and --list")
     if opt.encoding and not opt.list:
         parser.error("--encoding goes with --list")
     if bool(opt.depth_onset) != bool(opt.depth_apex):
         parser.error("--depth_onset and --depth_apex go together")
 
 
-# ---------------------------------------------------------------- model
-
-def read_checkpoint(path: str | Path) -> dict:
-    """The state of a checkpoint with a head; raises BadInput."""
-    state = checkpoint.load(path)
-    missing = [name for name in NEEDED if state.get(name) is None]
-    if missing:
-        raise BadInput(f"{path}: cannot predict: it holds no {missing[0]}; name the last.pth that "
-                       f"fine-tune_DVSCL.py --subject all writes")
-    try:
-        state["channels"] = tuple(int(n) for n in state["channels"])
-        ensure(len(state["channels"]) == 2 and state["opt"]["model"])
-        ensure(isinstance(state["classes"], list))
-        ensure(all(isinstance(name, str) for name in state["classes"]))
-        ensure(state["encoding"]["difference"] in encoding.DIFFERENCES)
-        ensure(isinstance(state["layer"], int) and isinstance(state["view"], str))
-    except (KeyError, TypeError, ValueError):
-        raise BadInput(f"{path}: its 'opt', 'classes', 'layer', 'view', 'channels' or 'encoding' "
-                       f"cannot be read; fine-tune again") from None
-    return state
-
-
-def set_model(path: str | Path, state: dict, clips: dataset.ClipSet,
-              device: torch.device) -> Classifier:
-    """The classifier of a checkpoint for `clips`, on the device; raises BadInput."""
-    opt = argparse.Namespace(model=state["opt"]["model"], view=state["view"],
-                             layer=state["layer"], size=state["opt"].get("size", decoding.CROP))
-    try:
-        head = create_classifier(opt.model, opt.layer, len(state["classes"]), state["channels"],
-                                 state["opt"].get("encoder", "both"), opt.size)
-        head.load_state_dict(state["classifier"])
-        if not all(value.isfinite().all() for value in head.state_dict().values()):
-            raise BadInput(f"{path}: its head holds weights that are not finite; fine-tune again")
-    except (ValueError, RuntimeError, TypeError, AttributeError):
-        raise BadInput(f"{path}: its head does not fit {opt.model}, layer {opt.layer} and "
-                       f"{len(state['classes'])} classes; fine-tune again") from None
-    classifier, _ = encoders.load_classifier(opt, path, clips, head)
-    return classifier.to(device)
-
-
-# ---------------------------------------------------------------- prepared images
-
-def read_list(opt: util.Options, state: dict) -> dataset.ClipSet:
-    """The clips of --list; raises BadInput where its images are not as the checkpoint's were."""
-    path, view = Path(opt.list), state["view"]
-    clips = dataset.read_list(path, opt.data_folder, view, opt.encoding,
-                              alone=state["opt"].get("encoder") == "rgb")
-    if clips.channels != state["channels"]:
-        raise BadInput(f"{path}: the second view has {clips.channels[1]} channels, that of "
-                       f"{opt.model_path} {state['channels'][1]}")
-    for name, ours, theirs in differing(clips.encoding, state["encoding"], clips.views[1]):
-        raise BadInput(f"{path}: its images have {name} {ours}, but {opt.model_path} was trained "
-                       f"with {theirs}; prepare them alike")
-    return clips
-
-
-def differing(ours: dict, theirs: dict, second: str) -> list[tuple]:
-    """(what, here, there) where two encodings differ in what is known of both."""
-    def crop(encoding, name):
-        return encoding["crop"].get(name) if isinstance(encoding.get("crop"), dict) else None
-    pairs = [(name, ours.get(name), theirs.get(name)) for name in ("difference", "registration")]
-    pairs += [(f"crop {name}", crop(ours, name), crop(theirs, name)) for name in ("margin", "roll")]
-    if second == "depth":
-        pairs.append(("depth_range_mm", ours.get("depth_range_mm"), theirs.get("depth_range_mm")))
-    return [pair for pair in pairs if None not in pair and pair[1] != pair[2]]
-
-
-# ---------------------------------------------------------------- frames
-
-def recorded(path: str | Path, encoding: dict, with_depth: bool) -> cutting.Settings:
-    """How a checkpoint's encoding says that images were cut; raises BadInput."""
-    try:
-        crop = encoding["crop"]
-        settings = cutting.Settings(
-            crop["by"], float(crop["margin"]), int(encoding["size"]), bool(crop["roll"]),
-            encoding["registration"], encoding["difference"],
-            *([float(encoding["depth_scale"]), float(encoding["depth_range_mm"])] if with_depth
-              else []))
-        ensure(settings.crop in ("mtcnn", "box", "boxes", "none"))
-        ensure(settings.register in ("translation", "similarity", "none"))
-        ensure(settings.margin >= 0 and 32 <= settings.size <= 1024)
-        ensure(settings.depth_scale > 0 and settings.depth_range > 0)
-    except KeyError as error:
-        raise BadInput(f"{path}: does not record {error.args[0]!r} of the images it was trained "
-                       f"on; give --list with images prepared alike, or prepare the training "
-                       f"images with prepare.py and train again") from None
-    except (TypeError, ValueError):
-        raise BadInput(f"{path}: its 'encoding' cannot be read; prepare and train again") from None
-    return settings
-
-
-def check_frames(opt: util.Options, state: dict) -> bool:
-    """Raises BadInput unless the frames that are given are those the model needs; returns whether
-    depth is cut."""
-    second, alone = lists.view_names(state["view"])[1], state["opt"].get("encoder") == "rgb"
-    given = opt.depth_onset is not None
-    if second not in ("depth", "gray"):
-        raise BadInput(f"{opt.model_path}: its second view is {second}, which frames do not give; "
-                       f"give --list")
-    if given and second != "depth":
-        raise BadInput(f"--depth_onset {opt.depth_onset}: the second view of {opt.model_path} is "
-                       f"{second}, not depth; drop both depth frames")
-    if second == "depth" and not given and not alone:
-        raise BadInput(f"{opt.model_path}: sees depth too; give --depth_onset and --depth_apex")
-    for flags in (FRAMES[:2], FRAMES[2:] if given else ()):
-        sizes = {}
-        for name in flags:
-            file = getattr(opt, name)
-            if not Path(file).is_file():
-                raise BadInput(f"--{name} {file}: no such file")
-            sizes[name] = decoding.open_image(file).size
-            if min(sizes[name]) < SMALLEST:
-                raise BadInput(f"--{name} {file}: {sizes[name][0]}x{sizes[name][1]} pixels; a "
-                               f"frame has {SMALLEST} or more a side")
-        if len(set(sizes.values())) > 1:
-            (a, first), (b, other) = sizes.items()
-            raise BadInput(f"--{b} {getattr(opt, b)}: {other[0]}x{other[1]} pixels, but --{a} has "
-                           f"{first[0]}x{first[1]}: both are frames of one camera")
-    return given
-
-
-def check_box(opt: util.Options, settings: cutting.Settings) -> None:
-    """Raises BadInput for a box that is missing, outside the frame, or not what was recorded."""
-    if settings.crop in ("box", "boxes") and opt.box is None:
-        raise BadInput(f"{opt.model_path}: was trained on crops around boxes that were given; give "
-                       f"--box X Y W H, the face on the onset frame")
-    if opt.box is None:
-        return
-    width, height = decoding.open_image(opt.onset).size
-    if settings.crop == "none":
-        raise BadInput(f"--box: {opt.model_path} was trained on the central square of its frames; "
-                       f"drop it")
-    if opt.box.roll and not settings.roll:
-        raise BadInput(f"--box: {opt.model_path} was trained on crops that were not turned; drop "
-                       f"the fifth number")
-    if not (opt.box.x < width and opt.box.y < height and opt.box.x + opt.box.width > 0
-            and opt.box.y + opt.box.height > 0):
-        raise BadInput(f"--box: lies outside {opt.onset}, {width}x{height} pixels")
-
-
-def cut_frames(opt: util.Options, state: dict, folder: str) -> dataset.ClipSet:
-    """The one clip, its difference images below `folder`; raises BadInput."""
-    with_depth = check_frames(opt, state)
-    settings = recorded(opt.model_path, state["encoding"], with_depth)
-    check_box(opt, settings)
-    registration.require()
-    if settings.crop == "mtcnn" and opt.box is None:
-        detection.require()
-    files = [str(getattr(opt, name)) for name in FRAMES[:4 if with_depth else 2]]
-    names = "rgb.png", "depth.png" if with_depth else ""
-    task = cutting.Task(Path(opt.apex).stem, *names, tuple(files), box=opt.box)
-    record = cutting.process(task, settings, folder)
-    if "dropped" in record:
-        raise BadInput("no face found on the onset frame; give --box X Y W H, or another frame"
-                       if record["dropped"].startswith("no face")
-                       else f"{record['dropped']}; give another frame")
-    if not record["registered"]:
-        print(f"note: {opt.apex}: could not be registered onto {opt.onset}; taken as it is",
-              file=sys.stderr)  # standard output holds the result alone
-    # without depth the luminance stands in: it is the view itself, or the head does not see it
-    clip = dataset.Clip(0, "", f"{opt.onset} {opt.apex}", -1, (names[0], names[1] or names[0]))
-    return dataset.ClipSet([clip], Path(folder), ("rgb", "depth" if with_depth else "gray"), (3, 1),
-                           state["encoding"], luminance=not with_depth)
-
-
-# ---------------------------------------------------------------- result
-
-def report(opt: util.Options, state: dict, clips: dataset.ClipSet,
-           probabilities: np.ndarray) -> str:
-    """The result as text: JSON, or a table with a row per clip."""
-    classes, keys = state["classes"], [clip.key for clip in clips.clips]
-    if opt.json:
-        answers = [{"key": key, "prediction": classes[p.argmax()],
-                    "probabilities": {name: float(v) for name, v in zip(classes, p)}}
-                   for key, p in zip(keys, probabilities)]
-        return json.dumps({"checkpoint": str(opt.model_path), "classes": classes,
-                           "clips": answers}, indent=1, ensure_ascii=False)
-    rows = [("clip", "prediction", *classes)]
-    rows += [(key, classes[p.argmax()], *(f"{v:.3f}" for v in p))
-             for key, p in zip(keys, probabilities)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), row[1].ljust(widths[1]),
-                                *(v.rjust(w) for v, w in zip(row[2:], widths[2:]))])
-                     for row in rows)
-
-
 @util.command_line
 def main(argv: list[str] | None = None) -> None:
     opt = parse_option(argv)
-    state, device = read_checkpoint(opt.model_path), epochs.pick_device(opt.device)
-    with tempfile.TemporaryDirectory() as folder:
-        clips = read_list(opt, state) if opt.list else cut_frames(opt, state, folder)
-        classifier = set_model(opt.model_path, state, clips, device)
-        images, _ = dataset.load_images(clips, "off", opt.num_workers,
-                                        state["opt"].get("size", decoding.CROP))
-    probabilities = supervised.predict(classifier, images, np.arange(len(clips)),
-                                       epochs.mixed_precision(False, device).autocast)
-    print(report(opt, state, clips, probabilities))
+    state, device = checkpoint.load(opt.model_path), epochs.pick_device(opt.device)
+    of_photos = state.get("system") == "FER"
+    if bool(opt.photos) != of_photos:
+        raise BadInput(f"{opt.model_path}: a model of "
+                       + ("photographs; name some, or folders of them" if of_photos else
+                          "clips; give --onset and --apex, or --data_folder and --list"))
+    print((photographs if of_photos else clips).predict(opt, state, device))
 
 
 if __name__ == "__main__":

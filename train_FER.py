@@ -16,12 +16,11 @@ import torch
 from evaluation import fitting, heldout, photographs
 from images import cache, regions
 from images import faces as sets
-from models.ran import RAN
-from models.scn import ARCHITECTURES, SCN, Baseline
+from models.ran import NETWORKS, create_network
+from models.scn import ARCHITECTURES
 from training import checkpoint, distributed, epochs, faces, losses, options, record
 from util import BadInput, number, positive_int, read_table
 
-MODELS = {"baseline": Baseline, "scn": SCN, "ran": RAN}
 RATES = {"adamw": 2e-4, "adam": 1e-3, "sgd": 1e-2, "rmsprop": 1e-3}
 DECAYS = (.3, .5, .8)  # shares of the epochs, of --lr_schedule step
 PUBLISHED = {"augment": "published", "label_smoothing": 0.0, "ema_decay": 0.0, "tta_flip": False,
@@ -137,7 +136,7 @@ def add_data_options(parser):
 
 def add_model_options(parser):
     model = parser.add_argument_group("model")
-    model.add_argument("--model", choices=tuple(MODELS), default="baseline",
+    model.add_argument("--model", choices=tuple(NETWORKS), default="baseline",
                        help="baseline: a linear layer on the pooled vector; scn: self-cure "
                             "network; ran: region attention network")
     model.add_argument("--arch", choices=ARCHITECTURES, default="resnet18", help="its backbone")
@@ -266,8 +265,8 @@ def set_loader(opt):
 
 def set_model(opt, n_label, device):
     torch.manual_seed(opt.seed)
-    more = {"bn_per_view": opt.bn_per_view} if opt.model == "ran" else {}
-    network = MODELS[opt.model](n_label, opt.arch, opt.drop_rate, opt.gaussian, **more)
+    network = create_network(opt.model, n_label, opt.arch, opt.drop_rate, opt.gaussian,
+                             opt.bn_per_view)
     if opt.model_path:
         checkpoint.load_model(network, checkpoint.load(opt.model_path), opt.model_path, opt.model)
         print(f"--model_path {opt.model_path}: all {len(network.state_dict())} tensors loaded")

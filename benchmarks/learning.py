@@ -29,8 +29,9 @@ import dataset
 from benchmarks.rows import Rows, line, regression
 from evaluation import pictures
 from images import lists
+from prediction import clips as prediction
 from rendering import expression
-from training import epochs, supervised
+from training import checkpoint, epochs, supervised
 
 PEOPLE = 250  # in the unlabelled pool
 SIZES = {"resnet18v1": 56, "alexnet": 112}  # crops, pixels, that two cores can do
@@ -156,10 +157,9 @@ def ceiling(bench, pool, data, lists):
         *bench.shared("resnet18v1", 0), *scratch(
             max(2, round(bench.opt.seen / 5000)))])
     (path,) = root.glob("*/last.pth")
-    predict = importlib.import_module("predict")
-    state, clips = predict.read_checkpoint(path), dataset.read_clips(data)
+    state, clips = checkpoint.load(path), dataset.read_clips(data)
     device = torch.device("cpu")
-    classifier = predict.set_model(path, state, clips, device)
+    classifier = prediction.set_model(path, state, clips, device)
     images, _ = dataset.load_images(clips, bench.work / "cache", 4, SIZES["resnet18v1"])
     said = supervised.predict(classifier, images, np.arange(len(clips)),
                               epochs.mixed_precision(False, device).autocast).argmax(1)

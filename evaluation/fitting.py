@@ -132,6 +132,7 @@ class Fit:
             checkpoint.save(self.run.last(), {
                 "system": "FER", "opt": vars(self.run.opt), "epoch": epoch, "within": within,
                 "classes": list(self.faces.classes), "data_digest": self.digest,
+                "crop": photographs.cut_as(self.faces),
                 "model": job.network.state_dict(), "ema": job.ema and job.ema.state_dict(),
                 "optimizer": job.optimizer.state_dict(),
                 "scaler": job.precision.scaler.state_dict(),

@@ -1,4 +1,5 @@
 """Face images: what is held out to choose by, and the results on a test split, read once."""
+import json
 import math
 from pathlib import Path
 
@@ -40,6 +41,17 @@ def hold_out(images: FaceSet, fraction: float, seed: int) -> tuple[np.ndarray, n
     out = np.concatenate([rng.permutation(own)[:round(fraction * len(own))] for own in (
         np.flatnonzero(images.labels == label) for label in range(images.n_label))])
     return np.setdiff1d(everyone, out), np.sort(out)
+
+
+def cut_as(images: FaceSet) -> dict | None:
+    """How detect_faces.py cut the images of a set, {margin, align}; None where it did not."""
+    for folder in (images.folder, *images.folder.resolve().parents[:2]):
+        try:
+            settings = json.loads((folder / "faces.json").read_text(encoding="utf-8"))["settings"]
+            return {"margin": float(settings["margin"]), "align": bool(settings["align"])}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
 
 
 def test_of(images: FaceSet) -> tuple[FaceSet, FaceSet]:

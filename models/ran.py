@@ -6,7 +6,7 @@ Recognition", IEEE TIP 2020, section III.
 import torch
 from torch import Tensor, nn
 
-from models.scn import Backbone
+from models.scn import SCN, Backbone, Baseline
 
 
 class RAN(Backbone):
@@ -52,3 +52,15 @@ class RAN(Backbone):
 
     def forward(self, views: Tensor) -> tuple[Tensor, Tensor]:
         return self.classify(self.maps(views))
+
+
+# ---------------------------------------------------------------- the face networks by name
+
+NETWORKS = {"baseline": Baseline, "scn": SCN, "ran": RAN}
+
+
+def create_network(name: str, n_label: int, arch: str = "resnet18", drop_rate: float = 0,
+                   gaussian: bool = False, bn_per_view: bool = False) -> Backbone:
+    """A network of NETWORKS; bn_per_view: of ran alone."""
+    more = {"bn_per_view": bn_per_view} if name == "ran" else {}
+    return NETWORKS[name](n_label, arch, drop_rate, gaussian, **more)

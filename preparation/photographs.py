@@ -127,22 +127,23 @@ def process(photo: Photo, settings: Settings, folder: str | Path,
     record["height"], record["width"] = pixels.shape[:2]
     faces = detection.find_faces(pixels, settings.min_face_size, settings.threshold, device)
     for number, face in enumerate(faces[:1] if settings.largest else faces, 1):
-        record["faces"].append(_described(number, face))
+        record["faces"].append(described(number, face))
         if settings.crop:
             framing = settings.size, settings.margin, settings.align
             name = f"crops/{photo.stem}_{number}.{settings.format}"
-            _save(folder, name, Image.fromarray(detection.cut_face(pixels, face, *framing)),
+            save(folder, name, Image.fromarray(detection.cut_face(pixels, face, *framing)),
                   settings.format)
             points = detection.points_in_crop(face, *framing)
             record["faces"][-1] |= {"crop": name, "crop_points": _rounded(points)}
             record["files"].append(name)
     if settings.annotate and record["faces"]:
         record["files"].append(f"annotated/{photo.stem}.jpg")
-        _save(folder, record["files"][-1], draw(pixels, record["faces"]), "jpg")
+        save(folder, record["files"][-1], draw(pixels, record["faces"]), "jpg")
     return record
 
 
-def _described(number, face: Face):
+def described(number: int, face: Face) -> dict:
+    """What a record says of a face, and `draw` draws."""
     box = {name: round(getattr(face.box, name), 3) for name in ("x", "y", "width", "height")}
     return {"face": number, **box, "score": round(face.score, 6), "points": _rounded(face.points)}
 
@@ -151,7 +152,8 @@ def _rounded(points):
     return [[round(float(value), 3) for value in point] for point in points]
 
 
-def _save(folder, name, image, kind):
+def save(folder: str | Path, name: str, image: Image.Image, kind: str) -> None:
+    """Writes an image as `name` below a folder, in one of QUALITY."""
     path, file = Path(folder) / name, io.BytesIO()
     image.save(file, **QUALITY[kind])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,8 +161,8 @@ def _save(folder, name, image, kind):
 
 
 def draw(photo: np.ndarray, faces: list[dict]) -> Image.Image:
-    """A photograph uint8 `[H, W, 3]` with the box, points, number and score of each face, scaled
-    down to PICTURE_SIDE pixels."""
+    """A photograph uint8 `[H, W, 3]` with the box, points, number and score (or `text`) of each
+    face, scaled down to PICTURE_SIDE pixels."""
     image = Image.fromarray(photo)
     image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
     scale, canvas = image.width / photo.shape[1], ImageDraw.Draw(image)
@@ -174,7 +176,7 @@ def draw(photo: np.ndarray, faces: list[dict]) -> Image.Image:
         for x, y in face["points"]:
             x, y, radius = x * scale, y * scale, 1.5 * line
             canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill="red")
-        text = f"{face['face']}: {face['score']:.3f}"
+        text = face.get("text") or f"{face['face']}: {face['score']:.3f}"
         place = left, max(0, top - 1.5 * font.size)  # above the box, where there is room
         canvas.rectangle(canvas.textbbox(place, text, font), fill="black")
         canvas.text(place, text, "white", font)

@@ -7,12 +7,14 @@ import pytest
 from conftest import ROOT
 
 FLOORS = {"util": 1, "models": 1, "NCE": 1, "images": 2, "dataset": 3, "training": 3,
-          "evaluation": 4, "preparation": 4, "rendering": 4}
+          "evaluation": 4, "preparation": 4, "rendering": 4, "prediction": 5}
 ALLOWED = {"util": (), "NCE": (), "models": (), "images": ("util",), "dataset": ("images", "util"),
            "training": ("images", "models", "util"),
            "evaluation": ("dataset", "images", "models", "training", "util"),
            "preparation": ("dataset", "images", "util"),
-           "rendering": ("dataset", "images", "util")}
+           "rendering": ("dataset", "images", "util"),
+           "prediction": ("dataset", "evaluation", "images", "models", "preparation", "training",
+                          "util")}
 
 
 def imports_of(path):

@@ -264,8 +264,10 @@ def changed(path, folder, change):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ([], "give --onset and --apex, or --data_folder and --list"),
-    (["--onset", "x.jpg"], "give --onset and --apex"),
+    ([], "give photographs, or --onset and --apex, or --data_folder and --list"),
+    (["--onset", "x.jpg"], "or --onset and --apex"),
+    (["x.jpg", "--onset", "x.jpg"], "photographs and --onset exclude each other"),
+    (["--csv", "x.csv", "--onset", "a.jpg", "--apex", "b.jpg"], "go with photographs"),
     (["--list", "x.txt"], "--list and --data_folder go together"),
     (["--list", "x.txt", "--data_folder", "d", "--onset", "x.jpg"], "exclude each other"),
     (["--onset", "a", "--apex", "b", "--depth_apex", "c"], "go together"),
@@ -398,5 +400,6 @@ def test_help_names_groups_and_flags(capsys):
     with pytest.raises(SystemExit):
         predict("--help")
     text = capsys.readouterr().out
-    for part in ("data:", "model:", "running:", "output:", "--box X [Y W H", "--json", "[auto]"):
+    for part in ("photographs:", "clips: two frames", "model:", "running:", "output:",
+                 "--box X [Y W H", "--json", "[auto]"):
         assert part in text, part

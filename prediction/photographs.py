@@ -1,0 +1,143 @@
+"""Expressions of the faces in photographs, by a network that train_FER.py made."""
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+import util
+from images import cache
+from images.decoding import read_photo
+from images.faces import FaceSet
+from models.ran import create_network
+from prediction.clips import table
+from preparation import detection, photographs, registration
+from training import epochs, faces
+from util import BadInput, write_table
+
+AT_ONCE = 256  # faces that are held in memory
+
+
+class Found(NamedTuple):
+    """A face: the photograph it is in, what `photographs.described` says of it, its crop uint8
+    `[S, S, 3]` and its points there, float32 `[5, 2]`, or None."""
+    photo: photographs.Photo
+    face: dict
+    crop: np.ndarray
+    points: np.ndarray | None
+
+
+def load(path: str | Path, state: dict) -> nn.Module:
+    """The network that predicted the test split of a run; raises BadInput."""
+    try:
+        opt = state["opt"]
+        network = create_network(opt["model"], len(state["classes"]), opt["arch"], 0,
+                                 opt["gaussian"])
+        weights = state["model"]
+        if opt["select"] == "val":
+            weights = state["best"]["model"]
+        elif state["ema"]:
+            weights = {name.removeprefix("module."): v for name, v in state["ema"].items()}
+        network.load_state_dict(weights)
+        util.ensure(opt["views"] and opt["size"] >= 32 and isinstance(opt["tta_flip"], bool))
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+        raise BadInput(f"{path}: cannot be read as a model of train_FER.py; train again") from None
+    if opt["views"] == "landmark":
+        raise BadInput(f"{path}: sees crops about 68 landmarks, which are not found here; train "
+                       f"with --views fixed or random to predict photographs")
+    return network
+
+
+def find(opt: util.Options, state: dict, told: dict) -> Iterator[Found]:
+    """The faces of all photographs; `told`: what is noted of those without one, and of unreadable
+    ones."""
+    size, crop = state["opt"]["size"], state.get("crop") or {}
+    margin = opt.margin
+    if margin is None:
+        margin = crop.get("margin", registration.MARGIN)
+    framing = size, margin, crop.get("align", True)
+    # where pictures are written nothing is read
+    photos, _ = photographs.find_photos(opt.photos, opt.pictures or "/dev/null")
+    for photo in photos:
+        try:
+            pixels = np.asarray(read_photo(photo.path))
+        except BadInput as error:
+            told["unreadable"].append(str(error))
+            continue
+        if opt.whole:
+            whole = Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR)
+            box = {"face": 1, "x": 0, "y": 0, "width": pixels.shape[1], "height": pixels.shape[0],
+                   "score": None, "points": []}
+            yield Found(photo, box, np.asarray(whole), None)
+            continue
+        found = detection.find_faces(pixels, opt.min_face_size)
+        if not found:
+            told["without_faces"].append(photo.name)
+        for number, face in enumerate(found, 1):
+            yield Found(photo, photographs.described(number, face),
+                        detection.cut_face(pixels, face, *framing),
+                        detection.points_in_crop(face, *framing))
+
+
+def say(network: nn.Module, state: dict, found: list[Found]) -> np.ndarray:
+    """Probabilities `[len(found), C]`."""
+    opt, size = state["opt"], state["opt"]["size"]
+    images = cache.OnDemand(len(found), lambda i: found[i].crop.transpose(2, 0, 1), (3, size, size),
+                            np.uint8, "", num_workers=1)
+    points = None
+    if opt["gaussian"]:
+        points = np.stack([np.full((5, 2), np.nan, np.float32) if one.points is None
+                           else one.points / size for one in found])
+    shown = FaceSet("photographs", Path(), tuple(state["classes"]), [], np.zeros(0, int), [], None,
+                    None, False)
+    source = faces.Source(shown, images, points, opt["views"], opt["gaussian"])
+    device = next(network.parameters()).device
+    autocast = epochs.mixed_precision(False, device).autocast
+    return faces.predict(network, source, np.arange(len(found)), autocast, opt["tta_flip"])[1]
+
+
+def draw(folder: str, classes: list[str], rows: list[tuple[Found, np.ndarray]]) -> None:
+    """One photograph with the boxes and classes of its faces."""
+    photo = rows[0][0].photo
+    told = [one.face | {"text": f"{classes[p.argmax()]} {p.max():.2f}"} for one, p in rows]
+    image = photographs.draw(np.asarray(read_photo(photo.path)), told)
+    photographs.save(folder, f"{photo.stem}.jpg", image, "jpg")
+
+
+def predict(opt: util.Options, state: dict, device: torch.device) -> str:
+    """The classes of all faces, as text; writes --csv and --pictures."""
+    network = load(opt.model_path, state).to(device, memory_format=torch.channels_last)
+    if not opt.whole:
+        detection.require("predict.py", ", or give --whole for crops of faces")
+        registration.require()
+    classes, told, rows = state["classes"], {"without_faces": [], "unreadable": []}, []
+    coming = find(opt, state, told)
+    while found := list(itertools.islice(coming, AT_ONCE)):
+        rows += [(one._replace(crop=None), p) for one, p in zip(found, say(network, state, found))]
+    if not rows:
+        raise BadInput("; ".join(told["unreadable"][:1] + [f"no face in {name}; --whole takes it "
+                                                           f"as one" for name in
+                                                           told["without_faces"][:1]]))
+    columns = "photo", "face", "x", "y", "width", "height", "score", "prediction"
+    cells = [(one.photo.name, *(one.face[name] for name in columns[1:7]), classes[p.argmax()])
+             for one, p in rows]
+    if opt.csv:
+        write_table(opt.csv, (*columns, *(f"p_{name}" for name in classes)), (
+            [*row, *(f"{v:.6f}" for v in p)] for row, (_, p) in zip(cells, rows)))
+    if opt.pictures:
+        for _, own in itertools.groupby(rows, key=lambda row: row[0].photo):
+            draw(opt.pictures, classes, list(own))
+    if opt.json:
+        return json.dumps({"checkpoint": str(opt.model_path), "classes": classes, "faces": [
+            {**dict(zip(columns, row)), "probabilities": dict(zip(classes, map(float, p)))}
+            for row, (_, p) in zip(cells, rows)], **told}, indent=1, ensure_ascii=False)
+    lines = [table([("photo", "face", "prediction", *classes), *(
+        (row[0], str(row[1]), row[-1], *(f"{v:.3f}" for v in p))
+        for row, (_, p) in zip(cells, rows))], 3)]
+    lines += [f"no face: {name}" for name in told["without_faces"]]
+    return "\n".join(lines + [f"unreadable: {text}" for text in told["unreadable"]])
