@@ -49,7 +49,7 @@ def parse_option(argv: list[str] | None) -> util.Options:
                         default=default.min_face_size,
                         help="longer side of the smallest face that is looked for, pixels")
     method.add_argument("--threshold", type=number(float, 0, 1), default=default.threshold,
-                        help="least score of a face, a share; below 0.7 none is found")
+                        help="least score of a face; the detector gives none below 0.7")
     method.add_argument("--largest", action="store_true",
                         help="the largest face of each photograph alone")
     method.add_argument("--crop", action="store_true", help="cut the faces out")
@@ -150,9 +150,10 @@ def search(opt: util.Options, settings: Settings, photos: list[Photo],
     executor = ProcessPoolExecutor if device.type == "cpu" else ThreadPoolExecutor
     process = functools.partial(photographs.process, device=str(device))
     left, path = [photo for photo in photos if photo.name not in done], Path(opt.save_path, RECORDS)
-    with open(path, "a", encoding="utf-8") as file:
-        for found in cutting.run_each(process, left, settings, opt.save_path, opt.num_workers,
-                                      ("searching", "photo"), executor):
+    searching = cutting.run_each(process, left, settings, opt.save_path, opt.num_workers,
+                                 ("searching", "photo"), executor)
+    with open(path, "a", encoding="utf-8") as file, contextlib.closing(searching):
+        for found in searching:
             file.write(json.dumps(found) + "\n")
             file.flush()
             done[found["path"]] = found

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +22,7 @@ from images import encoding
 from images.decoding import PIXEL_LIMIT
 from preparation import detection, registration
 from preparation.registration import Box, Crops, Framing
-from util import RunFailed, write_bytes, write_json
+from util import RunFailed, handled, write_bytes, write_json
 
 RECORDS = ".prepare"
 LOOK_ON = 5  # frames after the onset on which a face is looked for
@@ -231,6 +232,12 @@ def run_all(process: Callable, tasks: list, settings: object, folder: Path | str
     return list(run_each(process, tasks, settings, folder, num_workers, ("cutting", "clip")))
 
 
+def _leave_signals():
+    """A worker ends with the run that started it, without a word of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def run_each(process: Callable, tasks: list, settings: object, folder: Path | str,
              num_workers: int, words: tuple, executor: type = ProcessPoolExecutor) -> Iterator:
     """As `run_all`, one record after another. words: what the bar says, and its unit."""
@@ -239,11 +246,13 @@ def run_each(process: Callable, tasks: list, settings: object, folder: Path | st
     if num_workers < 2 or len(tasks) < 2:
         yield from tqdm(map(process, *jobs), **bar)
         return
-    pool = executor(min(num_workers, len(tasks)))
+    pool = executor(min(num_workers, len(tasks)),
+                    initializer=_leave_signals if executor is ProcessPoolExecutor else None)
     try:
         yield from tqdm(pool.map(process, *jobs, chunksize=2), **bar)
     except BrokenExecutor:
         raise RunFailed(f"a worker was killed, for memory perhaps; run again, with fewer "
                         f"--num_workers: finished {words[1]}s are kept") from None
     finally:
-        pool.shutdown(cancel_futures=True)
+        with handled(lambda *_: None):  # a second signal would leave workers behind that wait
+            pool.shutdown(cancel_futures=True)
