@@ -1,5 +1,6 @@
 # make demo       DVSCL on rendered data, from a fresh machine: about 5 minutes
 # make demo-mmnet TM-MMNet on rendered clips: about 5 minutes
+# make demo-fer   FER on rendered faces: about 5 minutes
 # make test       the tests: about 8 minutes;  make test-slow: those that take longer
 PYTHON ?= python3
 PY = .venv/bin/python
@@ -18,10 +19,14 @@ MMNET = --data_folder $(DEMO)/mmnet/data --save_path $(DEMO)/mmnet/results \
         --tb_path $(DEMO)/mmnet/tensorboard --size 48 --epochs 12 --batch_size 8 \
         --learning_rate 0.0005 --weight_decay 0.05 --scale fixed --resume auto --print_freq 8
 
+FER = --dataset rafdb --data_folder $(DEMO)/fer/data --save_path $(DEMO)/fer/results \
+      --tb_path $(DEMO)/fer/tensorboard --cache $(DEMO)/fer/cache --pretrained none --size 64 \
+      --epochs 8 --batch_size 32 --learning_rate 0.001 --noise 0.1 --resume auto --print_freq 2
+
 # without its pins, which would replace torch
 DETECTOR = $(PY) -m pip install --disable-pip-version-check --quiet --no-deps facenet-pytorch
 
-.PHONY: demo demo-mmnet test lint check test-slow faces clean-demo
+.PHONY: demo demo-mmnet demo-fer test lint check test-slow faces clean-demo
 
 # 24 labelled people, held out in turn; 600 unlabelled pairs of 60 others to pre-train on
 demo: .venv/ready
@@ -53,6 +58,19 @@ demo-mmnet: .venv/prepare-ready
 	@echo
 	@echo "pictures: $(DEMO)/mmnet/clips.png, comparison.png, results/*/mistakes.png (flow)"
 	@echo "curves:   .venv/bin/tensorboard --logdir $(DEMO)/mmnet/tensorboard"
+
+# a tenth of the training labels is wrong, so that SCN has something to find
+demo-fer: .venv/ready
+	$(PY) render.py faces --data_folder $(DEMO)/fer/data --train 2000 --test 700 --subjects 120 \
+	    --preview $(DEMO)/fer/faces.png
+	$(PY) train_FER.py $(FER)
+	$(PY) train_FER.py $(FER) --model scn --rank_margin 0.07 --relabel_epoch 4
+	$(PY) compare_results.py $(DEMO)/fer/results/*/results.json \
+	    --picture $(DEMO)/fer/comparison.png
+	@echo
+	@echo "pictures: $(DEMO)/fer/faces.png, comparison.png, results/*/mistakes.png (Grad-CAM),"
+	@echo "          results/*/importance.png (SCN)"
+	@echo "curves:   .venv/bin/tensorboard --logdir $(DEMO)/fer/tensorboard"
 
 test: .venv/test-ready
 	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
