@@ -2,6 +2,7 @@
 
     python render.py casme3 --data_folder data/rendered --subjects 12 --clips_per_subject 8
     python render.py casme2 --data_folder data/casme2_raw --subjects 8 --clips 60
+    python render.py faces --data_folder data/faces
 
 No picture of a person is involved, and nothing here is the set itself: licensed faces cannot be
 shipped, so the scripts are tried on rendered ones. `python render.py SET --help` lists the flags.
@@ -9,9 +10,9 @@ shipped, so the scripts are tried on rendered ones. `python render.py SET --help
 import util  # first: it settles how threads wait before torch is imported
 
 # isort: split
-from rendering import casme2, casme3
+from rendering import casme2, casme3, faces
 
-SETS = {"casme2": casme2, "casme3": casme3}
+SETS = {"casme2": casme2, "casme3": casme3, "faces": faces}
 
 
 def parse_option(argv=None):

@@ -376,7 +376,8 @@ def _sample(maps, x, y, step):
     return top
 
 
-def _locate(face, pose, units, width, height, mm_per_px):
+def locate(face: Face, pose: Pose, units: dict, width: int, height: int,
+           mm_per_px: float) -> tuple:
     """Which point of the resting face each pixel shows.
 
     Returns head coordinates without and with the action units, `(px, py), (ux, uy)` in mm, and
@@ -408,7 +409,7 @@ def shade(face: Face, pose: Pose, light: Light, units: dict, width: int, height:
     Returns linear RGB `[H, W, 3]` in 0..1, height towards the camera in mm `[H, W]`, and the maps
     of the body and of bad depth, `[H, W]` in 0..1.
     """
-    (px, py), (ux, uy), push = _locate(face, pose, units, width, height, mm_per_px)
+    (px, py), (ux, uy), push = locate(face, pose, units, width, height, mm_per_px)
     maps = _sample(face.maps, ux, uy, STEP)
     colour, body = maps[..., SKIN], maps[..., BODY]
     rows, cols = np.nonzero(maps[..., EYE] > 0.01)

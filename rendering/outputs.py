@@ -96,12 +96,13 @@ def print_summary(folder: Path, counts: dict, note: str, seconds: float | None) 
     print(f"{note}: {folder}")
 
 
-def in_parallel(function: Callable, tasks: Iterable[list], num_workers: int) -> list:
+def in_parallel(function: Callable, tasks: Iterable[list], num_workers: int,
+                unit: str = "clip") -> list:
     """All that `function(task)` lists, over all tasks (lists), with a progress bar."""
     tasks = sorted(tasks, key=len, reverse=True)
     pool = ProcessPoolExecutor(min(num_workers, len(tasks))) if num_workers > 1 else None
     rows = []
-    with tqdm(total=sum(map(len, tasks)), desc="rendering", unit="clip", disable=None) as bar:
+    with tqdm(total=sum(map(len, tasks)), desc="rendering", unit=unit, disable=None) as bar:
         try:
             for task, result in zip(tasks, (pool.map if pool else map)(function, tasks)):
                 rows += result
