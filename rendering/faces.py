@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, grey_closing
 
 from rendering import outputs
 from rendering.face import Face, Light, Pose, locate, noise, photograph, rng_of, seam_line, shade
@@ -32,9 +32,11 @@ PROTOTYPES = {
     "anger": {4: (1, 1), 7: (.8, .8), 5: (.4, .3), 24: (.9, .6), 17: (.4, .3)},
     "neutral": {},
 }
-STRENGTH = 6.5  # mm that a unit of full strength moves the face
-SPAN = 158.0  # mm of the face across an image, forehead to chin
-EYES = 0.39  # height of the eyes in an image, a share of it
+# mm that a unit of full strength moves the face; lids and lips less, or their field would fold
+STRENGTH = dict.fromkeys((5, 7, 24), 4.0) | {1: 5.0, 2: 5.0, 25: 5.0, 26: 8.0}
+STRONG = 6.5  # all others
+SPAN = 185.0  # mm of the face across an image, hair to chin
+EYES = 0.38  # height of the eyes in an image, a share of it
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -104,22 +106,22 @@ class Act:
 def perform(job: Job) -> Act:
     """What an image shows, and how it is taken."""
     rng = rng_of(job.seed, "photo", job.name)
-    strength = STRENGTH * job.amplitude * rng.uniform(0.35, 1.15)
+    strength = job.amplitude * rng.uniform(0.35, 1.15)
     units = {}
     for unit, (far, share) in PROTOTYPES[job.emotion].items():
         shown, lean = rng.random() < share, rng.normal(0, 0.12)
         if shown:
-            size = strength * far * rng.uniform(0.7, 1.2)
+            size = STRENGTH.get(unit, STRONG) * strength * far * rng.uniform(0.7, 1.2)
             units[unit] = size * (1 + lean), size * (1 - lean)
     # what any face does, whatever it feels
     for unit in rng.choice((1, 2, 4, 7, 12, 15, 17, 25), 2, replace=False).tolist():
-        stray = abs(rng.normal(0, 0.16)) * STRENGTH
+        stray = abs(rng.normal(0, 0.16)) * STRENGTH.get(unit, STRONG)
         left, right = units.get(unit, (0.0, 0.0))
         units[unit] = left + stray, right + stray
-    if rng.random() < 0.2:
+    if rng.random() < 0.2 and 5 not in units:
         lids = rng.uniform(1, 4)
         units[45] = lids, lids
-    yaw, pitch, roll = np.array((0.13, 0.08, 0.035)) * rng.standard_normal(3).clip(-2, 2)
+    yaw, pitch, roll = np.array((0.2, 0.12, 0.06)) * rng.standard_normal(3).clip(-2, 2)
     pose = Pose(rng.normal(0, 1.5), rng.normal(0, 1.5), roll, yaw, pitch,
                 1 + rng.normal(0, 0.025))
     light = Light(rng.uniform(-1.1, 1.1), rng.uniform(0.0, 1.0), rng.uniform(0.45, 1.05),
@@ -156,9 +158,9 @@ def landmarks(face: Face) -> np.ndarray:
     lower = np.stack([t * s["lip_w"], seam + s["lip_lower"] * wide], 1)[5:0:-1]
     t = np.array([-.85, -.3, 0, .3, .85])
     seam = seam_line(s, t * s["lip_w"])
-    # just above and below the seam, so that they part with the lips
-    inner = np.concatenate([np.stack([t * s["lip_w"], seam - .5 * (abs(t) < .8)], 1),
-                            np.stack([t * s["lip_w"], seam + .5], 1)[3:0:-1]])
+    # above and below the seam by a pixel or so, that they part with the lips
+    inner = np.concatenate([np.stack([t * s["lip_w"], seam - 1.6 * (abs(t) < .8)], 1),
+                            np.stack([t * s["lip_w"], seam + 1.6], 1)[3:0:-1]])
     mirror = np.array([-1, 1])
     order = [3, 2, 1, 0, 5, 4]  # of the eye on the picture's right: from the inner corner
     return np.concatenate([jaw, brow * mirror, brow[::-1], nose, eye * mirror, eye[order],
@@ -176,7 +178,11 @@ def place(points: np.ndarray, seen: tuple) -> np.ndarray:
                        for one in slopes], 1)  # [P, 2, 2]: of (x, y) by (column, row)
     left = np.stack([points[:, 0] - ux[row, column], points[:, 1] - uy[row, column]], -1)
     matrix = np.where(abs(np.linalg.det(matrix))[:, None, None] < 0.1, np.eye(2), matrix)
-    step = np.linalg.solve(matrix, left[..., None])[..., 0].clip(-1, 1)
+    # half a pixel off, or beyond the image
+    outside = [(at == 0) | (at == side - 1) for at, side in ((column, ux.shape[1]),
+                                                             (row, ux.shape[0]))]
+    far = np.where(np.stack(outside, 1).any(1, keepdims=True), len(ux) / 4, 1)
+    step = np.linalg.solve(matrix, left[..., None])[..., 0].clip(-far, far)
     return np.stack([column, row], 1) + step + 0.5
 
 
@@ -199,8 +205,10 @@ def take(job: Job, face: Face) -> tuple:
     size, mm_per_px = job.size, SPAN / job.size
     act = replace(act, pose=align(face, act, size, mm_per_px))
     image, _, body, _ = shade(face, act.pose, act.light, act.units, size, size, mm_per_px)
-    _, seen, _ = locate(face, act.pose, act.units, size, size, mm_per_px)
-    points = place(landmarks(face), seen)
+    # twice as fine, or lips that part could not be told apart
+    _, seen, _ = locate(face, act.pose, act.units, 2 * size, 2 * size, mm_per_px / 2)
+    points = place(landmarks(face), seen) / 2
+    body = grey_closing(body, 5)  # where hair and skin meet neither is whole
     image = image + (1 - body[..., None]) * _background(size, rng)
     image = _worn(image, points, act, face, rng)
     image = image * np.array([1 + act.warmth, 1, 1 - act.warmth])
@@ -249,9 +257,9 @@ def _worn(image, points, act, face, rng):
     middle = points[30] + rng.normal(0, 0.15, 2) * apart
     if act.occlusion == "scarf":
         def cover(canvas, k):
-            top = points[33, 1] + rng.uniform(0, 0.4) * apart
-            canvas.polygon([0, k * (top - 3), k * size, k * (top + 3), k * size, k * size, 0,
-                            k * size], 255)
+            top, slant = points[33, 1] + rng.uniform(0, 0.4) * apart, 0.03 * size
+            canvas.polygon([0, k * (top - slant), k * size, k * (top + slant), k * size, k * size,
+                            0, k * size], 255)
         colour = rng.uniform(0.02, 0.5, 3)
     elif act.occlusion == "hand":
         side, colour = rng.choice((-1, 1)), face.shape["tone"] * rng.uniform(0.5, 1)
@@ -266,7 +274,7 @@ def _worn(image, points, act, face, rng):
         colour = np.full(3, rng.uniform(0, 0.3))
 
         def cover(canvas, k):
-            x, y = rng.uniform(0, size, 2)
+            x, y = middle + rng.uniform(-.8, .8, 2) * apart
             canvas.rectangle([k * v for v in (x - .2 * size, y - .15 * size, x + .2 * size,
                                               y + .15 * size)], 255)
     mask = _drawn(size, cover)
@@ -279,9 +287,8 @@ def _worn(image, points, act, face, rng):
 def plan(opt: argparse.Namespace, folder: Path) -> list[Job]:
     """The images of both splits, in the order of their numbers."""
     rng = rng_of(opt.seed, "set")
-    n_test = max(1, round(opt.subjects * opt.test / (opt.train + opt.test)))
-    people = {"train": range(1, opt.subjects - n_test + 1),
-              "test": range(opt.subjects - n_test + 1, opt.subjects + 1)}
+    n_train, _ = outputs.apportion(opt.subjects, (opt.train, opt.test), 1)
+    people = {"train": range(1, n_train + 1), "test": range(n_train + 1, opt.subjects + 1)}
     jobs = []
     for split, subjects in people.items():
         total = getattr(opt, split)
