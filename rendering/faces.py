@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter, grey_closing
+from scipy.spatial import cKDTree
+from threadpoolctl import threadpool_limits
 
 from rendering import outputs
 from rendering.face import Face, Light, Pose, locate, noise, photograph, rng_of, seam_line, shade
@@ -121,7 +123,7 @@ def perform(job: Job) -> Act:
     if rng.random() < 0.2 and 5 not in units:
         lids = rng.uniform(1, 4)
         units[45] = lids, lids
-    yaw, pitch, roll = np.array((0.2, 0.12, 0.06)) * rng.standard_normal(3).clip(-2, 2)
+    yaw, pitch, roll = np.array((0.17, 0.12, 0.06)) * rng.standard_normal(3).clip(-2, 2)
     pose = Pose(rng.normal(0, 1.5), rng.normal(0, 1.5), roll, yaw, pitch,
                 1 + rng.normal(0, 0.025))
     light = Light(rng.uniform(-1.1, 1.1), rng.uniform(0.0, 1.0), rng.uniform(0.45, 1.05),
@@ -171,8 +173,9 @@ def place(points: np.ndarray, seen: tuple) -> np.ndarray:
     """Where in an image points (mm, at rest) are seen, float64 `[P, 2]` in pixels from the upper
     left corner; seen: which point each pixel shows, x and y in mm `[H, W]`."""
     ux, uy = (np.asarray(one, np.float64) for one in seen)
-    gaps = (ux[None] - points[:, 0, None, None]) ** 2 + (uy[None] - points[:, 1, None, None]) ** 2
-    row, column = np.unravel_index(gaps.reshape(len(points), -1).argmin(1), ux.shape)
+    _, nearest = cKDTree(np.stack([ux.ravel(), uy.ravel()], 1), balanced_tree=False,
+                         compact_nodes=False).query(points)
+    row, column = np.unravel_index(nearest, ux.shape)
     slopes = [np.gradient(one) for one in (ux, uy)]
     matrix = np.stack([np.stack([one[axis][row, column] for axis in (1, 0)], -1)
                        for one in slopes], 1)  # [P, 2, 2]: of (x, y) by (column, row)
@@ -304,6 +307,7 @@ def plan(opt: argparse.Namespace, folder: Path) -> list[Job]:
     return jobs
 
 
+@threadpool_limits.wrap(limits=1)  # the people are what runs in parallel
 def render_subject(jobs: list[Job]) -> list[dict]:
     """Writes the images of one person; a row of each."""
     first, rows = jobs[0], []
