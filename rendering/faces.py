@@ -108,7 +108,7 @@ class Act:
 def perform(job: Job) -> Act:
     """What an image shows, and how it is taken."""
     rng = rng_of(job.seed, "photo", job.name)
-    strength = job.amplitude * rng.uniform(0.35, 1.15)
+    strength = job.amplitude * rng.uniform(0.5, 1.25)
     units = {}
     for unit, (far, share) in PROTOTYPES[job.emotion].items():
         shown, lean = rng.random() < share, rng.normal(0, 0.12)
@@ -117,13 +117,13 @@ def perform(job: Job) -> Act:
             units[unit] = size * (1 + lean), size * (1 - lean)
     # what any face does, whatever it feels
     for unit in rng.choice((1, 2, 4, 7, 12, 15, 17, 25), 2, replace=False).tolist():
-        stray = abs(rng.normal(0, 0.16)) * STRENGTH.get(unit, STRONG)
+        stray = abs(rng.normal(0, 0.12)) * STRENGTH.get(unit, STRONG)
         left, right = units.get(unit, (0.0, 0.0))
         units[unit] = left + stray, right + stray
     if rng.random() < 0.2 and 5 not in units:
         lids = rng.uniform(1, 4)
         units[45] = lids, lids
-    yaw, pitch, roll = np.array((0.17, 0.12, 0.06)) * rng.standard_normal(3).clip(-2, 2)
+    yaw, pitch, roll = np.array((0.15, 0.1, 0.05)) * rng.standard_normal(3).clip(-2, 2)
     pose = Pose(rng.normal(0, 1.5), rng.normal(0, 1.5), roll, yaw, pitch,
                 1 + rng.normal(0, 0.025))
     light = Light(rng.uniform(-1.1, 1.1), rng.uniform(0.0, 1.0), rng.uniform(0.45, 1.05),

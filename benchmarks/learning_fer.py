@@ -1,0 +1,179 @@
+"""Does FER learn? UF1 on rendered faces of baseline, SCN and RAN, of each loss, under label noise.
+
+  python benchmarks/learning_fer.py --work runs/learning_fer             # 75 minutes, two CPU cores
+  python benchmarks/learning_fer.py --work runs/quick --quick            # a tenth of that
+
+Held against majority, chance and logistic regression on pixels, on people that nobody was trained
+on. With 10 and 30 % of the training labels moved to another class, SCN says which it found, and
+whether that helps. All networks start from nothing, with the recipe `strong` and few epochs, of
+which the last counts. Reports whatever comes out.
+"""
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import util  # first: it settles how threads wait before torch is imported
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from benchmarks.rows import Rows, line
+from evaluation import photographs
+from images import faces
+
+NOISE = (0.0, 0.1, 0.3)
+GREY_SIDE = 48  # of the pixels that are regressed on
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # C
+
+
+def parse_option(argv):
+    parser = util.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", required=True, metavar="DIR", help="folder for data and runs; "
+                        "what is finished there is used again")
+    parser.add_argument("--quick", action="store_true",
+                        help="baseline and SCN alone, without and with 30 %% noise, one seed")
+    parser.add_argument("--train", type=util.number(int, 100), default=1000,
+                        help="rendered training images")
+    parser.add_argument("--test", type=util.number(int, 100), default=800, help="test images")
+    parser.add_argument("--size", type=util.number(int, 32), default=112,
+                        help="side of what the networks see, pixels")
+    parser.add_argument("--epochs", type=util.positive_int, default=10, help="passes over the data")
+    parser.add_argument("--seeds", type=util.positive_int, default=3,
+                        help="of baseline, SCN and regression")
+    parser.add_argument("--seeds_ran", type=util.positive_int, default=1,
+                        help="of RAN, six times as slow")
+    parser.add_argument("--processes", type=util.positive_int, default=os.cpu_count(),
+                        help="runs at a time, one thread each [one a core]")
+    opt = parser.parse_args(argv)
+    if opt.quick:
+        opt.seeds = 1
+    return opt
+
+
+class Bench(Rows):
+    """The runs of one call."""
+
+    def __init__(self, opt):
+        super().__init__(Path(opt.work), len(faces.CLASSES["rafdb"]))
+        self.opt, self.data = opt, Path(opt.work) / "faces"
+        self.pool = ThreadPoolExecutor(opt.processes)
+
+    def start(self, name, seeds, *flags):
+        """Starts the runs of a row: (its name, what they will be finished with)."""
+        return name, [self.pool.submit(self.train, name, seed, flags) for seed in range(seeds)]
+
+    def train(self, name, seed, flags):
+        """The folder of one run."""
+        opt = self.opt
+        root = self.work / "results" / name.replace(" ", "_").replace(",", "") / str(seed)
+        if not list(root.glob("*/results.json")):
+            subprocess.run([
+                sys.executable, str(ROOT / "train_FER.py"), "--dataset", "rafdb", "--data_folder",
+                str(self.data), "--save_path", str(root), "--tb_path",
+                str(self.work / "tensorboard"), "--cache", str(self.work / "cache"),
+                "--pretrained", "none", "--size", str(opt.size), "--epochs", str(opt.epochs),
+                "--batch_size", "32", "--learning_rate", "0.001", "--val_fraction", "0", "--amp",
+                "--device", "cpu", "--seed", str(seed), "--resume", "auto", "--print_freq", "1000",
+                *map(str, flags)], check=True, stdout=subprocess.DEVNULL,
+                env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return next(root.glob("*/results.json")).parent
+
+    def regress(self, noise):
+        """A row of logistic regressions on pixels, the penalty chosen on held-out people of the
+        training split."""
+        splits = faces.read_faces("rafdb", self.data)
+        x = {name: np.stack([faces.decode(one, i, GREY_SIDE).mean(0).ravel()
+                             for i in range(len(one))]) for name, one in splits.items()}
+        train, test, parts = splits["train"], splits["test"], []
+        for seed in range(self.opt.seeds):
+            labels = photographs.noisy_labels(train.labels, noise, self.n_label, seed)
+            rest, out = photographs.hold_out(train, 0.2, seed)
+
+            def fit(c, index, labels=labels):
+                model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=300))
+                return model.fit(x["train"][index], labels[index])
+            best = max(PENALTIES, key=lambda c: f1_score(
+                labels[out], fit(c, rest).predict(x["train"][out]), average="macro"))
+            said = fit(best, np.arange(len(train))).predict(x["test"])
+            parts.append((test.labels, said, test.subjects))
+        self.add(f"pixels, logistic regression{told(noise)}", parts)
+        return test.labels
+
+
+def told(noise):
+    return f", {noise:.0%} noise" if noise else ""
+
+
+def systems(opt):
+    """(name, seeds, flags) of every row of a network."""
+    scn = ("--model", "scn", "--rank_margin", 0.07, "--relabel_epoch", max(2, 2 * opt.epochs // 5))
+    for noise in NOISE[::2] if opt.quick else NOISE:
+        own = ("--noise", noise)
+        yield f"baseline{told(noise)}", opt.seeds, own
+        yield f"SCN{told(noise)}", opt.seeds, (*scn, *own)
+        if not opt.quick:
+            yield f"RAN, 6 views{told(noise)}", opt.seeds_ran, (
+                "--model", "ran", "--views", "paper", "--region_margin", 0.02, *own)
+    if opt.quick:
+        return
+    yield "SCN without relabelling, 30% noise", opt.seeds, (*scn[:4], "--noise", 0.3)
+    for loss in ("focal", "balanced", "logit_adjusted"):
+        yield f"baseline, {loss}", 1, ("--loss", loss)
+    yield "baseline, oversampled", 1, ("--oversample",)
+    yield "baseline, Wasserstein", 1, ("--wloss_alpha", 0.0125)
+
+
+def relabelled(folders):
+    """What SCN found of the planted errors, over its seeds."""
+    said = [json.loads((folder / "results.json").read_text()).get("relabelling")
+            for folder in folders]
+    if not said[0]:
+        return None
+    total = {name: sum(one.get(name, 0) for one in said) for name in said[0]}
+    if not total.get("planted"):
+        return f"{total['relabelled']} labels moved, none of which was wrong"
+    return (f"{total['relabelled']} labels moved; of {total['planted']} planted errors "
+            f"{total['found']} found, {total['restored']} put right; wrong labels "
+            f"{total['wrong_before'] / len(said):.1%} before, "
+            f"{total['wrong_after'] / len(said):.1%} after")
+
+
+@util.command_line
+def main(argv=None):
+    opt, began = parse_option(argv), time.time()
+    bench, notes = Bench(opt), []
+    importlib.import_module("render").main([
+        "faces", "--data_folder", str(bench.data), "--train", opt.train, "--test", opt.test])
+    started = [bench.start(*row) for row in systems(opt)]
+    for name, runs in started:
+        folders = [run.result() for run in runs]
+        bench.row(name, folders)
+        said = relabelled(folders)
+        if said:
+            notes.append(f"{name}: {said}")
+            print(notes[-1], flush=True)
+    for noise in NOISE[::2] if opt.quick else NOISE:
+        labels = bench.regress(noise)
+    print(f"\nrendered stand-in data, {opt.train} training images, {opt.test} of other people to "
+          f"test, {opt.size} pixels, {opt.epochs} epochs, torch {torch.__version__}, "
+          f"{(time.time() - began) / 60:.0f} minutes\n\n| | UF1 | 95 % interval | |\n|---|---|---|"
+          "---|")
+    bench.baselines(labels)
+    print("\n".join(map(line, bench.rows)))
+    print("\n" + "\n".join(notes) + f"\n\ntable    {bench.work / 'rows.json'}")
+
+
+if __name__ == "__main__":
+    main()
