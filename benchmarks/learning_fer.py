@@ -158,7 +158,7 @@ def main(argv=None):
     bench, notes = Bench(opt), []
     importlib.import_module("render").main([
         "faces", "--data_folder", str(bench.data), "--train", opt.train, "--test", opt.test])
-    started = [bench.start(*row) for row in systems(opt)]
+    started = [bench.start(name, seeds, *flags) for name, seeds, flags in systems(opt)]
     for name, runs in started:
         folders = [run.result() for run in runs]
         bench.row(name, folders)

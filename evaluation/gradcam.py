@@ -35,17 +35,20 @@ def maps_of_mistakes(classifier: Classifier, images: np.ndarray, members: np.nda
 def class_maps(network: torch.nn.Module, inputs: torch.Tensor,
                classes: torch.Tensor) -> torch.Tensor:
     """Grad-CAM (Selvaraju et al. 2017, eq. 1 and 2) of one class of each image, `[B, h, w]`, of a
-    network with `maps` and `classify`; of several views `[B, K, C, H, W]` that of the last one, the
-    whole image."""
+    ResNet in `network.features`; of several views `[B, K, C, H, W]` that of the last one, the whole
+    image. The last stage is looked at, or the one before where its maps have fewer than four cells
+    a side."""
     network.eval()
-    with torch.no_grad():
-        maps = network.maps(inputs)
-    maps.requires_grad_()
-    said = network.classify(maps)
-    logits = said[0] if isinstance(said, tuple) else said
+    kept = []
+    stage = network.features[7 if inputs.shape[-1] > 96 else 6]
+    hook = stage.register_forward_hook(lambda *call: kept.append(call[2]))
+    try:
+        said = network(inputs.requires_grad_())  # a frozen backbone would keep no graph
+    finally:
+        hook.remove()
+    logits, maps = said[0] if isinstance(said, tuple) else said, kept[-1]
     (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), maps)
-    if maps.ndim == 5:
-        maps, gradient = maps[:, -1], gradient[:, -1]
+    maps, gradient = (one.unflatten(0, (len(inputs), -1))[:, -1] for one in (maps, gradient))
     return F.relu((gradient.mean((2, 3), keepdim=True) * maps).sum(1)).detach()
 
 

@@ -301,7 +301,8 @@ def _describe(figure, size, left, above, row, classes):
     """Two lines: the clip, and what it was taken for."""
     true, taken = (shorten(classes[row[name]], 20) for name in ("label", "prediction"))
     _write(figure, size, left, above, shorten(row["key"], 76), 7.5)
-    _write(figure, size, left, above + 0.16, f"{shorten(row['subject'], 20)}: {true} → {taken}  "
+    who = f"{shorten(row['subject'], 20)}: " * bool(row["subject"])
+    _write(figure, size, left, above + 0.16, f"{who}{true} → {taken}  "
            f"(p {max(row['probabilities']):.2f}, true {row['probabilities'][row['label']]:.2f})",
            7.5)
 

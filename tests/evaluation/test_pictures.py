@@ -12,10 +12,12 @@ from PIL import Image
 
 import dataset
 import util
-from evaluation import heldout, measures, pictures, result_files
+from evaluation import gradcam, heldout, measures, pictures, result_files
 from images import transforms
 from models import create_classifier, create_model
 from models.classifier import Classifier
+from models.ran import RAN
+from models.scn import Baseline
 
 pytestmark = pytest.mark.pictures
 
@@ -367,3 +369,29 @@ def test_pretraining_draws_its_curves_again_when_it_goes_on(drawn, quick, tmp_pa
     before = path.read_bytes()
     pretrain(*flags, "--epochs", 2, "--resume", "auto")
     assert path.read_bytes() != before
+
+
+@pytest.mark.parametrize("size, cells", [(64, 4), (128, 4)])
+def test_a_class_is_looked_for_where_its_gradient_is(size, cells):
+    """Of a network that ends in a mean and a linear layer: its row times the maps."""
+    torch.manual_seed(0)
+    network = Baseline(7).eval()
+    images, classes = torch.randn(2, 3, size, size), torch.tensor([3, 5])
+    maps = gradcam.class_maps(network, images, classes)
+    assert maps.shape == (2, cells, cells)
+    if size == 128:
+        with torch.no_grad():
+            expected = torch.einsum("bdhw,bd->bhw", network.maps(images),
+                                    network.fc.weight[classes]) / cells ** 2
+        torch.testing.assert_close(maps, expected.relu(), atol=1e-5, rtol=1e-4)
+    views = torch.randn(2, 5, 3, size, size)
+    attentive = RAN(7).eval()
+    whole = gradcam.class_maps(attentive, views, classes)
+    assert whole.shape == (2, cells, cells)
+    other = views.clone()
+    other[1] += 1  # another image
+    torch.testing.assert_close(gradcam.class_maps(attentive, other, classes)[0], whole[0],
+                               atol=1e-5, rtol=1e-4)
+    frozen = Baseline(7)
+    frozen.features.requires_grad_(False)
+    assert gradcam.class_maps(frozen, images, classes).shape == (2, cells, cells)
