@@ -21,7 +21,8 @@ MMNET = --data_folder $(DEMO)/mmnet/data --save_path $(DEMO)/mmnet/results \
 
 FER = --dataset rafdb --data_folder $(DEMO)/fer/data --save_path $(DEMO)/fer/results \
       --tb_path $(DEMO)/fer/tensorboard --cache $(DEMO)/fer/cache --pretrained none --size 64 \
-      --epochs 8 --batch_size 32 --learning_rate 0.001 --noise 0.1 --resume auto --print_freq 2
+      --epochs 10 --batch_size 16 --learning_rate 0.001 --augment flip --noise 0.1 --resume auto \
+      --print_freq 2
 
 # without its pins, which would replace torch
 DETECTOR = $(PY) -m pip install --disable-pip-version-check --quiet --no-deps facenet-pytorch
@@ -61,7 +62,7 @@ demo-mmnet: .venv/prepare-ready
 
 # a tenth of the training labels is wrong, so that SCN has something to find
 demo-fer: .venv/ready
-	$(PY) render.py faces --data_folder $(DEMO)/fer/data --train 2000 --test 700 --subjects 120 \
+	$(PY) render.py faces --data_folder $(DEMO)/fer/data --train 1200 --test 600 --subjects 90 \
 	    --preview $(DEMO)/fer/faces.png
 	$(PY) train_FER.py $(FER)
 	$(PY) train_FER.py $(FER) --model scn --rank_margin 0.07 --relabel_epoch 4

@@ -70,7 +70,8 @@ def parse_option(argv):
         opt.warmup_epochs = min(5.0, opt.epochs / 4)
     if opt.views is None:
         opt.views = "fixed" if opt.model == "ran" else "whole"
-    opt.lr_decay_epochs = [round(share * opt.epochs) for share in DECAYS]
+    opt.lr_decay_epochs = [round(share * opt.epochs) for share in DECAYS] \
+        if opt.lr_schedule == "step" else []
     check_options(parser, opt)
     return opt
 
