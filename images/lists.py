@@ -273,4 +273,4 @@ def write_lists(list_folder: str | Path, clips: Iterable,
 
 def natural(name: str) -> list[tuple]:
     """Sort key that puts spNO2 before spNO10."""
-    return [(int(p), "") if p.isdigit() else (-1, p) for p in re.split(r"(\d+)", name)]
+    return [(int(p), "") if p.isdecimal() else (-1, p) for p in re.split(r"(\d+)", name)]
