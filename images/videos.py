@@ -241,6 +241,12 @@ def read_units(text: str, sides: bool = False) -> tuple[frozenset, list[str]]:
     return frozenset(units), unknown
 
 
+def mirrored_units(units: frozenset) -> frozenset:
+    """What a clip with these action units shows in the mirror: L12 for R12."""
+    other = {"L": "R", "R": "L"}
+    return frozenset(other.get(unit[0], unit[0]) + unit[1:] for unit in units)
+
+
 def unit_names(clips: Iterable[frozenset]) -> list[str]:
     """The units that occur in clips, by number, then side; raises BadInput where there is none."""
     names = set().union(*clips)

@@ -225,8 +225,8 @@ def spellings(row: Row, onset: str) -> Iterator[tuple]:
     """How a boxes.csv may name a row whose onset frame is the file `onset`: by the workbook's clip
     and frame number, or by those of onset_apex.csv, of which prepare.py casme3 makes one."""
     for video in (row.video, clip_name(row)):
-        for number in (str(row.onset), Path(onset).stem):
-            yield DATABASES[row.database], row.subject, video, number
+        for frame in (str(row.onset), Path(onset).stem):
+            yield DATABASES[row.database], row.subject, video, frame
 
 
 def clip_name(row: Row) -> str:
