@@ -246,7 +246,6 @@ def tune(opt, held, group, units, device):
     best = Best(data.clips, members) if opt.select == "inner" else None
     job = set_job(opt, data, units, members if best is None else best.rest, name, device)
     state, history = held.states.pop(name, None) or {"epoch": 0}, []
-    seen = held.seen(members)
     if state["epoch"] or state.get("within"):
         record.say_where(name, state)
         job.network.load_state_dict(state["model"])
@@ -276,7 +275,7 @@ def tune(opt, held, group, units, device):
             "model": job.network.state_dict(), "optimizer": job.optimizer.state_dict(),
             "scaler": job.precision.scaler.state_dict(), "best": best and best.state,
             "classes": data.clips.classes, "data_digest": held.header["data_digest"],
-            "encoder_sha256": None, "seen": seen, **held.besides})
+            "encoder_sha256": None, "seen": held.seen(members), **held.besides})
 
     stages = opt.epochs + opt.au_epochs * bool(mmnet.LAYOUTS[opt.model].units)
     loop = epochs.Loop(opt.changed(epochs=stages), held.log, name,

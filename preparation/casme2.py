@@ -10,19 +10,26 @@ clips a second on two cores.
 """
 import argparse
 import hashlib
-import json
-import os
 import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, astuple, replace
+from dataclasses import replace
 from pathlib import Path
 
 from images import flow
 from images.lists import DATABASES, natural
-from images.videos import jittered, read_units, read_videos
-from preparation import annotation, audit, cutting, detection, options, outputs, videos
+from images.videos import jittered
+from preparation import (
+    annotation,
+    audit,
+    cutting,
+    detection,
+    flow_sets,
+    options,
+    outputs,
+    videos,
+)
 from preparation.annotation import Row, Table
 from util import (
     BadInput,
@@ -30,8 +37,6 @@ from util import (
     number,
     read_table,
     remove_leftovers,
-    write_json,
-    write_table,
 )
 
 COLUMNS = ("subject", "filename", "onsetframe", "apexframe", "offsetframe", "action units",
@@ -39,8 +44,6 @@ COLUMNS = ("subject", "filename", "onsetframe", "apexframe", "offsetframe", "act
 CLASSES = ("happiness", "repression", "disgust", "surprise", "others")
 PUBLISHED = {"2014": (32, 27, 63, 25, 99), "2019": (32, 27, 63, 28, 99)}
 CLIP_COLUMNS = ("database", "subject", "clip", "folder", "onset", "apex", "offset", "label")
-SET_COLUMNS = ("database", "subject", "key", "label", "emotion", "clip", "onset", "apex", "offset",
-               "units")
 NUMBER = re.compile(r"[0-9]{1,9}")  # str.isdigit() also takes ², which is no number to int()
 IMAGE = re.compile(r"(\D*)(\d+)\.(?:jpe?g|png|bmp)", re.IGNORECASE)
 PREFIXES = 5  # folders that may lie between the root and a subject
@@ -224,14 +227,9 @@ def numbered(folder: Path) -> dict[int, str]:
 def spellings(row: Row, onset: str) -> Iterator[tuple]:
     """How a boxes.csv may name a row whose onset frame is the file `onset`: by the workbook's clip
     and frame number, or by those of onset_apex.csv, of which prepare.py casme3 makes one."""
-    for video in (row.video, clip_name(row)):
+    for video in (row.video, flow_sets.clip_name(row)):
         for frame in (str(row.onset), Path(onset).stem):
             yield DATABASES[row.database], row.subject, video, frame
-
-
-def clip_name(row: Row) -> str:
-    """A clip in onset_apex.csv, where no two of a subject may be called the same."""
-    return f"{row.video}-{row.onset}"
 
 
 def existing(variants: list, path_of: dict, tolerance: int) -> tuple[dict, str]:
@@ -300,76 +298,6 @@ def print_counts(table: Table, rows: list) -> None:
     print(f"{'all':12}{len(rows):8}" + "".join(f"{sum(c):8}" for c in columns.values()))
 
 
-def settle(table: Table, clips: list, keep_classes: bool) -> list:
-    """(row, task, record) of the clips that stay, with what follows of them: unknown action units
-    are named, and unless `keep_classes` a class is what one of them shows."""
-    for row, _, _ in clips:
-        for mark in dict.fromkeys(read_units(row.units)[1]):
-            table.repaired(f"action unit {mark!r} is none: left out", row.key)
-    if keep_classes:
-        return clips
-    table.classes = tuple(sorted({row.emotion for row, _, _ in clips}, key=natural))
-    return [(replace(row, label=table.classes.index(row.emotion)), *rest) for row, *rest in clips]
-
-
-def is_rendered(opt: argparse.Namespace, tasks: list) -> bool:
-    """Whether the frames are a stand-in, as rendered.json says: in --raw, up to two folders above,
-    beside the annotation, or between --raw and the frames."""
-    raw = Path(opt.raw)
-    places = {raw, *raw.resolve().parents[:2], Path(opt.annotation or opt.clips).parent}
-    for folder in {Path(task.frames[0]).parent for task in tasks}:
-        places |= {place for place in folder.parents if place.is_relative_to(raw)}
-    return any((place / "rendered.json").exists() for place in places)
-
-
-def stamp_of(opt: argparse.Namespace, table: Table, tasks: list,
-             settings: videos.Settings) -> str:
-    """Digest of everything that a set follows from: frames, flow's parameters, what was read."""
-    content = [[videos.fingerprint(task, settings) for task in tasks], table.source, opt.jitters,
-               opt.middle, opt.raw, is_rendered(opt, tasks), [astuple(row) for row in table.rows],
-               table.repairs, table.dropped]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def is_finished(folder: Path, stamp: str) -> bool:
-    """Whether `folder` holds the whole set of this stamp."""
-    try:
-        content = read_videos(folder).info
-        return content["stamp"] == stamp and content["tables"] == digests_of_tables(folder)
-    except (BadInput, KeyError, OSError):
-        return False
-
-
-def digests_of_tables(folder: Path) -> dict:
-    """Name → SHA-256 of the tables of a set."""
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-            for name in ("clips.csv", "onset_apex.csv")}
-
-
-def write(opt: argparse.Namespace, table: Table, clips: list, settings: dict, stamp: str) -> None:
-    """The files of a set from (row, task, record) of its clips; flow.json, without which nothing
-    reads it, last."""
-    folder, rows = Path(opt.data_folder), [row for row, _, _ in clips]
-    (folder / "flow.json").unlink(missing_ok=True)
-    digests = videos.assemble(folder, [task for _, task, _ in clips],
-                              [record for _, _, record in clips], opt.size)
-    write_table(folder / "clips.csv", SET_COLUMNS, (
-        (DATABASES[row.database], row.person, row.key, row.label, row.emotion, row.video,
-         row.onset, row.apex, row.offset, row.units) for row in rows))
-    # for `prepare.py casme3 --clips`: the same clips, under the same keys, as difference images
-    write_table(folder / "onset_apex.csv", (*annotation.CLIP_COLUMNS, "key"), (
-        (DATABASES[row.database], row.person, clip_name(row),
-         *(os.path.relpath(name, opt.raw) for name in row.files), row.emotion, row.key)
-        for row in rows))
-    write_json(folder / "flow.json", {
-        "classes": list(table.classes), "size": opt.size, "jitters": opt.jitters,
-        "middle": opt.middle, "reference": opt.reference, "flow": flow.parameters(opt.flow),
-        "settings": settings, "annotation": table.source, "digests": digests,
-        "tables": digests_of_tables(folder), "stamp": stamp,
-        "rendered": is_rendered(opt, [task for _, task, _ in clips]), "repairs": table.repairs,
-        "dropped": [{"clip": key, "reason": reason} for key, reason in table.dropped]})
-
-
 def run(opt: argparse.Namespace) -> None:
     """Prepares all clips and writes what belongs to them."""
     flow.require()
@@ -383,8 +311,8 @@ def run(opt: argparse.Namespace) -> None:
         raise outputs.none_left(opt.raw, table)
     settings = videos.Settings(opt.crop[0], opt.margin, opt.size, opt.roll, opt.register,
                                opt.flow, opt.reference)
-    stamp = stamp_of(opt, table, tasks, settings)
-    if is_finished(folder, stamp):
+    stamp = flow_sets.stamp_of(opt, table, tasks, settings)
+    if flow_sets.is_finished(folder, stamp):
         print(f"{folder}: holds these clips already, of the same frames, settings and OpenCV")
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -400,8 +328,8 @@ def run(opt: argparse.Namespace) -> None:
         clips.append((row, task, record))
     if not clips:
         raise outputs.none_left(opt.raw, table)
-    clips = settle(table, clips, bool(opt.annotation))
-    write(opt, table, clips, asdict(settings), stamp)
+    clips = flow_sets.settle(table, clips, bool(opt.annotation))
+    flow_sets.write(opt, table, clips, settings, stamp)
     shutil.rmtree(folder / videos.RECORDS)
     print_counts(table, [row for row, _, _ in clips])
     outputs.print_rules(table, "flow.json")
