@@ -71,8 +71,8 @@ def number_of(subject: str) -> int | None:
 
 
 def digest_of(content: bytes | None) -> str | None:
-    """SHA-256 of what is there."""
-    return None if content is None else hashlib.sha256(content).hexdigest()
+    """SHA-256 of what there is, else None."""
+    return hashlib.sha256(content).hexdigest() if content else None
 
 
 class HeldOutVideos(heldout.HeldOut):
