@@ -82,6 +82,23 @@ def read_results(path: str | Path) -> dict:
     return result
 
 
+def align_classes(results: list[dict]) -> None:
+    """Gives labels and predictions the class ids of the first result, where another one names the
+    same classes in another order; changes the results."""
+    def names_of(result):
+        names = result.get("classes")
+        names = [str(name).lower() for name in names] if isinstance(names, list) else []
+        return names if len(set(names)) == len(names) == result["n_label"] else None
+
+    first = names_of(results[0])
+    for result in results[1:]:
+        names = names_of(result)
+        if first and names and names != first and set(names) == set(first):
+            result["predictions"] = {
+                clip: tuple(first.index(names[i]) for i in ids)
+                for clip, ids in result["predictions"].items()}
+
+
 def common_clips(paths: list[str], results: list[dict], common: bool) -> list[tuple]:
     """(database, subject, key) of the clips to compare on, in the first result's order.
 
@@ -309,6 +326,7 @@ def main(argv: list[str] | None = None) -> None:
         if places.count(place) > 1:
             raise BadInput(f"{path}: named twice; name each result once")
     results = [read_results(path) for path in opt.results]
+    align_classes(results)
     clips = common_clips(opt.results, results, opt.common)
     figures = [measures.summarise(rows_on(result, clips), result["n_label"]) for result in results]
     noun = results[0].get("noun", "clips")

@@ -301,7 +301,7 @@ def _pair(row, views, where, min_intensity):
         if intensity < min_intensity:
             return None
     database = row.get("database") or "casme3"
-    if database.isdigit() and int(database) < len(DATABASES):
+    if database.isdecimal() and int(database) < len(DATABASES):
         database = DATABASES[int(database)]
     if database not in DATABASES:
         raise BadInput(f"{where}: database {database!r} is not one of {', '.join(DATABASES)}")

@@ -20,7 +20,7 @@ from evaluation.videos import Best, HeldOutVideos, chosen_subjects
 from images import videos
 from models import mmnet
 from training import checkpoint, distributed, epochs, motion, options, record
-from util import number, positive_int
+from util import BadInput, number, positive_int
 
 # ---------------------------------------------------------------- options
 
@@ -29,11 +29,16 @@ def parse_option(argv):
     add_data_options(parser)
     add_model_options(parser)
     add_optimisation_options(parser)
-    options.add_running_options(parser)
+    options.add_running_options(parser, decodes=False)
     options.add_result_options(parser)
     options.add_output_options(parser, "--save_path", "folder for the runs' results", 10)
     opt = parser.parse_args(argv)
-    layout = mmnet.LAYOUTS[opt.model]
+    check_options(parser, opt, mmnet.LAYOUTS[opt.model])
+    return opt
+
+
+def check_options(parser, opt, layout):
+    """Fills in what the variant settles; refuses flags that do not go together."""
     if opt.au_loss and layout.units:
         parser.error(f"--au_loss: {opt.model} learns the action units in a stage of its own")
     if opt.size % 16:
@@ -42,6 +47,8 @@ def parse_option(argv):
         parser.error("--channels goes with --input flow")
     if bool(opt.mask) != bool(opt.landmarks):
         parser.error("--mask and --landmarks go together")
+    if opt.au_sides and not (layout.units or opt.au_loss):
+        parser.error("--au_sides goes with --model V6 or V6c, or with --au_loss")
     if opt.batch_size < 2 * opt.accumulate:
         parser.error("--batch_size: batch norm takes two clips or more of each --accumulate part")
     if opt.input == "difference":
@@ -50,8 +57,33 @@ def parse_option(argv):
         opt.channels = "nr" if layout.channels == "difference" else layout.channels
     if opt.epochs is None:
         opt.epochs = {"V1": 70, "V2": 70, "V6": 80, "V6c": 80, "mmnet": 74}.get(opt.model, 100)
+    kinds = "" if opt.channels in ("hsv", "difference") else opt.channels
+    for scale, kind in (("column", "s"), ("fixed", "n")):
+        if opt.scale == scale and kind not in kinds:
+            parser.error(f"--scale {scale}: goes with channels {kind}; the motion is "
+                         f"{opt.channels}")
+    if opt.mask:
+        opt.mask = sorted(set(opt.mask))  # in any order it is one run
+    check_stages(parser, opt, layout)
     options.check_seeds(parser, opt.seeds)
-    return opt
+
+
+def check_stages(parser, opt, layout):
+    """The epochs of V6's stages; other variants have none."""
+    given = [name for name in ("au_epochs", "unfreeze_epoch") if getattr(opt, name) is not None]
+    if given and not layout.units:
+        parser.error(f"--{given[0]} goes with --model V6 or V6c")
+    if opt.au_epochs is None:
+        opt.au_epochs = 70
+    if opt.unfreeze_epoch is None:
+        opt.unfreeze_epoch = 50
+        if layout.units and opt.epochs < 80:
+            opt.unfreeze_epoch = opt.epochs * 5 // 8
+            print(f"the last layer alone for {opt.unfreeze_epoch} of {opt.epochs} epochs, as for "
+                  f"50 of 80")
+    elif opt.unfreeze_epoch >= opt.epochs:
+        parser.error(f"--unfreeze_epoch {opt.unfreeze_epoch}: not before the end of --epochs "
+                     f"{opt.epochs}, so that nothing would be unfrozen")
 
 
 def add_data_options(parser):
@@ -62,13 +94,15 @@ def add_data_options(parser):
                       help="leave one subject out, or ten groups of whole subjects")
     data.add_argument("--part", free=True, metavar="SUBJECTS", default="all",
                       help="only these held-out subjects, merged with those finished before: "
-                           "numbers 5,16 or [5,16,7], ranges 1-4, names sub05 or smic/s1, hardest "
-                           "or hardest_7 (the published list, chosen by test scores)")
+                           "numbers 5,16 or [5,16,7] and ranges 1-4 of every database, names "
+                           "sub05 or smic/s1, a database smic, hardest or hardest_7 (CASME II's "
+                           "published list, chosen by test scores)")
     data.add_argument("--size", type=number(int, 32, 1024), default=224,
                       help="side of the frames, pixels, a multiple of 16 that the grid of the "
                            "position module follows; 112 takes a quarter of the time")
     data.add_argument("--au_sides", action="store_true",
-                      help="keep action units of the left and the right side apart")
+                      help="keep action units of the left and the right side apart, which "
+                           "change sides in mirrored clips")
 
 
 def add_model_options(parser):
@@ -83,7 +117,8 @@ def add_model_options(parser):
                             "standardised, hsv as colours [the variant's; nr for mmnet]")
     model.add_argument("--scale", choices=("map", "column", "fixed"), default="map",
                        help="map: n and s of each map; column: s of each column, as published; "
-                            "fixed: n divides by one length, typical of the training clips")
+                            "fixed: n divides by one length, typical of the training clips; "
+                            "each with channels of that kind")
     model.add_argument("--mask", nargs="+", choices=("eyes", "jaw"), metavar="PART",
                        help="eyes, jaw: parts of the face that are blanked [none]")
     model.add_argument("--landmarks", free=True, metavar="FILE.csv",
@@ -112,12 +147,13 @@ def add_optimisation_options(parser):
     group.add_argument("--au_loss", type=number(float, 0), default=0.0, metavar="X",
                        help="weight of an auxiliary loss on the action units of training clips, "
                             "for variants other than V6, V6c; 0: none")
-    group.add_argument("--au_epochs", type=positive_int, default=70,
-                       help="V6, V6c: epochs of the first stage, on action units alone (T; C: 80)")
-    group.add_argument("--unfreeze_epoch", type=number(int, 0), default=50,
+    group.add_argument("--au_epochs", type=positive_int,
+                       help="V6, V6c: epochs of the first stage, on action units alone [T: 70; "
+                            "C: 80]")
+    group.add_argument("--unfreeze_epoch", type=number(int, 0),
                        help="V6, V6c: epochs of the second stage that train the last layer alone "
-                            "(T; C: 35); V6c's threshold passes the gradient straight through, "
-                            "where the published code has none")
+                            "[T: 50 of 80, 5/8 of fewer --epochs; C: 35]; V6c's threshold passes "
+                            "the gradient straight through, where the published code has none")
     group.add_argument("--select", choices=("fixed", "inner"), default="fixed",
                        help="inner: a fifth of the training subjects is not trained on and chooses "
                             "the epoch; fixed: the last one")
@@ -138,10 +174,18 @@ def run_name(opt):
 def set_loader(opt):
     """(dataset.Data, the action units of each clip, dataset.Folds)"""
     data, units = dataset.read_videos(opt.data_folder, opt.size, opt.au_sides)
+    if opt.model == "mmnet" and data.images.info.get("middle") == "published":
+        raise BadInput(f"{opt.data_folder}: --model mmnet sees the apex, which is not among the "
+                       f"five frames of --middle published; prepare the set without that flag")
     opt.subject = chosen_subjects(opt.part, data.clips)
     opt.free.add("subject")  # as --part
     print(f"{len(data.clips)} clips, {len(data.clips.people)} subjects")
     return data, units, heldout.split(opt.protocol, data.clips)
+
+
+def learns_units(opt):
+    """Whether the network learns action units, in a stage or besides."""
+    return bool(mmnet.LAYOUTS[opt.model].units or opt.au_loss)
 
 
 def set_job(opt, data, units, members, name, device):
@@ -149,11 +193,13 @@ def set_job(opt, data, units, members, name, device):
     torch.manual_seed(int(np.random.SeedSequence(
         (opt.seed, zlib.crc32(name.encode()))).generate_state(1)[0]))
     layout, targets = mmnet.LAYOUTS[opt.model], None
-    if layout.units or opt.au_loss:
+    if learns_units(opt):
         # those of the training clips alone: what the others show is not known
-        targets = videos.multi_hot(units, videos.unit_names(units[i] for i in members))
+        names = videos.unit_names(units[i] for i in members)
+        targets = np.stack([videos.multi_hot(shown, names) for shown in (
+            units, map(videos.mirrored_units, units))])
     network = mmnet.create_mmnet(opt.model, data.clips.n_label,
-                                 None if targets is None else targets.shape[1], opt.channels,
+                                 None if targets is None else targets.shape[2], opt.channels,
                                  opt.size)
     if opt.pretrained:
         motion.load_pretrained(network, opt.pretrained)
@@ -218,7 +264,7 @@ def tune(opt, held, group, units, device):
             job = job._replace(optimizer=set_optimizer(opt, job.network))
         means = motion.train_epoch(opt, job, stage, epoch, number, within, on_step)
         if best:
-            means |= best.follow(job, stage, epoch)
+            means |= best.follow(job, stage, number)
         elif stage != "units":
             history.append(motion.predict(job, out)[0].argmax(1).tolist())
         return means
@@ -229,7 +275,7 @@ def tune(opt, held, group, units, device):
             "model": job.network.state_dict(), "optimizer": job.optimizer.state_dict(),
             "scaler": job.precision.scaler.state_dict(), "best": best and best.state,
             "classes": data.clips.classes, "data_digest": held.header["data_digest"],
-            "encoder_sha256": None})
+            "encoder_sha256": None, "seen": held.seen(members), **held.besides})
 
     stages = opt.epochs + opt.au_epochs * bool(mmnet.LAYOUTS[opt.model].units)
     loop = epochs.Loop(opt.changed(epochs=stages), held.log, name,
@@ -244,7 +290,7 @@ def tune(opt, held, group, units, device):
 def evaluate(opt, argv, device, data, units, folds):
     """Trains what is left to do and writes the results: (run folder, results or None)."""
     run = record.Run(opt.save_path, run_name(opt), opt)
-    held = HeldOutVideos(run, argv, __file__, data, folds)
+    held = HeldOutVideos(run, argv, __file__, data, folds, units if learns_units(opt) else None)
     for group in held.groups:
         out = data.clips.members(group.out)
         job, notes = tune(opt, held, group, units, device)
@@ -252,9 +298,7 @@ def evaluate(opt, argv, device, data, units, folds):
         held.keep(group, out, said, notes)
         held.keep_attention(group, out, said, maps)
         run.finished(group.name)
-    part = {"part": f"{opt.part}: these subjects were chosen by their test scores"} \
-        if opt.part.startswith("hardest") else {}
-    return run.folder, held.finish(protocol=opt.protocol, **part)
+    return run.folder, held.finish(protocol=opt.protocol)
 
 
 @util.command_line

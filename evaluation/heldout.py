@@ -86,19 +86,20 @@ class Group(NamedTuple):
 
 
 def make_header(opt: argparse.Namespace, argv: list[str], script: str, data: Data,
-                sha256: str | None) -> dict:
-    """The log's header with the digests of data and checkpoint."""
+                sha256: str | None, **more: str | None) -> dict:
+    """The log's header with the digests of data and checkpoint, and `more` of them."""
     clips = data.clips
     return record.header(
         script, opt, argv, list_digest=clips.digest(), checkpoint_sha256=sha256,
-        data_digest=hashlib.sha256((clips.digest() + data.digest).encode()).hexdigest())
+        data_digest=hashlib.sha256((clips.digest() + data.digest).encode()).hexdigest(), **more)
 
 
-def open_run(run: Run, header: dict, sha256: dict) -> set[str]:
+def open_run(run: Run, header: dict, sha256: dict, besides: dict | None = None) -> set[str]:
     """Enters a run folder of held-out predictions; returns the names already finished.
 
-    sha256: name → digest of each wanted subject's checkpoint. An existing folder takes --resume,
-    or --subject, which adds to it; and the options and checkpoints that made it. Raises BadInput.
+    sha256: name → digest of each wanted subject's checkpoint; besides: digests of the header that
+    must be equal as well. An existing folder takes --resume, or --subject, which adds to it; and
+    the options and checkpoints that made it. Raises BadInput.
     """
     folder, opt = run.folder, run.opt
     old = record.read_log(folder)
@@ -107,7 +108,7 @@ def open_run(run: Run, header: dict, sha256: dict) -> set[str]:
             raise BadInput(f"{folder}: exists; go on with --resume auto, give another --tag, or "
                            f"remove it")
         run.check_resumable(folder, old[0], data_digest=header["data_digest"],
-                            checkpoint_sha256=header["checkpoint_sha256"])
+                            checkpoint_sha256=header["checkpoint_sha256"], **(besides or {}))
     elif folder.exists() and any(path.suffix != ".part" for path in folder.iterdir()):
         raise BadInput(f"{folder}: exists, but holds no log.jsonl; remove it or give another --tag")
     if opt.resume not in (None, "auto") and not Path(opt.resume).is_file():
@@ -120,14 +121,15 @@ def open_run(run: Run, header: dict, sha256: dict) -> set[str]:
     return set(done)
 
 
-def checked_states(run: Run, header: dict, encoders: Encoders,
-                   names: Iterable[str | None]) -> dict:
-    """name → checkpoint of the trainings that --resume goes on with; raises BadInput."""
+def checked_states(run: Run, header: dict, encoders: Encoders, names: Iterable[str | None],
+                   besides: dict | None = None) -> dict:
+    """name → checkpoint of the trainings that --resume goes on with; besides: as in `open_run`.
+    Raises BadInput."""
     states = {}
     for path, state in run.states(names):
         if run.opt.resume == "auto" and state.get("unit") not in names:
             continue  # last.pth, of one that is finished, maybe in another job
-        run.check_resumable(path, state, data_digest=header["data_digest"])
+        run.check_resumable(path, state, data_digest=header["data_digest"], **(besides or {}))
         if "folds" in state:  # of heads, from an earlier release: they start anew
             continue
         if "mean" not in state.get("classifier", {"mean"}):
@@ -158,11 +160,12 @@ class HeldOut:
     """A run over held-out persons: who is left to do, in which groups, and what they result in.
 
     script: the caller's file; folds: a training for each; None: the persons of one checkpoint are
-    trained in one pass. Raises BadInput.
+    trained in one pass; besides: digests of what else is read, by name, which a run that goes on or
+    is added to shares. Raises BadInput.
     """
 
     def __init__(self, run: Run, argv: list[str], script: str, data: Data,
-                 folds: Folds | None = None):
+                 folds: Folds | None = None, besides: dict | None = None):
         opt, clips = run.opt, data.clips
         self.run, self.data, self.folds = run, data, folds
         wanted = dataset.find_people(opt.subject, clips) if opt.subject else clips.people
@@ -171,10 +174,12 @@ class HeldOut:
         if not folds and opt.resume not in (None, "auto"):
             raise BadInput(f"--resume {opt.resume}: heads on a frozen encoder are trained in one "
                            f"pass and keep no checkpoint; --resume auto does what is left")
-        self.header = make_header(opt, argv, script, data,
-                                  self.encoders.sha256.get(self.encoders.source))
+        self.besides = besides or {}
+        self.header = make_header(opt, argv, script, data, self.encoders.sha256.get(
+            self.encoders.source), **self.besides)
         done = open_run(run, self.header, {
-            self.names[p]: self.encoders.sha256[path] for p, path in self.encoders.paths.items()})
+            self.names[p]: self.encoders.sha256[path]
+            for p, path in self.encoders.paths.items()}, self.besides)
         todo = [p for p in wanted if self.names[p] not in done]
         self.todo = [self.names[p] for p in todo]
         if len(todo) < len(wanted):
@@ -186,7 +191,8 @@ class HeldOut:
             self.encoders.check(self.groups[0].path)  # a wrong one leaves no run folder behind
         distributed.barrier()
         names = {group.name for group in everyone} or {None}
-        self.states = checked_states(run, self.header, self.encoders, names) if folds else {}
+        self.states = checked_states(run, self.header, self.encoders, names, self.besides) \
+            if folds else {}
         self.log = open_log(run, self.header, names, {
             name: state["epoch"] for name, state in self.states.items()}) if todo else None
 
@@ -264,7 +270,8 @@ class HeldOut:
         keys = {(dataset.DATABASES[c.database], c.subject, c.key)
                 for c, is_blank in zip(clips.clips, self.blank()) if is_blank}
         results = result_files.write_results(
-            run.folder, {**self.header, **details, "rendered": bool(clips.encoding.get("rendered")),
+            run.folder, {**self.header, **details, **self.remarks(),
+                         "rendered": bool(clips.encoding.get("rendered")),
                          "shortcuts": self.shortcuts()}, clips.n_label, clips.classes, keys)
         self._draw(results)
         print("\n".join([result_files.describe(results),
@@ -274,6 +281,10 @@ class HeldOut:
                          log="log.jsonl", **{"MEGC2019": "megc2019.log"} if
                          len(results["per_database"]) > 1 else {})
         return results
+
+    def remarks(self) -> dict:
+        """What the results say of everybody who is finished, besides the figures."""
+        return {}
 
     def blank(self) -> np.ndarray:
         """bool `[N]`: the clips without any change."""

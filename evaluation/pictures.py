@@ -233,15 +233,16 @@ def change_panels(clips: ClipSet, images: np.ndarray, places: list[int],
 
 def motion_panels(clips: ClipSet, arrays: videos.Videos, places: list[int],
                   maps: list[list]) -> list[list[Panel]]:
-    """Panels of videos: the onset, flow from onset to apex as colours, and the maps of the blocks
-    over the onset."""
+    """Panels of videos: the onset, flow from onset to the third frame as colours, and the maps of
+    the blocks over the onset."""
+    third = "middle" if arrays.info.get("middle") == "published" else "apex"
     panels = []
     for place, own in zip(places, maps):
         onset = arrays.frames[place, 0].transpose(1, 2, 0)
         steps = torch.from_numpy(arrays.steps[arrays.index[place, 0]]).float()
         apex = videos.to_apex(steps, arrays.info["reference"])
         colours = flow.channels(apex, "hsv").permute(1, 2, 0).numpy()
-        panels.append([Panel("onset", onset), Panel("flow to the apex", colours), *(
+        panels.append([Panel("onset", onset), Panel(f"flow to the {third}", colours), *(
             Panel(f"block {b}", _grey(onset / 255), heat, "no map kept")
             for b, heat in enumerate(own, 1))])
     return panels

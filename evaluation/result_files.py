@@ -210,13 +210,17 @@ def describe(results: dict) -> str:
         lines += [f"{name:8s} UF1 {part['uf1']:.3f}, UAR {part['uar']:.3f}  ({part['n']} clips, "
                   f"{part['n_subjects']} subjects)"
                   for name, part in results["per_database"].items()]
-    answers = {True: "yes: the encoder saw held-out subjects, without labels", False: "no",
+    saw = "--pretrained was trained on held-out subjects" if results.get("pretrained_sha256") \
+        else "the encoder saw held-out subjects, without labels"
+    answers = {True: f"yes: {saw}", False: "no",
                None: "unknown: the checkpoint does not say whom it saw"}
     people = f"of {results['n_subjects']} held-out subjects" \
         if results.get("resampled") != "images" else "without subjects: intervals resample images"
     noun = results.get("noun", "clips")
     lines.append(f"{results['n']} {noun} {people}, {results['n_label']} classes; transductive: "
                  f"{answers[results['transductive']]}")
+    if results.get("part"):
+        lines.append(results["part"])
     rest = results["without_blank_clips"]
     if 0 < rest["n"] < results["n"]:
         lines.append(f"without the {results['n'] - rest['n']} blank clips: UF1 {rest['uf1']:.3f}, "

@@ -1,4 +1,6 @@
 """Held-out persons of a set of videos: which of them, the epoch that others choose, mistakes."""
+import hashlib
+import json
 import re
 from pathlib import Path
 
@@ -9,48 +11,104 @@ from torch import nn
 
 import dataset
 from dataset import ClipSet
-from evaluation import gradcam, heldout, measures, pictures
-from training import motion
+from evaluation import gradcam, heldout, measures, pictures, result_files
+from evaluation.encoders import RANDOM, Seen, people_seen
+from images.lists import DATABASES
+from training import checkpoint, motion, record
 from util import BadInput
 
 # the subjects that the published code did worst on: chosen by their test scores
 HARDEST = (5, 16, 7, 3, 6, 17, 20, 13, 26, 1)
+CHOSEN = "hardest: these subjects are of a published list, which was chosen by test scores"
 INNER = 5  # groups of subjects, of which one chooses the epoch
 
 
 def chosen_subjects(part: str, clips: ClipSet) -> list[str] | None:
-    """Names of the held-out subjects that --part means, None for all of them.
+    """The held-out subjects that --part means, as dataset.find_people takes them; None: all.
 
-    'all', numbers such as `5,16` or `[5,16,7]`, ranges `1-4`, 'hardest', 'hardest_N', names.
-    Raises BadInput.
+    'all', numbers such as `5,16` or `[5,16,7]`, ranges `1-4`, 'hardest', 'hardest_N', names of
+    subjects or databases. A number is that of a subject of every database, but for CASME II's
+    hardest. Raises BadInput.
     """
     if part == "all":
         return None
-    if match := re.fullmatch(r"hardest(?:_(\d+))?", part):
-        words = [str(n) for n in HARDEST[:int(match[1] or len(HARDEST))]]
-    else:
-        words = [word for word in re.split(r"[\s,]+", part.strip("[] ")) if word]
-    numbers = {int(match[0]): name for name in clips.names.values()
-               if (match := re.search(r"\d+$", name))}
+    hardest = re.fullmatch(r"hardest(?:_([0-9]{1,9}))?", part)
+    words = [str(n) for n in HARDEST[:int(hardest[1] or len(HARDEST))]] if hardest else \
+        [word for word in re.split(r"[\s,]+", part.strip("[] ")) if word]
+    several, numbers = len({database for database, _ in clips.people}) > 1, {}
+    for person in clips.people:
+        if not hardest or DATABASES[person[0]] == "casme2":
+            numbers.setdefault(number_of(person[1]), []).append(person)
     chosen = []
     for word in words:
-        span = re.fullmatch(r"(\d+)(?:-(\d+))?", word)
-        if not span:
-            chosen += [clips.names[p] for p in dataset.find_people([word], clips, "--part")]
-            continue
-        there = [numbers[n] for n in range(int(span[1]), int(span[2] or span[1]) + 1)
-                 if n in numbers]
+        # numbers that are there are tried, not those of a range, which may be long
+        if span := re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", word):
+            there = [person for n in sorted(numbers.keys() - {None})
+                     if int(span[1]) <= n <= int(span[2] or span[1]) for person in numbers[n]]
+        elif word in DATABASES:
+            there = [person for person in clips.people if DATABASES[person[0]] == word]
+        else:
+            there = dataset.find_people([word], clips, "--part")
         if not there:
-            raise BadInput(f"--part {part}: no subject {word}; the data hold "
-                           f"{', '.join(clips.names.values())}")
+            of = " of casme2" * bool(hardest)
+            raise BadInput(f"--part {part}: no subject {word}{of}; the data hold "
+                           + ", ".join(name_of(person, several) for person in clips.people))
         chosen += there
     if not chosen:
         raise BadInput(f"--part {part}: names nobody; give all, 1-4, 5,16, hardest_7 or names")
-    return list(dict.fromkeys(chosen))
+    return [name_of(person, several) for person in dict.fromkeys(chosen)]
+
+
+def name_of(person: tuple[int, str], several: bool) -> str:
+    """A person as dataset.find_people takes it, of one or of several databases."""
+    return f"{DATABASES[person[0]]}/{person[1]}" if several else person[1]
+
+
+def number_of(subject: str) -> int | None:
+    """5 for sub05, None for a name that does not end in a number."""
+    number = re.search(r"[0-9]{1,9}$", subject)
+    return int(number[0]) if number else None
+
+
+def digest_of(content: bytes | None) -> str | None:
+    """SHA-256 of what there is, else None."""
+    return hashlib.sha256(content).hexdigest() if content else None
 
 
 class HeldOutVideos(heldout.HeldOut):
-    """Held-out persons whose mistakes show flow and the maps of attention; no clip is blank."""
+    """Held-out persons whose mistakes show flow and the maps of attention; no clip is blank.
+
+    units: the action units of each clip where the network learns them. A network may start from
+    --pretrained, and results say whom that one saw.
+    """
+
+    def __init__(self, run: record.Run, argv: list[str], script: str, data: dataset.Data,
+                 folds: dataset.Folds, units: list[frozenset] | None):
+        opt, seen = run.opt, Seen(set(), True)
+        if opt.pretrained:
+            seen = seen_by(opt.pretrained)
+        if opt.landmarks and not Path(opt.landmarks).is_file():
+            raise BadInput(f"--landmarks {opt.landmarks}: no such file")
+        super().__init__(run, argv, script, data, folds, {
+            "pretrained_sha256": digest_of(opt.pretrained and Path(opt.pretrained).read_bytes()),
+            "landmarks_sha256": digest_of(opt.landmarks and Path(opt.landmarks).read_bytes()),
+            "units_digest": digest_of(units and json.dumps([*map(sorted, units)]).encode())})
+        self.encoders.seen[RANDOM] = seen
+
+    def seen(self, members: np.ndarray) -> dict:
+        """What a checkpoint says of whom it saw: the persons of `members`, and those before."""
+        own, before = dataset.people_seen(self.data.clips, members), self.encoders.seen[RANDOM]
+        named = [*map(list, sorted({*map(tuple, own.get("named") or own["people"] or ()),
+                                    *before.people}))]
+        known = before.complete and own["people"] is not None
+        return {"people": named if known else None, "named": named, "clips": len(members)}
+
+    def remarks(self) -> dict:
+        people = {(row["database"], row["subject"]) for _, rows in
+                  result_files.read_subjects(self.run.folder).values() for row in rows}
+        hardest = all(database == "casme2" and number_of(subject) in HARDEST
+                      for database, subject in people)
+        return {"part": CHOSEN} if hardest and len(people) < len(self.data.clips.people) else {}
 
     def blank(self) -> np.ndarray:
         return np.zeros(len(self.data.clips), bool)
@@ -73,6 +131,15 @@ class HeldOutVideos(heldout.HeldOut):
                                   for i, *own in zip(worst, *blocks)})
 
 
+def seen_by(path: str) -> Seen:
+    """Whom the network of a --pretrained checkpoint saw; raises BadInput."""
+    try:
+        return people_seen(checkpoint.load_seen(path))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise BadInput(f"--pretrained {path}: its 'seen' cannot be read; take a checkpoint that "
+                       f"train_MMNet.py wrote, or a published one") from None
+
+
 class Best:
     """Choice of the epoch by training subjects that are not trained on (`inner`, a fifth of them).
 
@@ -90,10 +157,11 @@ class Best:
         self.state = {"stage": "", "value": 0.0, "epoch": 0, "model": {}}
 
     def follow(self, job: motion.Job, stage: str, epoch: int) -> dict:
-        """After an epoch: keeps the network where it is the best so far of its stage."""
+        """After an epoch, counted within its stage: keeps the network where it is the best so
+        far."""
         probabilities, _, units = motion.predict(job, self.inner)
         if stage == "units":
-            wanted = torch.from_numpy(job.targets[self.inner])
+            wanted = torch.from_numpy(job.targets[0, self.inner])
             value = -float(F.binary_cross_entropy_with_logits(torch.from_numpy(units), wanted))
         else:
             value = measures.evaluate(self.clips.labels[self.inner], probabilities.argmax(1),

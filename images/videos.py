@@ -21,8 +21,9 @@ from images import flow
 from util import BadInput, ensure, read_table
 
 ARRAYS = {"frames": 5, "flow": 5, "jitter": 4, "index": 3}  # files of a set: dimensions
+AGAIN = "run prepare.py casme2 again"
 SHARE = 0.15 / 4  # of the frames from onset, or offset, to the third frame: the widest jitter
-UNIT = re.compile(r"([LRTB]?)(\d{1,2})[A-E]?", re.IGNORECASE)
+UNIT = re.compile(r"([LRTB]?)0*([1-9][0-9]?)[A-E]?", re.IGNORECASE)
 
 
 class Steps:
@@ -58,29 +59,16 @@ class Videos(NamedTuple):
                               ).hexdigest()
 
 
-def read_videos(folder: str | Path, size: int) -> Videos:
-    """The arrays of a prepared folder, for frames of `size` pixels; raises BadInput.
+def read_videos(folder: str | Path, size: int | None = None) -> Videos:
+    """The arrays of a prepared folder, for frames of `size` pixels [as they are stored]; raises
+    BadInput.
 
     They are mapped as they are, or reduced once in memory where another size is wanted.
     """
     folder = Path(folder)
-    again = "run prepare.py casme2 again"
-    try:
-        info = json.loads((folder / "flow.json").read_text(encoding="utf-8"))
-        stored = int(info["size"])
-        ensure({"classes", "flow", "reference", "digests"} <= info.keys())
-    except FileNotFoundError:
-        raise BadInput(f"{folder}: no flow.json; name a folder that prepare.py casme2 "
-                       f"wrote") from None
-    except (ValueError, KeyError, TypeError):
-        raise BadInput(f"{folder / 'flow.json'}: cannot be read; {again}") from None
-    arrays = {}
-    for name, dimensions in ARRAYS.items():
-        try:
-            arrays[name] = np.load(folder / f"{name}.npy", mmap_mode="r")
-            ensure(arrays[name].ndim == dimensions)
-        except (OSError, ValueError):
-            raise BadInput(f"{folder / name}.npy: missing or not whole; {again}") from None
+    info = _read_info(folder)
+    arrays, stored = _read_arrays(folder, info), info["size"]
+    size = size or stored
     if size > stored:
         raise BadInput(f"--size {size}: {folder} holds frames of {stored} pixels; take {stored} or "
                        f"less, or prepare larger ones")
@@ -90,6 +78,57 @@ def read_videos(folder: str | Path, size: int) -> Videos:
         plain, jittered = (_reduced(steps, size, size / stored).astype(np.float16)
                            for steps in (plain, jittered))
     return Videos(frames, Steps(plain, jittered), np.asarray(arrays["index"]), info)
+
+
+def _read_info(folder):
+    """What flow.json says. Flow of another OpenCV than the one that is installed is refused: two
+    versions in one comparison would be two data sets."""
+    path = folder / "flow.json"
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+        ensure({"classes", "reference"} <= info.keys() and type(info["size"]) is int
+               and isinstance(info["digests"], dict))
+        made_by = str(info["flow"]["opencv"])
+    except FileNotFoundError:
+        raise BadInput(f"{folder}: no flow.json; name a folder that prepare.py casme2 "
+                       f"wrote") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise BadInput(f"{path}: cannot be read; {AGAIN}") from None
+    if flow.cv2 and flow.cv2.__version__ != made_by:
+        raise BadInput(f"{path}: its flow is OpenCV {made_by}'s, installed is "
+                       f"{flow.cv2.__version__}; {AGAIN}, or install that version")
+    return info
+
+
+def _read_arrays(folder, info):
+    """name → array of a set, checked against each other and flow.json."""
+    arrays = {}
+    for name, dimensions in ARRAYS.items():
+        path = folder / f"{name}.npy"
+        try:
+            array = arrays[name] = np.load(path, mmap_mode="r")
+            ensure(array.ndim == dimensions
+                   and path.stat().st_size == array.offset + array.nbytes)
+        except (OSError, ValueError, AttributeError):
+            raise BadInput(f"{path}: missing or not whole; {AGAIN}") from None
+    frames, index = arrays["frames"], np.asarray(arrays["index"])
+    count, size = len(frames), info["size"]
+    wanted = {"frames": ((count, 5, 3, size, size), np.uint8),
+              "flow": ((count, 4, 2, size, size), np.float16),
+              "jitter": ((len(arrays["jitter"]), 2, size, size), np.float16),
+              "index": ((count, index.shape[1], 4), np.int32)}
+    for name, (shape, kind) in wanted.items():
+        if arrays[name].shape != shape or arrays[name].dtype != kind:
+            raise BadInput(f"{folder / name}.npy: {arrays[name].dtype} {arrays[name].shape}, not "
+                           f"the {np.dtype(kind)} {shape} of {count} clips of {size} pixels in "
+                           f"flow.json; {AGAIN}")
+    rows = 4 * count + len(arrays["jitter"])
+    digest = hashlib.sha256(np.ascontiguousarray(index).data).hexdigest()
+    if not index.size or index.min() < 0 or index.max() >= rows \
+            or digest != info["digests"].get("index"):
+        raise BadInput(f"{folder / 'index.npy'}: does not belong to the {rows} steps of flow.npy "
+                       f"and jitter.npy; {AGAIN}")
+    return arrays
 
 
 def _reduced(array, size, scale=1.0):
@@ -196,10 +235,16 @@ def read_units(text: str, sides: bool = False) -> tuple[frozenset, list[str]]:
     units, unknown = set(), []
     for mark in filter(None, (part.strip() for part in re.split(r"[+,/]", text))):
         if match := UNIT.fullmatch(mark):
-            units.add((match[1].upper() if sides else "") + match[2].lstrip("0"))
+            units.add((match[1].upper() if sides else "") + match[2])
         else:
             unknown.append(mark)
     return frozenset(units), unknown
+
+
+def mirrored_units(units: frozenset) -> frozenset:
+    """What a clip with these action units shows in the mirror: L12 for R12."""
+    other = {"L": "R", "R": "L"}
+    return frozenset(other.get(unit[0], unit[0]) + unit[1:] for unit in units)
 
 
 def unit_names(clips: Iterable[frozenset]) -> list[str]:

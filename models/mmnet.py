@@ -295,6 +295,8 @@ def from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
             name = re.sub(pattern, here, name)
         name = re.sub(r"\.downsample\.(\d)\.",
                       lambda match: f".shortcut.{SHORTCUT[parts][int(match[1])]}.", name)
+        if name == "stem.external.spatial.weight" and value.dim() == 4:
+            value = value.unsqueeze(2)  # of the original network, which has no time
         if not name.startswith(UNUSED):
             named[name] = value
     return named

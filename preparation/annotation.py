@@ -14,7 +14,7 @@ from images.lists import DATABASES, clip_key, image_paths, natural
 from util import BadInput, read_cells
 
 COLUMNS = ("subject", "filename", "onset", "apex", "offset", "au", "objective class", "emotion")
-CLIP_COLUMNS = ("database", "subject", "clip", "onset", "apex", "label")
+CLIP_COLUMNS = ("database", "subject", "clip", "onset", "apex", "label")  # and, optional, key
 NO_OFFSET = 15  # frames after the onset that stand in for an offset of 0: half a second
 # Labels as the databases write them → the four classes of the published lists.
 NAMED_CLASS = {
@@ -261,7 +261,8 @@ def read_clips_csv(path: str | Path, root: Path) -> Table:
     """Table of clips.csv: paths of frames relative to `root`; raises BadInput."""
     path = Path(path)
     cells = [*read_cells(path, f"--clips names a CSV file with the columns "
-                         f"{','.join(CLIP_COLUMNS)} and, optional, depth_onset,depth_apex")]
+                         f"{','.join(CLIP_COLUMNS)} and, optional, depth_onset,depth_apex and "
+                         f"key")]
     places, rows, lines, missing = header(path, cells, CLIP_COLUMNS), [], {}, []
     depth = "depth_onset" in places
     if depth != ("depth_apex" in places):
@@ -280,15 +281,15 @@ def read_clips_csv(path: str | Path, root: Path) -> Table:
             raise BadInput(f"{path}:{number}: the database is one of {', '.join(DATABASES)}, and "
                            f"no path is empty: depth for all clips or without those columns")
         subject, video = values["subject"], values["clip"]
-        if not (is_name(subject) and is_name(video)):
-            raise BadInput(f"{path}:{number}: subject {subject!r}, clip {video!r}: part of file "
-                           f"names, so neither empty nor with a slash or a dot in front")
+        if not all(map(is_name, (subject, video, values.get("key") or video))):
+            raise BadInput(f"{path}:{number}: subject {subject!r}, clip {video!r} or its key: part "
+                           f"of file names, so neither empty nor with a slash or a dot in front")
         missing += [(number, name) for name in files if not (root / name).is_file()]
         emotion = values["label"].lower()
         if emotion not in NAMED_CLASS:
             raise BadInput(f"{path}:{number}: label {values['label']!r} is not one of "
                            f"{', '.join(sorted(NAMED_CLASS))}")
-        key = clip_key(subject, video, *(Path(name).stem for name in files[:2]))
+        key = values.get("key") or clip_key(subject, video, *(Path(n).stem for n in files[:2]))
         identity = (values["database"], key)
         if lines.setdefault(identity, number) != number:
             raise BadInput(f"{path}:{number}: {key} is in line {lines[identity]} already")

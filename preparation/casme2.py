@@ -5,21 +5,31 @@
 
 Five classes: happiness, repression, disgust, surprise, others. Prints its counts beside the
 published ones. The same for other sets with --clips. A run that was stopped goes on when started
-again. Look at <data_folder>/audit/flow.png afterwards. Expect ten clips a second on two cores.
+again, one that was finished is kept. Look at <data_folder>/audit/flow.png afterwards. Expect ten
+clips a second on two cores.
 """
 import argparse
 import hashlib
-import os
 import re
 import shutil
 from collections import Counter
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from images import flow
 from images.lists import DATABASES, natural
 from images.videos import jittered
-from preparation import annotation, audit, cutting, detection, options, outputs, videos
+from preparation import (
+    annotation,
+    audit,
+    cutting,
+    detection,
+    flow_sets,
+    options,
+    outputs,
+    videos,
+)
 from preparation.annotation import Row, Table
 from util import (
     BadInput,
@@ -27,8 +37,6 @@ from util import (
     number,
     read_table,
     remove_leftovers,
-    write_json,
-    write_table,
 )
 
 COLUMNS = ("subject", "filename", "onsetframe", "apexframe", "offsetframe", "action units",
@@ -36,8 +44,7 @@ COLUMNS = ("subject", "filename", "onsetframe", "apexframe", "offsetframe", "act
 CLASSES = ("happiness", "repression", "disgust", "surprise", "others")
 PUBLISHED = {"2014": (32, 27, 63, 25, 99), "2019": (32, 27, 63, 28, 99)}
 CLIP_COLUMNS = ("database", "subject", "clip", "folder", "onset", "apex", "offset", "label")
-SET_COLUMNS = ("database", "subject", "key", "label", "emotion", "clip", "onset", "apex", "offset",
-               "units")
+NUMBER = re.compile(r"[0-9]{1,9}")  # str.isdigit() also takes ², which is no number to int()
 IMAGE = re.compile(r"(\D*)(\d+)\.(?:jpe?g|png|bmp)", re.IGNORECASE)
 PREFIXES = 5  # folders that may lie between the root and a subject
 
@@ -105,7 +112,7 @@ def read_workbook(path: str | Path, bad_apex: str) -> Table:
         if not any(values.values()):
             continue
         table.source["rows"] += 1
-        subject = f"sub{int(values['subject']):02d}" if values["subject"].isdigit() \
+        subject = f"sub{int(values['subject']):02d}" if NUMBER.fullmatch(values["subject"]) \
             else values["subject"]
         names.setdefault(values["filename"], set()).add(subject)
         add_clip(table, (DATABASES.index("casme2"), subject, values["filename"]),
@@ -126,16 +133,21 @@ def read_clips(path: str | Path, bad_apex: str) -> Table:
     path, keys = Path(path), set()
     rows, _ = read_table(path, CLIP_COLUMNS, fix="--clips names a CSV file with the columns "
                          f"{','.join(CLIP_COLUMNS)}")
-    names = sorted({row["label"] for _, row in rows}, key=natural)
+    names = {row["label"].strip() for _, row in rows} - {""}
     table = Table([], {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-                       "rows": len(rows)}, tuple(names))
+                       "rows": len(rows)}, tuple(sorted(names, key=natural)))
     for place, row in rows:
         if row["database"] not in DATABASES:
             raise BadInput(f"{place}: database {row['database']!r} is not one of "
                            f"{', '.join(DATABASES)}")
         add_clip(table, (DATABASES.index(row["database"]), row["subject"], row["clip"]),
                  [row[name] for name in ("onset", "apex", "offset")],
-                 (row["label"], row.get("units") or ""), (place, keys, bad_apex), (row["folder"],))
+                 (row["label"].strip(), row.get("units") or ""), (place, keys, bad_apex),
+                 (row["folder"],))
+    # difference images are named by the key alone, whatever the database
+    counts = Counter(row.key for row in table.rows)
+    table.rows = [replace(row, key=f"{DATABASES[row.database]}-{row.key}")
+                  if counts[row.key] > 1 else row for row in table.rows]
     if not table.rows:
         raise BadInput(f"{path}: no clip in it; one row per clip")
     return table
@@ -152,9 +164,11 @@ def add_clip(table: Table, name: tuple, numbers: list, shown: tuple, row: tuple,
     key = f"{subject}-{clip}-{numbers[0]}"
     if not (annotation.is_name(subject) and annotation.is_name(clip)):
         table.dropped.append((where, f"subject {subject!r} or clip {clip!r} is no name"))
+    elif not emotion:
+        table.dropped.append((key, f"{where}: no label"))
     elif emotion not in table.classes:
         table.dropped.append((key, f"{where}: emotion {emotion!r} is none of the classes"))
-    elif not (numbers[0].isdigit() and numbers[2].isdigit()
+    elif not (NUMBER.fullmatch(numbers[0]) and NUMBER.fullmatch(numbers[2])
               and int(numbers[0]) < int(numbers[2])):
         table.dropped.append((key, f"{where}: onset {numbers[0]!r} and offset {numbers[2]!r} are "
                                    f"not two frame numbers in their order"))
@@ -163,7 +177,7 @@ def add_clip(table: Table, name: tuple, numbers: list, shown: tuple, row: tuple,
     else:
         keys.add((database, key.lower()))
         onset, offset = int(numbers[0]), int(numbers[2])
-        apex, rule = int(numbers[1]) if numbers[1].isdigit() else None, ""
+        apex, rule = int(numbers[1]) if NUMBER.fullmatch(numbers[1]) else None, ""
         if apex is None:
             rule = "apex is no frame number"
         elif apex == onset:
@@ -210,8 +224,32 @@ def numbered(folder: Path) -> dict[int, str]:
     return frames
 
 
+def spellings(row: Row, onset: str) -> Iterator[tuple]:
+    """How a boxes.csv may name a row whose onset frame is the file `onset`: by the workbook's clip
+    and frame number, or by those of onset_apex.csv, of which prepare.py casme3 makes one."""
+    for video in (row.video, flow_sets.clip_name(row)):
+        for frame in (str(row.onset), Path(onset).stem):
+            yield DATABASES[row.database], row.subject, video, frame
+
+
+def existing(variants: list, path_of: dict, tolerance: int) -> tuple[dict, str]:
+    """(wanted frame number → the nearest that exists, why the first of the variants cannot be
+    had or ''); jittered frames without one are left out."""
+    if not path_of:
+        return {}, "no frames of it are there"
+    moved = {}
+    for wanted in dict.fromkeys(n for frames in variants for n in frames):
+        nearest = min(path_of, key=lambda n, wanted=wanted: (abs(n - wanted), n))
+        if abs(nearest - wanted) <= tolerance:
+            moved[wanted] = nearest
+        elif wanted in variants[0]:
+            return moved, f"frame {wanted} is missing, the nearest is {nearest}"
+    return moved, ""
+
+
 def find_frames(opt: argparse.Namespace, table: Table) -> list[videos.Task]:
-    """Tasks for the rows whose frames are there; the table keeps those rows and names the rest."""
+    """Tasks for the rows whose frames are there; the table keeps those rows, with the paths of
+    onset and apex as their `files`, and names the rest."""
     root, box_of = Path(opt.raw), options.box_finder(opt.crop, opt.roll)
     folders = find_folders(root) if opt.annotation else {}
     kept, tasks = [], []
@@ -222,16 +260,9 @@ def find_frames(opt: argparse.Namespace, table: Table) -> list[videos.Task]:
         path_of = numbered(folder) if folder and folder.is_dir() else {}
         variants = jittered(row.onset, row.apex, row.offset, opt.middle == "published",
                             opt.jitters, opt.reference)
-        moved, reason = {}, "" if path_of else "no frames of it are there"
-        for wanted in dict.fromkeys(n for frames in variants for n in frames) if path_of else ():
-            nearest = min(path_of, key=lambda n, wanted=wanted: (abs(n - wanted), n))
-            if abs(nearest - wanted) > opt.tolerance:
-                if wanted not in variants[0]:
-                    continue
-                reason = f"frame {wanted} is missing, the nearest is {nearest}"
-                break
-            moved[wanted] = nearest
-        box = box_of(row) if path_of else None
+        moved, reason = existing(variants, path_of, opt.tolerance)
+        box = None if reason else \
+            box_of(replace(row, files=()), *spellings(row, path_of[moved[row.onset]]))
         if not reason and opt.crop[0] == "boxes" and box is None:
             reason = f"no box in {opt.crop[1]}"
         if reason:
@@ -241,7 +272,11 @@ def find_frames(opt: argparse.Namespace, table: Table) -> list[videos.Task]:
             table.repaired("missing frame: the nearest existing one", row.key)
         variants = [tuple(moved[n] for n in frames) for frames in variants
                     if all(n in moved for n in frames)]
-        kept.append(row)
+        # the apex is not among the five frames of --middle published
+        apex = min(path_of, key=lambda n, row=row: (abs(n - row.apex), n))
+        if abs(apex - row.apex) > opt.tolerance:
+            table.repaired("missing apex: onset_apex.csv names the nearest frame", row.key)
+        kept.append(replace(row, files=(path_of[moved[row.onset]], path_of[apex])))
         tasks.append(videos.plan(row.key, list(dict.fromkeys(variants)), path_of, opt.reference,
                                  box))
     table.rows = kept
@@ -263,29 +298,6 @@ def print_counts(table: Table, rows: list) -> None:
     print(f"{'all':12}{len(rows):8}" + "".join(f"{sum(c):8}" for c in columns.values()))
 
 
-def write(opt: argparse.Namespace, table: Table, clips: list, settings: dict) -> None:
-    """The files of a set from (row, task, record) of its clips; flow.json, without which nothing
-    reads it, last."""
-    folder, rows = Path(opt.data_folder), [row for row, _, _ in clips]
-    (folder / "flow.json").unlink(missing_ok=True)
-    digests = videos.assemble(folder, [task for _, task, _ in clips],
-                              [record for _, _, record in clips], opt.size)
-    write_table(folder / "clips.csv", SET_COLUMNS, (
-        (DATABASES[row.database], row.subject, row.key, row.label, row.emotion, row.video,
-         row.onset, row.apex, row.offset, row.units) for row in rows))
-    # for `prepare.py casme3 --clips`: the same clips as difference images
-    write_table(folder / "onset_apex.csv", annotation.CLIP_COLUMNS, (
-        (DATABASES[row.database], row.subject, f"{row.video}-{row.onset}",
-         *(os.path.relpath(task.frames[task.plain[i]], opt.raw) for i in (0, 2)), row.emotion)
-        for row, task, _ in clips))
-    write_json(folder / "flow.json", {
-        "classes": list(table.classes), "size": opt.size, "jitters": opt.jitters,
-        "middle": opt.middle, "reference": opt.reference, "flow": flow.parameters(opt.flow),
-        "settings": settings, "annotation": table.source, "digests": digests,
-        "rendered": (Path(opt.raw) / "rendered.json").exists(), "repairs": table.repairs,
-        "dropped": [{"clip": key, "reason": reason} for key, reason in table.dropped]})
-
-
 def run(opt: argparse.Namespace) -> None:
     """Prepares all clips and writes what belongs to them."""
     flow.require()
@@ -293,12 +305,16 @@ def run(opt: argparse.Namespace) -> None:
         detection.require()
     table = read_workbook(opt.annotation, opt.bad_apex) if opt.annotation else \
         read_clips(opt.clips, opt.bad_apex)
-    table.rows.sort(key=lambda row: (row.database, row.subject, row.key))  # as sets are read
+    table.rows.sort(key=lambda row: (row.database, row.person, row.key))  # as sets are read
     tasks, folder = find_frames(opt, table), Path(opt.data_folder)
     if not tasks:
         raise outputs.none_left(opt.raw, table)
     settings = videos.Settings(opt.crop[0], opt.margin, opt.size, opt.roll, opt.register,
                                opt.flow, opt.reference)
+    stamp = flow_sets.stamp_of(opt, table, tasks, settings)
+    if flow_sets.is_finished(folder, stamp):
+        print(f"{folder}: holds these clips already, of the same frames, settings and OpenCV")
+        return
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     records = cutting.run_all(videos.process, tasks, settings, folder, opt.num_workers)
@@ -312,9 +328,10 @@ def run(opt: argparse.Namespace) -> None:
         clips.append((row, task, record))
     if not clips:
         raise outputs.none_left(opt.raw, table)
-    write(opt, table, clips, asdict(settings))
-    shutil.rmtree(folder / cutting.RECORDS)
+    clips = flow_sets.settle(table, clips, bool(opt.annotation))
+    flow_sets.write(opt, table, clips, settings, stamp)
+    shutil.rmtree(folder / videos.RECORDS)
     print_counts(table, [row for row, _, _ in clips])
-    outputs.print_rules(table)
+    outputs.print_rules(table, "flow.json")
     audit.draw_flow(folder, [row for row, _, _ in clips], table.classes)
     print(f"clips, flow  {folder}\npicture      {folder / 'audit' / 'flow.png'}")

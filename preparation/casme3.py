@@ -39,7 +39,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                            "published v_rgb and v_depth")
     data.add_argument("--clips", metavar="FILE.csv",
                       help="other sets: database,subject,clip,onset,apex,label and, optional, "
-                           "depth_onset,depth_apex; paths relative to --raw")
+                           "depth_onset,depth_apex, and key, by which results name a clip; "
+                           "paths relative to --raw")
     data.add_argument("--classes", type=int, choices=(3, 4, 7), default=4,
                       help="3: negative positive surprise, others dropped (MEGC2019); 4: negative "
                            "others positive surprise (as published); 7: the raw labels; lists "

@@ -190,7 +190,9 @@ def _box_key(database, subject, video, onset):
             str(int(onset)) if re.fullmatch(r"\d+", onset) else onset)
 
 
-def box_for(boxes: dict, database: str, subject: str, video: str, onset: str) -> Box | None:
-    """The most specific box for one clip, or None."""
-    key = _box_key(database, subject, video, onset)
-    return next((boxes[k] for k in (key, (*key[:3], ""), (*key[:2], "", "")) if k in boxes), None)
+def box_for(boxes: dict, *spellings: tuple) -> Box | None:
+    """The most specific box for one clip, or None; spellings: of its (database, subject, video,
+    onset), the first goes first."""
+    keys = [_box_key(*spelling) for spelling in spellings]
+    return next((boxes[k] for known in (4, 3, 2) for key in keys
+                 if (k := (*key[:known], *[""] * (4 - known))) in boxes), None)

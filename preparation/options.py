@@ -48,10 +48,11 @@ def add_crop_options(parser: argparse.ArgumentParser, size: int, default: tuple,
 
 
 def box_finder(crop: tuple, roll: bool) -> Callable:
-    """A function row → Box or None, for --crop box and boxes."""
+    """A function row → Box or None, for --crop box and boxes; further arguments: other spellings
+    of the row's identity in a boxes.csv."""
     if crop[0] == "box":
-        return lambda row: registration.Box(*crop[1:])
+        return lambda row, *spellings: registration.Box(*crop[1:])
     if crop[0] == "boxes":
         boxes = detection.read_boxes(crop[1], roll)
-        return lambda row: detection.box_for(boxes, *outputs.identity(row))
-    return lambda row: None
+        return lambda row, *spellings: detection.box_for(boxes, outputs.identity(row), *spellings)
+    return lambda row, *spellings: None

@@ -198,8 +198,8 @@ def print_counts(table: Table, clips: dict) -> None:
               f"0 to C-1 without a gap")
 
 
-def print_rules(table: Table) -> None:
-    """Repairs and drops, by rule; the manifest names every clip."""
+def print_rules(table: Table, file: str = "manifest.json") -> None:
+    """Repairs and drops, by rule; `file` of the set names every clip."""
     for rule, keys in sorted(table.repairs.items()):
         print(f"  repaired {len(keys):5}  {rule}")
     rules = Counter(re.sub(r"\S*\d\S*|'.*?'", "…", reason) for _, reason in table.dropped)
@@ -208,7 +208,7 @@ def print_rules(table: Table) -> None:
     for key, reason in table.dropped[:10]:
         print(f"    {key}: {reason}")
     if len(table.dropped) > 10:
-        print(f"    … and {len(table.dropped) - 10} more, named in manifest.json")
+        print(f"    … and {len(table.dropped) - 10} more, named in {file}")
 
 
 def print_pairs(search: dict, unlabelled: list) -> None:

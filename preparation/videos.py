@@ -16,10 +16,11 @@ import numpy as np
 
 from images import flow
 from preparation import registration
-from preparation.cutting import LOOK_ON, RECORDS, Unusable, find_box, read_frame
+from preparation.cutting import LOOK_ON, Unusable, find_box, read_frame
 from preparation.registration import Box, Framing
 from util import replacing, write_bytes
 
+RECORDS = ".prepare_flow"  # a folder may hold difference images too, with records of their own
 FRAMES, STEPS = 5, 4
 VERSION = 2  # of the computation: another one makes all records void
 

@@ -85,6 +85,13 @@ def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
     return state
 
 
+def load_seen(path: str | Path) -> dict | None:
+    """What a checkpoint that anybody wrote says of whom its network saw (dataset.people_seen), or
+    None; raises BadInput."""
+    state = _read(path)
+    return state.get("seen") if isinstance(state, dict) else None
+
+
 def _read(path):
     """What a file holds, with weights_only: one that carries code, or any class but the option
     namespace of old checkpoints, is refused."""

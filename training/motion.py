@@ -32,8 +32,9 @@ class Source(NamedTuple):
 
 
 def batches(source: Source, parts: list[np.ndarray], device: torch.device,
-            seeds: list[tuple] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """(motion float32 `[B, C, T, S, S]`, onset `[B, 3, S, S]`) of the clips of each index array.
+            seeds: list[tuple] | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(motion float32 `[B, C, T, S, S]`, onset `[B, 3, S, S]`, which are mirrored, bool `[B]`) of
+    the clips of each index array.
 
     seeds: of which jitter, crop and mirror of each batch follow; None: clips as they are.
     """
@@ -71,7 +72,7 @@ def batches(source: Source, parts: list[np.ndarray], device: torch.device,
             motion = (images[:, 2:3] - images[:, :1]).transpose(1, 2)
         else:
             motion = videos.differences(images, reference).transpose(1, 2)
-        yield motion, images[:, 0]
+        yield motion, images[:, 0], mirror
 
 
 def typical_motion(arrays: Videos) -> np.ndarray:
@@ -85,7 +86,8 @@ def typical_motion(arrays: Videos) -> np.ndarray:
 
 class Job(NamedTuple):
     """A network in training. run: the network over the devices (distributed.wrap); targets: the
-    action units of all clips, float32 `[N, U]`, or None; members: the clips it is trained on."""
+    action units of all clips, float32 `[2, N, U]`, as they are and mirrored, or None; members: the
+    clips it is trained on."""
     network: nn.Module
     run: nn.Module
     source: Source
@@ -128,7 +130,7 @@ def train_epoch(opt: argparse.Namespace, job: Job, stage: str, epoch: int, numbe
     pieces = [piece for piece in pieces if piece[0] > within.get("step", 0)]
     coming = batches(job.source, [job.members[piece.numpy()] for _, _, piece, _ in pieces], device,
                      [(opt.seed, epoch, step, k) for step, k, _, _ in pieces])
-    for place, ((step, _, piece, whole), (moved, onset)) in enumerate(zip(pieces, coming)):
+    for place, ((step, _, piece, whole), (moved, onset, mirror)) in enumerate(zip(pieces, coming)):
         with job.precision.autocast():
             said = job.run(moved, onset)
         logits, units = said if job.targets is not None else (said, None)
@@ -138,7 +140,8 @@ def train_epoch(opt: argparse.Namespace, job: Job, stage: str, epoch: int, numbe
             loss = classification_loss(logits, target, opt.loss, weights).mean()
             values = (loss.detach(), (logits.argmax(1) == target).float().mean())
         if "au_loss" in names:
-            wanted = torch.from_numpy(job.targets[job.members[piece.numpy()]]).to(device)
+            shown = job.targets[mirror.long().cpu().numpy(), job.members[piece.numpy()]]
+            wanted = torch.from_numpy(shown).to(device)
             of_units = F.binary_cross_entropy_with_logits(units.float(), wanted)
             loss = of_units if stage == "units" else loss + opt.au_loss * of_units
             values += (of_units.detach(),)
@@ -162,7 +165,7 @@ def predict(job: Job, members: np.ndarray, batch_size: int = 32) -> tuple:
     job.network.eval()
     parts = np.array_split(members, -(-len(members) // batch_size))
     probabilities, maps, units = [], [], []
-    for moved, onset in batches(job.source, parts, device):
+    for moved, onset, _ in batches(job.source, parts, device):
         with job.precision.autocast():
             features, attention = job.network.features(moved, onset)
             said = job.network.classify(features)

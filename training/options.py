@@ -118,16 +118,18 @@ def choose_schedule(parser: ArgumentParser, given: list[str], schedule: str, war
     return "step"
 
 
-def add_running_options(parser: ArgumentParser) -> argparse._ArgumentGroup:
-    """Adds the running group; returns it."""
+def add_running_options(parser: ArgumentParser,
+                        decodes: bool = True) -> argparse._ArgumentGroup:
+    """Adds the running group; returns it. decodes: whether the script decodes images."""
     group = parser.add_argument_group("running")
     group.add_argument("--device", free=True, default="auto", metavar="NAME",
                        help="auto: cuda where there is one, else cpu; or cpu, cuda, cuda:1")
     group.add_argument("--amp", action="store_true",
                        help="mixed precision: bfloat16, or float16 with a loss scaler where the "
                             "GPU has no bfloat16")
-    group.add_argument("--num_workers", free=True, type=number(int, 0), default=4,
-                       help="threads that decode images")
+    if decodes:
+        group.add_argument("--num_workers", free=True, type=number(int, 0), default=4,
+                           help="threads that decode images")
     group.add_argument("--seed", type=number(int, 0, 2 ** 62), default=0,
                        help="everything random follows from (seed, epoch, step)")
     group.add_argument("--resume", free=True, metavar="FILE|auto",

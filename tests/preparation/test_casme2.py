@@ -9,9 +9,10 @@ import pytest
 import runs
 from conftest import script
 
+import dataset
 from images import flow
 from images import videos as sampling
-from preparation import casme2, videos
+from preparation import casme2, cutting, detection, videos
 from util import read_table
 
 FLAGS = ["--size", 32, "--num_workers", 0, "--register", "none"]
@@ -99,7 +100,7 @@ def test_any_number_of_workers_and_a_second_run_give_the_same(raw, prepared, tmp
         prepare(*flags, "--num_workers", workers)
         for name in FILES:
             assert (tmp_path / name).read_bytes() == (prepared / name).read_bytes(), name
-        assert not (tmp_path / ".prepare").exists()
+        assert not list(tmp_path.glob(".prepare*"))
 
 
 def test_a_run_that_was_stopped_goes_on_from_the_clips_it_has(raw, prepared, tmp_path,
@@ -169,6 +170,8 @@ def test_other_sets_by_a_table_of_clips(raw, prepared, tmp_path):
     assert info(tmp_path / "set")["classes"] == ["disgust", "fear", "happiness", "others",
                                                  "repression", "surprise"]
     assert len(np.load(tmp_path / "set" / "flow.npy")) == 8
+    assert info(tmp_path / "set")["repairs"] == {
+        "action unit '?' is none: left out": ["s3-EP09_01-3"]}
     rows = [row for _, row in read_table(tmp_path / "set" / "clips.csv", fix="")[0]]
     assert {row["database"] for row in rows} == {"smic"} and rows[0]["subject"] == "s1"
 
@@ -193,6 +196,179 @@ def test_the_same_clips_as_difference_images(raw, prepared, tmp_path):
     content = json.loads((tmp_path / "manifest.json").read_text())
     assert content["counts"]["clips"] == 7 and content["counts"]["classes"]["happiness"] == 2
     assert len(list(tmp_path.rglob("*_diff.png"))) == 7
+    # by the keys of clips.csv, which results are compared by
+    keys = {row["key"] for _, row in read_table(prepared / "clips.csv", fix="")[0]}
+    clips = dataset.read_clips(tmp_path, view="RGB_gray").clips
+    assert {clip.key for clip in clips} == keys and "sub01-EP02_01f-46" in keys
+    assert {clip.subject for clip in clips} == {f"sub{i:02d}" for i in range(1, 5)}
+
+
+def table_of_clips(path, rows):
+    path.write_text("\n".join(["database,subject,clip,folder,onset,apex,offset,label,units",
+                               *rows]) + "\n")
+    return path
+
+
+def test_one_key_in_two_databases_becomes_two(raw, tmp_path):
+    place = "Cropped/sub01/EP02_01f,46,59,86"
+    table = table_of_clips(tmp_path / "clips.csv", [
+        f"smic,s1,a,{place},happiness,", f"samm,s1,a,{place},others,",
+        f"samm,s2,a,{place},others,", f"casme3,spNO.7,a,{place},others,"])
+    prepare("--raw", raw, "--clips", table, "--data_folder", tmp_path / "set", *FLAGS)
+    script("prepare").main(["casme3", "--raw", raw, "--clips", tmp_path / "set" / "onset_apex.csv",
+                            "--data_folder", tmp_path / "images", "--crop", "none", "--size", 64,
+                            "--classes", 7, "--num_workers", 0])
+    rows = [row for _, row in read_table(tmp_path / "set" / "clips.csv", fix="")[0]]
+    assert {row["key"] for row in rows} == {"smic-s1-a-46", "samm-s1-a-46", "s2-a-46",
+                                            "spNO.7-a-46"}
+    # CAS(ME)^3's subjects are called in lists as nowhere else
+    assert {(clip.database, clip.subject, clip.key) for clip in
+            dataset.read_clips(tmp_path / "images", view="RGB_gray").clips} \
+        == {(dataset.DATABASES.index(row["database"]), row["subject"], row["key"]) for row in rows}
+
+
+def test_labels_of_dropped_rows_are_no_classes(raw, tmp_path, capsys):
+    place = "Cropped/sub01/EP02_01f,46,59,86"
+    table = table_of_clips(tmp_path / "clips.csv", [
+        f"smic,s1,a,{place},happiness,4+99+x", f"smic,s1,b,{place},,4", f"smic,s1,c,{place}, ,4",
+        "smic,s2,d,nowhere,1,2,3,fear,4", f"smic,s2,,{place},anger,4",
+        f"smic,s2,a,{place},others,00+?"])
+    prepare("--raw", raw, "--clips", table, "--data_folder", tmp_path / "set", *FLAGS)
+    content = info(tmp_path / "set")
+    assert content["classes"] == ["happiness", "others"]
+    assert [(row["label"], row["emotion"]) for _, row in
+            read_table(tmp_path / "set" / "clips.csv", fix="")[0]] == [("0", "happiness"),
+                                                                       ("1", "others")]
+    assert [d["reason"].partition(": ")[2] or d["reason"] for d in content["dropped"]] == [
+        "no label", "no label", "subject 's2' or clip '' is no name", "no frames of it are there"]
+    assert content["repairs"] == {
+        "action unit 'x' is none: left out": ["s1-a-46"],
+        "action unit '00' is none: left out": ["s2-a-46"],
+        "action unit '?' is none: left out": ["s2-a-46"]}
+    assert "repaired     1  action unit '?' is none" in capsys.readouterr().out
+
+
+def test_what_only_looks_like_a_number_is_none(raw, tmp_path):
+    casme2_tree.write_table(tmp_path / "coding.csv", [
+        (1, "EP02_01f", 46, "5²", 86, "0+12", "happiness"),
+        (1, "EP03_02", "4²", 31, 61, "4+7", "disgust"),
+        ("²", "EP03_02", 1, 31, 61, "4+7", "disgust")])
+    prepare("--raw", raw, "--annotation", tmp_path / "coding.csv", "--data_folder",
+            tmp_path / "set", *FLAGS)
+    content = info(tmp_path / "set")
+    assert content["repairs"] == {
+        "apex is no frame number: the middle of onset and offset": ["sub01-EP02_01f-46"],
+        "action unit '0' is none: left out": ["sub01-EP02_01f-46"],
+        "file name of several subjects: told apart by them": ["²-EP03_02-1"]}
+    assert [d["clip"] for d in content["dropped"]] == ["sub01-EP03_02-4²", "²-EP03_02-1"]
+    assert sampling.read_units("0+00+L07+12A") == ({"7", "12"}, ["0", "00"])
+    assert sampling.unit_names([sampling.read_units("0+4")[0]]) == ["4"]
+
+
+def test_the_apex_is_the_apex_whatever_the_third_frame(raw, tmp_path):
+    prepare("--raw", raw, "--annotation", raw / "coding.csv", "--data_folder", tmp_path, *FLAGS,
+            "--middle", "published")
+    rows = [row for _, row in read_table(tmp_path / "onset_apex.csv", fix="")[0]]
+    assert [(row["onset"], row["apex"]) for row in rows][:2] == [
+        ("Cropped/sub01/EP02_01f/reg_img46.jpg", "Cropped/sub01/EP02_01f/reg_img59.jpg"),
+        ("Cropped/sub01/EP03_02/reg_img1.jpg", "Cropped/sub01/EP03_02/reg_img31.jpg")]
+
+
+def test_a_finished_set_is_not_computed_again(raw, tmp_path, monkeypatch, capsys):
+    copy = shutil.copytree(raw, tmp_path / "raw")
+    folder, between, calls = tmp_path / "set", flow.flow_between, []
+    monkeypatch.setattr(flow, "flow_between", lambda *args: calls.append(1) or between(*args))
+
+    def computed(*more):
+        calls.clear()
+        prepare("--raw", copy, "--annotation", copy / "coding.csv", "--data_folder", folder,
+                *FLAGS, *more)
+        return len(calls)
+    first = computed()
+    before = {name: (folder / name).read_bytes() for name in (*FILES, "flow.json")}
+    capsys.readouterr()
+    assert first > 28 and computed() == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "holds these clips already" in line
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    (folder / "clips.csv").write_text("changed")
+    assert computed() == first and (folder / "clips.csv").read_bytes() == before["clips.csv"]
+    (folder / "flow.npy").write_bytes(before["flow.npy"][:-1])
+    assert computed() == first and computed("--jitters", 0) == 28 and computed() == first
+    frame = copy / "Cropped" / "sub01" / "EP02_01f" / "reg_img59.jpg"
+    shutil.copyfile(frame.with_name("reg_img60.jpg"), frame)
+    assert computed() == first
+    assert (folder / "flow.npy").read_bytes() != before["flow.npy"]
+    content = info(folder)
+    (folder / "flow.json").write_text(json.dumps(
+        content | {"flow": content["flow"] | {"opencv": "0.1"}}))
+    assert computed() == first and info(folder) == content
+
+
+def test_difference_images_in_the_same_folder_keep_their_records(raw, tmp_path, monkeypatch):
+    flags = ["--raw", raw, "--annotation", raw / "coding.csv", "--data_folder", tmp_path, *FLAGS]
+    prepare(*flags)
+    images = ["casme3", "--raw", raw, "--clips", tmp_path / "onset_apex.csv", "--data_folder",
+              tmp_path, "--crop", "none", "--size", 64, "--classes", 7, "--num_workers", 0]
+    script("prepare").main(images)
+    records = sorted((tmp_path / ".prepare").iterdir())
+    prepare(*flags, "--jitters", 1)
+    assert len(records) == 7 and sorted((tmp_path / ".prepare").iterdir()) == records
+    monkeypatch.setattr(cutting, "make_images", None)  # nothing is cut again
+    script("prepare").main(images)
+
+
+@pytest.mark.parametrize("source", ["--annotation", "--clips"])
+def test_boxes_of_the_difference_images_suit_the_flow(raw, prepared, tmp_path, source):
+    """prepare.py casme3 names clips as onset_apex.csv does."""
+    script("prepare").main(["casme3", "--raw", raw, "--clips", prepared / "onset_apex.csv",
+                            "--data_folder", tmp_path / "images", "--crop", "box", 10, 20, 40, 40,
+                            "--size", 64, "--classes", 7, "--num_workers", 0])
+    table = tmp_path / "images" / "boxes.csv"
+    assert "casme2,sub01,EP02_01f-46,reg_img46,10.000" in table.read_text()
+    path = raw / "coding.csv"
+    if source == "--clips":
+        path = table_of_clips(tmp_path / "clips.csv", [
+            f"casme2,sub{s:02d},{name},Cropped/sub{s:02d}/{name},{a},{b},{c},{emotion},{units}"
+            for s, name, a, b, c, units, emotion in casme2_tree.CLIPS if emotion != "fear"])
+    flags = ["--raw", raw, source, path, *FLAGS, "--crop"]
+    prepare(*flags, "boxes", table, "--data_folder", tmp_path / "set")
+    prepare(*flags, "box", 10, 20, 40, 40, "--data_folder", tmp_path / "other")
+    for name in ("frames.npy", "flow.npy"):
+        assert (tmp_path / "set" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+    assert len(np.load(tmp_path / "set" / "flow.npy")) == 7
+
+
+def test_the_most_specific_box_holds_in_any_spelling():
+    boxes = {("casme2", "s1", "", ""): 1, ("casme2", "s1", "a", ""): 2,
+             ("casme2", "s1", "a-5", "img5"): 3}
+    names = [("casme2", "s1", "a", "5"), ("casme2", "s1", "a-5", "img5")]
+    assert detection.box_for(boxes, *names) == 3 and detection.box_for(boxes, names[0]) == 2
+    assert detection.box_for(boxes, ("casme2", "s1", "b", "5")) == 1
+
+
+@pytest.mark.parametrize("place, raw_folder", [
+    ("Cropped", "."), (".", "Cropped"), (".", "Cropped/sub01/.."), ("coding", "Cropped"),
+    ("Cropped/sub01", "."), ("elsewhere", None)])
+def test_a_stand_in_is_known_from_any_folder_of_it(raw, tmp_path, place, raw_folder):
+    copy = shutil.copytree(raw, tmp_path / "deep" / "er" / "still" / "raw")
+    (tmp_path / "coding").mkdir()
+    shutil.copyfile(raw / "coding.csv", tmp_path / "coding" / "coding.csv")
+    (copy / "elsewhere").mkdir()
+    mark = tmp_path / "coding" if place == "coding" else copy / place
+    (mark / "rendered.json").write_text("{}")
+    prepare("--raw", copy / (raw_folder or "Cropped"), "--annotation",
+            tmp_path / "coding" / "coding.csv", "--data_folder", tmp_path / "set", *FLAGS)
+    assert info(tmp_path / "set")["rendered"] == (raw_folder is not None)
+
+
+def test_what_was_dropped_is_named_in_flow_json(raw, tmp_path, capsys):
+    casme2_tree.write_table(tmp_path / "coding.csv", [
+        *casme2_tree.CLIPS, *((9, f"EP{i}", 1, 5, 9, "4", "others") for i in range(11))])
+    prepare("--raw", raw, "--annotation", tmp_path / "coding.csv", "--data_folder",
+            tmp_path / "set", *FLAGS)
+    said = capsys.readouterr().out
+    assert "more, named in flow.json" in said and "manifest.json" not in said
 
 
 def header_alone(raw, tmp_path):

@@ -285,6 +285,38 @@ def test_other_labels_or_classes_are_refused_though_clips_are_cut(make, capsys):
     assert "tells 4 classes apart" in refused(capsys, a, b)
 
 
+def test_classes_are_matched_by_their_names(make, capsys):
+    """Which id a class has is the script's affair."""
+    a, b, c = make("a", 0.9), make("b", 0.4), make("c", 0.4)
+    content = json.loads(c.read_text())
+    new = [2, 0, 1]  # of a, b, c
+    matrix = np.zeros((3, 3), int)
+    matrix[np.ix_(new, new)] = content["confusion"]
+    c.write_text(json.dumps(content | {"classes": ["B", "c", "a"], "confusion": matrix.tolist()}))
+    rows = read(c)
+    for r in rows:
+        for name in ("label", "prediction"):
+            r[name] = new[int(r[name])]
+    with open(c.with_name("predictions.csv"), "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    for pair in ((a, b, c), (c, b, a)):
+        actual = tables(compare(capsys, *pair))
+        cells = {r[0][0]: r[2:5] for r in actual["Held-out subjects,"][3:]}
+        assert cells[str(1 + pair.index(b))] == cells[str(1 + pair.index(c))] \
+            != cells[str(1 + pair.index(a))]
+        same = f"{1 + min(pair.index(b), pair.index(c))} minus {1 + max(map(pair.index, (b, c)))}"
+        assert {t[0]: t[1:3] for t in actual["Paired permutation"][1:]}[same] == ["+0.000",
+                                                                                  "1.0000"]
+    # other names in the same number stay what they are: ids
+    c.write_text(json.dumps(json.loads(c.read_text()) | {"classes": ["x", "y", "z"]}))
+    assert "carry another label" in refused(capsys, a, c)
+    # the confusion matrix is that of the result's own ids
+    c.write_text(json.dumps(content | {"classes": ["b", "c", "a"]}))
+    assert "is not what" in refused(capsys, a, c)
+
+
 def edit(name, change):
     def broken(path):
         file = path.with_name(name)

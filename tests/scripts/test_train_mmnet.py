@@ -1,4 +1,5 @@
 """train_MMNet.py: held-out subjects, parts, stages, resume, what never enters, bad input."""
+import hashlib
 import json
 import os
 import re
@@ -12,15 +13,16 @@ import numpy as np
 import pytest
 import runs
 import torch
-from conftest import ROOT, script
+from conftest import ROOT, probe, script
 
 import dataset
 import train_MMNet
 from evaluation import pictures, result_files
 from evaluation import videos as held_out
-from images import videos
+from images import flow, videos
 from models import mmnet
-from training import checkpoint, motion, record
+from training import checkpoint, epochs, motion, record
+from util import BadInput
 
 CLIPS = [clip for clip in casme2_tree.CLIPS if clip[6] != "fear"] \
     + [(4, "EP06_01", 7, 27, 47, "4+7", "disgust"), (5, "EP07_01", 1, 11, 21, "2", "surprise")]
@@ -39,6 +41,23 @@ def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mmnet")
     casme2_tree.write(folder, CLIPS)
     script("prepare").main(["casme2", "--raw", folder, "--annotation", folder / "coding.csv",
+                            "--data_folder", folder / "set", "--size", 48, "--num_workers", 0,
+                            "--register", "none"])
+    return folder / "set"
+
+
+@pytest.fixture(scope="module")
+def two(prepared, tmp_path_factory):
+    """A set of two databases, whose subjects 1 are two persons."""
+    folder = tmp_path_factory.mktemp("two")
+    names = [("casme2", f"sub{clip[0]:02d}", clip) for clip in CLIPS]
+    names += [("smic", f"s{number}", clip) for number, clip in zip((1, 1, 20, 3), CLIPS)]
+    (folder / "clips.csv").write_text("\n".join([
+        "database,subject,clip,folder,onset,apex,offset,label,units", *(
+            f"{database},{subject},{name},Cropped/sub{number:02d}/{name},{onset},{apex},{offset},"
+            f"{emotion},{units}" for database, subject, (
+                number, name, onset, apex, offset, units, emotion) in names)]) + "\n")
+    script("prepare").main(["casme2", "--raw", prepared.parent, "--clips", folder / "clips.csv",
                             "--data_folder", folder / "set", "--size", 48, "--num_workers", 0,
                             "--register", "none"])
     return folder / "set"
@@ -201,6 +220,24 @@ def test_stages_follow_the_epochs():
     assert train_MMNet.stage_of(opt, 3) == ("all", 3, False)
 
 
+@pytest.mark.parametrize("epochs_, expected", [(80, 50), (100, 50), (20, 12), (50, 31), (1, 0)])
+def test_layers_are_unfrozen_in_runs_of_any_length(capsys, epochs_, expected):
+    opt = train_MMNet.parse_option(["--data_folder", "d", "--save_path", "s", "--model", "V6",
+                                    "--epochs", str(epochs_)])
+    assert (opt.au_epochs, opt.unfreeze_epoch) == (70, expected)
+    assert (f"alone for {expected} of {epochs_} epochs" in capsys.readouterr().out) == (
+        expected != 50)
+
+
+def test_the_chosen_epoch_is_counted_within_its_stage(flags, tmp_path):
+    train(*flags, "--save_path", tmp_path, "--model", "V6", "--au_epochs", 3, "--part", "5",
+          "--select", "inner")
+    run = only(tmp_path)
+    uf1 = [line["inner_uf1"] for line in record.read_log(run)[1:] if "inner_uf1" in line]
+    assert len(uf1) == 2
+    assert results(run)["choices"]["sub05"]["epochs"] == 1 + uf1.index(max(uf1))
+
+
 def test_parts_of_a_batch_give_the_gradient_of_the_whole(prepared, monkeypatch):
     """Where neither batch norm nor the augmentation see the parts, three of them add up."""
     monkeypatch.setattr(videos, "draw_boxes", lambda n, size, *_: videos.whole(n, size))
@@ -266,6 +303,61 @@ def test_part_in_every_form(prepared, part, expected, monkeypatch):
     assert held_out.chosen_subjects(part, data.clips) == expected
 
 
+SMIC = ["smic/s1", "smic/s20", "smic/s3"]
+
+
+@pytest.mark.parametrize("part, expected", [
+    ("all", None), ("casme2/sub01", ["casme2/sub01"]), ("smic/s1", ["smic/s1"]),
+    ("s1", ["smic/s1"]), ("1", ["smic/s1", "casme2/sub01"]), ("smic", SMIC), ("20", ["smic/s20"]),
+    ("1-4", ["smic/s1", "casme2/sub01", "casme2/sub02", "smic/s3", "casme2/sub03",
+             "casme2/sub04"]), ("[5, smic/s3]", ["casme2/sub05", "smic/s3"]),
+    ("hardest", ["casme2/sub05", "casme2/sub03", "casme2/sub01"]),
+    ("hardest_2", ["casme2/sub05", "casme2/sub03"]),
+    ("4-99999999999", ["casme2/sub04", "casme2/sub05", "smic/s20"])])
+def test_part_in_every_form_of_two_databases(two, part, expected, monkeypatch):
+    monkeypatch.setattr(held_out, "HARDEST", (5, 3, 1))
+    data, _ = dataset.read_videos(two, 48, False)
+    assert held_out.chosen_subjects(part, data.clips) == expected
+    # which the rest of the script takes for the same persons
+    people = dataset.find_people(expected or SMIC, data.clips)
+    assert [f"{dataset.DATABASES[d]}/{name}" for d, name in people] == (expected or SMIC)
+
+
+@pytest.mark.parametrize("part, expected", [
+    ("20", "--part hardest_6: no subject 20 of casme2"), ("samm", "--part samm: no subject samm"),
+    ("nobody", "--part nobody: no such subject"), ("6-10", "--part 6-10: no subject 6-10; the data "
+                                                           "hold smic/s1, smic/s20, smic/s3, cas"),
+    ("9" * 30, "--part 999"), ("smic/sub01", "--part smic/sub01: no such subject")])
+def test_parts_that_name_nobody_are_refused(two, part, expected, monkeypatch):
+    monkeypatch.setattr(held_out, "HARDEST", (20,))
+    data, _ = dataset.read_videos(two, 48, False)
+    with pytest.raises(BadInput) as error:
+        held_out.chosen_subjects(part if part != "20" else "hardest_6", data.clips)
+    assert str(error.value).startswith(expected)
+
+
+def test_parts_of_two_databases_are_merged(two, flags, tmp_path):
+    flags += ["--data_folder", two, "--epochs", 1, "--save_path", tmp_path]
+    train(*flags, "--part", "1")
+    train(*flags, "--part", "casme2/sub05,smic/s3")
+    assert {(row["database"], row["subject"]) for row in runs.rows(only(tmp_path))} == {
+        ("casme2", "sub01"), ("smic", "s1"), ("casme2", "sub05"), ("smic", "s3")}
+
+
+def test_results_say_whether_all_are_of_the_hard_list(flags, tmp_path, capsys):
+    flags += ["--epochs", 1, "--save_path"]
+    said = held_out.CHOSEN
+    train(*flags, tmp_path / "a", "--part", "hardest_1")
+    assert results(only(tmp_path / "a"))["part"] == said and said in capsys.readouterr().out
+    train(*flags, tmp_path / "a", "--part", "1")  # the tenth of the list
+    assert results(only(tmp_path / "a"))["part"] == said
+    train(*flags, tmp_path / "a", "--part", "2")
+    assert "part" not in results(only(tmp_path / "a")) and said not in capsys.readouterr(
+        ).out.splitlines()[-20:]
+    train(*flags, tmp_path / "a", "--part", "hardest_1")
+    assert "part" not in results(only(tmp_path / "a"))
+
+
 def test_finished_parts_are_merged(flags, tmp_path):
     train(*flags, "--save_path", tmp_path, "--part", "1")
     train(*flags, "--save_path", tmp_path, "--part", "sub02,5")
@@ -307,17 +399,102 @@ def test_a_published_checkpoint_starts_a_network(flags, prepared, tmp_path, caps
     assert "1 tensors missing" in said and "stem.external.spatial.weight" in said
 
 
-def test_parts_of_the_face_are_masked(prepared, flags, tmp_path, capsys):
+def test_results_say_whom_a_pretrained_network_saw(flags, prepared, tmp_path, capsys):
+    flags += ["--epochs", 1]
+    train(*flags, "--save_path", tmp_path / "first", "--part", "5", "--select", "inner")
+    first = only(tmp_path / "first") / "last.pth"
+    assert runs.load(first)["seen"] == {
+        "people": [[2, f"sub{i:02d}"] for i in range(1, 5)],
+        "named": [[2, f"sub{i:02d}"] for i in range(1, 5)], "clips": 8}
+    second = [*flags, "--save_path", tmp_path / "second", "--pretrained", first, "--part"]
+    train(*second, "5")
+    run = only(tmp_path / "second")
+    assert results(run)["transductive"] is False
+    train(*second, "1")
+    assert results(run)["transductive"] is True
+    assert "transductive: yes: --pretrained was trained on held-out" in capsys.readouterr().out
+    assert {name: kept["transductive"] for name, (kept, _) in
+            result_files.read_subjects(run).items()} == {"sub05": False, "sub01": True}
+    # of whom the first one saw, too
+    assert runs.load(run / "last.pth")["seen"]["people"] == [
+        [2, f"sub{i:02d}"] for i in range(1, 6)]
+    digest = hashlib.sha256(first.read_bytes()).hexdigest()
+    assert results(run)["pretrained_sha256"] == runs.load(run / "last.pth")["pretrained_sha256"] \
+        == digest
+    torch.save(runs.load(first)["model"], first)  # as others publish theirs
+    assert "pretrained sha256 differs" in refused(capsys, *second, "2")
+    train(*second, "2", "--tag", "published")
+    assert results(only(tmp_path / "second", "*published"))["transductive"] is None
+    assert runs.load(only(tmp_path / "second", "*published") / "last.pth")["seen"]["people"] is None
+    torch.save({"model": runs.load(first), "seen": {"people": 3}}, first)
+    assert "its 'seen' cannot be read" in refused(capsys, *second, "2", "--tag", "x")
+
+
+def test_other_action_units_or_landmarks_do_not_go_on(prepared, flags, tmp_path, capsys):
+    folder = shutil.copytree(prepared, tmp_path / "set")
+    flags += ["--data_folder", folder, "--epochs", 1, "--save_path", tmp_path / "r", "--part"]
+    units = ["--model", "V6", "--au_epochs", 1]
+    for more in ([], units):
+        train(*flags, "1", *more)
+    text = (folder / "clips.csv").read_text()
+    (folder / "clips.csv").write_text(text.replace(",L10\n", ",4\n"))
+    train(*flags, "2")  # V4 sees none
+    assert "units digest differs" in refused(capsys, *flags, "2", *units)
+    run = only(tmp_path / "r", "*V6*")
+    assert runs.load(run / "last.pth")["units_digest"] == record.read_log(run)[0]["units_digest"]
+    marks = landmarks(tmp_path / "marks.csv", prepared)
+    mask = ["--mask", "eyes", "--landmarks", marks]
+    train(*flags, "1", *mask)
+    marks.write_text(marks.read_text().replace("36.0", "37.0"))
+    assert "landmarks sha256 differs" in refused(capsys, *flags, "2", *mask)
+    marks.unlink()
+    assert "marks.csv: no such file" in refused(capsys, *flags, "2", *mask)
+
+
+def test_mirrored_clips_show_their_action_units_on_the_other_side(prepared, monkeypatch):
+    data, _ = dataset.read_videos(prepared, 32, True)
+    units = [frozenset(one.split()) for one in (
+        "L12 4", "R12", "L10 T17", "L12 R12", "4", "R10", "B17 L2", "R2 1", "")]
+    opt = train_MMNet.parse_option([
+        "--data_folder", str(prepared), "--save_path", "s", "--model", "V6", "--size", "32",
+        "--batch_size", "9", "--device", "cpu", "--au_sides"])
+    job = train_MMNet.set_job(opt, data, units, np.arange(9), "x", torch.device("cpu"))
+    names = ["1", "L2", "R2", "4", "L10", "R10", "L12", "R12", "B17", "T17"]
+    mirrored = ["R12 4", "L12", "R10 T17", "L12 R12", "4", "L10", "B17 R2", "L2 1", ""]
+    assert job.targets.tolist() == [
+        [[float(name in shown) for name in names] for shown in side]
+        for side in (units, [one.split() for one in mirrored])]
+    seen, entropy, wanted = [], torch.nn.functional.binary_cross_entropy_with_logits, []
+    draw = videos.draw_boxes
+    monkeypatch.setattr(videos, "draw_boxes", lambda *args: seen.append(draw(*args)) or seen[-1])
+    monkeypatch.setattr(motion.F, "binary_cross_entropy_with_logits",
+                        lambda said, shown: wanted.append(shown) or entropy(said, shown))
+    motion.train_epoch(opt, job, "units", 1, 1, {}, lambda inside: None)
+    (order,) = epochs.batches(9, 9, epochs.generator(opt.seed, 1))
+    (_, mirror), = seen
+    assert 0 < mirror.sum() < 9
+    assert wanted[0].tolist() == [job.targets[int(m), i].tolist() for m, i in zip(mirror, order)]
+
+
+def landmarks(path, prepared):
     keys = [line.split(",")[2] for line in (prepared / "clips.csv").read_text().splitlines()[1:]]
     header = ["key", *(f"{axis}{i}" for i in range(1, 69) for axis in "xy")]
     angle = np.linspace(0, 2 * np.pi, 68)
     points = np.stack([24 + 12 * np.cos(angle), 24 + 12 * np.sin(angle)], 1).ravel()
     rows = [",".join(header), *(",".join([key, *map(str, points)]) for key in keys)]
-    (tmp_path / "marks.csv").write_text("\n".join(rows) + "\n")
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def test_parts_of_the_face_are_masked(prepared, flags, tmp_path, capsys):
+    keys = [line.split(",")[2] for line in (prepared / "clips.csv").read_text().splitlines()[1:]]
+    rows = landmarks(tmp_path / "marks.csv", prepared).read_text().splitlines()
     masks = videos.read_masks(tmp_path / "marks.csv", keys, ["eyes"], 48, 48)
     assert masks.shape == (9, 48, 48) and 0.5 < masks.mean() < 1 and masks[0, 0, 0] == 1
-    train(*flags, "--save_path", tmp_path, "--mask", "eyes", "jaw", "--landmarks",
-          tmp_path / "marks.csv", "--part", 5)
+    for part, order in ((5, ["eyes", "jaw"]), (4, ["jaw", "eyes", "jaw"])):  # one run
+        train(*flags, "--save_path", tmp_path, "--mask", *order, "--landmarks",
+              tmp_path / "marks.csv", "--part", part)
+    assert "_eyes_jaw_" in only(tmp_path).name and len(runs.rows(only(tmp_path))) == 3
     (tmp_path / "few.csv").write_text("\n".join(rows[:3]) + "\n")
     assert "no landmarks of 7 clips" in refused(
         capsys, *flags, "--save_path", tmp_path, "--mask", "eyes", "--landmarks",
@@ -331,7 +508,17 @@ def test_parts_of_the_face_are_masked(prepared, flags, tmp_path, capsys):
     (["--part", ","], "names nobody"), (["--batch_size", 1], "batch norm takes two"),
     (["--input", "difference", "--channels", "n"], "goes with --input flow"),
     (["--mask", "eyes"], "go together"), (["--model", "V6", "--au_loss", 1], "stage of its own"),
-    (["--seeds", 1], "--seeds: give two"),
+    (["--seeds", 1], "--seeds: give two"), (["--num_workers", 1], "unrecognized"),
+    (["--model", "V3R", "--scale", "column"], "--scale column: goes with channels s"),
+    (["--channels", "hsv", "--scale", "column"], "goes with channels s; the motion is hsv"),
+    (["--model", "V2", "--scale", "fixed"], "--scale fixed: goes with channels n"),
+    (["--input", "difference", "--scale", "fixed"], "the motion is difference"),
+    (["--channels", "rs", "--scale", "fixed"], "goes with channels n; the motion is rs"),
+    (["--au_epochs", 70], "--au_epochs goes with --model V6"),
+    (["--unfreeze_epoch", 1], "--unfreeze_epoch goes with --model V6"),
+    (["--au_sides"], "--au_sides goes with --model V6"),
+    (["--model", "V6", "--unfreeze_epoch", 2], "not before the end of --epochs 2"),
+    (["--model", "V6c", "--unfreeze_epoch", 3], "nothing would be unfrozen"),
     (["--data_folder", "nowhere"], "nowhere: no flow.json"),
     (["--pretrained", "none.pth", "--part", 5], "none.pth: no such checkpoint")])
 def test_bad_input_is_refused_in_one_line(flags, tmp_path, capsys, more, expected):
@@ -353,6 +540,72 @@ def test_sets_that_are_not_whole_are_refused(prepared, flags, tmp_path, capsys):
     assert "not the 9 clips" in copy("c", lambda f: (f / "clips.csv").write_text(
         "\n".join((f / "clips.csv").read_text().splitlines()[:-1]) + "\n"))
     assert "cannot be read" in copy("d", lambda f: (f / "flow.json").write_text("{"))
+
+    def array(name, change):
+        return lambda f: np.save(f / name, change(np.load(f / name)))
+
+    def settings(**values):
+        def change(folder):
+            info = json.loads((folder / "flow.json").read_text())
+            (folder / "flow.json").write_text(json.dumps(info | values))
+        return change
+    installed = flow.cv2.__version__
+    assert f"its flow is OpenCV 0.1's, installed is {installed}; run prepare.py casme2 again" in \
+        copy("e", settings(flow={"opencv": "0.1"}))
+    assert "flow.json: cannot be read" in copy("f", settings(flow=[]))
+    assert "frames.npy: uint8 (9, 5, 3, 48, 48), not the uint8 (9, 5, 3, 64, 64)" in copy(
+        "g", settings(size=64))
+    assert "flow.npy: float16 (8, 4," in copy("h", array("flow.npy", lambda a: a[:-1]))
+    assert "jitter.npy: float32" in copy("i", array("jitter.npy", lambda a: a.astype("f4")))
+    assert "index.npy: int32 (9, 2, 3)" in copy("j", array("index.npy", lambda a: a[:, :2, :3]))
+    assert "index.npy: does not belong" in copy("k", array("jitter.npy", lambda a: a[:1]))
+    assert "index.npy: does not belong" in copy("l", array("index.npy", lambda a: a[::-1]))
+    assert "flow.npy: missing or not whole" in copy("m", lambda f: (f / "flow.npy").write_bytes(
+        (f / "flow.npy").read_bytes() + b"0"))
+    assert not (tmp_path / "r").exists()
+
+
+def test_without_opencv_its_version_is_not_asked(prepared, tmp_path, monkeypatch):
+    folder = shutil.copytree(prepared, tmp_path / "set")
+    content = json.loads((folder / "flow.json").read_text())
+    content["flow"]["opencv"] = "0.1"
+    (folder / "flow.json").write_text(json.dumps(content))
+    with pytest.raises(BadInput):
+        videos.read_videos(folder, 48)
+    monkeypatch.setattr(flow, "cv2", None)
+    assert len(videos.read_videos(folder, 48).index) == 9
+
+
+def test_a_set_without_the_apex_among_its_frames(prepared, flags, tmp_path, capsys):
+    folder = shutil.copytree(prepared, tmp_path / "set")
+    content = json.loads((folder / "flow.json").read_text()) | {"middle": "published"}
+    (folder / "flow.json").write_text(json.dumps(content))
+    assert "--model mmnet sees the apex, which is not among" in refused(
+        capsys, *flags, "--data_folder", folder, "--save_path", tmp_path / "r", "--model", "mmnet")
+    data, _ = dataset.read_videos(folder, 48, False)
+    (panels,) = pictures.motion_panels(data.clips, data.images, [0], [[]])
+    assert [panel.title for panel in panels] == ["onset", "flow to the middle"]
+
+
+def test_both_systems_are_compared_on_the_same_clips(prepared, flags, tmp_path, capsys):
+    """Clips prepared for one, and from its onset_apex.csv for the other, whose class ids differ."""
+    script("prepare").main(["casme3", "--raw", prepared.parent, "--clips", prepared /
+                            "onset_apex.csv", "--data_folder", tmp_path / "images", "--crop",
+                            "none", "--size", 64, "--classes", 7, "--num_workers", 0])
+    probe("--data_folder", tmp_path / "images", "--dataset", "casme2", "--view", "RGB_gray",
+          "--model_path", "random", "--model", "resnet18v1", "--size", 32, "--protocol", "loso",
+          "--cache", "off", "--save_path", tmp_path / "probes", "--device", "cpu")
+    train(*flags, "--epochs", 1, "--save_path", tmp_path / "videos")
+    places = [only(tmp_path / "videos"), only(tmp_path / "probes", "probe_*")]
+    ours, theirs = (results(place) for place in places)
+    assert theirs["classes"] == sorted(ours["classes"]) != ours["classes"]
+    capsys.readouterr()
+    script("compare_results").main([str(place / "results.json") for place in places])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "9 / 5" in line]
+    assert len(lines) == 4 and "1: mmnet, V4, loso" in lines[2] and "2: probe" in lines[3]
+    for line, content in zip(lines[2:], (ours, theirs)):
+        for name in ("uf1", "uar", "accuracy"):
+            assert f"| {content[name]:.3f} [" in line
 
 
 def test_a_set_without_action_units_is_refused_for_a_network_that_learns_them(
