@@ -118,7 +118,8 @@ def common_clips(paths: list[str], results: list[dict], common: bool) -> list[tu
                            f"{'/'.join(min(other))} the first; compare results of the same labels")
     for path, result in zip(paths, results):
         if not common and result["predictions"].keys() != first["predictions"].keys():
-            raise BadInput(f"{path}: holds {len(result['predictions'])} clips, {paths[0]} "
+            raise BadInput(f"{path}: holds {len(result['predictions'])} "
+                           f"{result.get('noun', 'clips')}, {paths[0]} "
                            f"{len(first['predictions'])}, and all results {len(shared)} in "
                            f"common; --common compares on those")
     if not shared:

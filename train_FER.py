@@ -22,7 +22,6 @@ from training import checkpoint, distributed, epochs, faces, losses, options, re
 from util import BadInput, number, positive_int, read_table
 
 RATES = {"adamw": 2e-4, "adam": 1e-3, "sgd": 1e-2, "rmsprop": 1e-3}
-DECAYS = (.3, .5, .8)  # shares of the epochs, of --lr_schedule step
 PUBLISHED = {"augment": "published", "label_smoothing": 0.0, "ema_decay": 0.0, "tta_flip": False,
              "warmup_epochs": 0.0, "optimizer": "adam", "learning_rate": 1e-3,
              "lr_schedule": "exponential", "lr_decay_rate": 0.9, "epochs": 70, "batch_size": 64}
@@ -57,9 +56,6 @@ def parse_option(argv):
     chosen = recipe_of(parser.parse_args(argv))
     parser.set_defaults(**chosen)
     opt = parser.parse_args(argv)
-    if chosen:
-        print(f"--recipe {opt.recipe}: " + ", ".join(f"--{name} {getattr(opt, name)}"
-                                                     for name in chosen))
     if opt.learning_rate is None:
         opt.learning_rate = RATES[opt.optimizer]
     if opt.backbone_lr is None:
@@ -70,16 +66,28 @@ def parse_option(argv):
         opt.warmup_epochs = min(5.0, opt.epochs / 4)
     if opt.views is None:
         opt.views = "fixed" if opt.model == "ran" else "whole"
-    opt.lr_decay_epochs = [round(share * opt.epochs) for share in DECAYS] \
-        if opt.lr_schedule == "step" else []
-    check_options(parser, opt)
+    print(f"--recipe {opt.recipe}: " + ", ".join(f"--{name} {getattr(opt, name)}"
+                                                 for name in PUBLISHED | chosen))
+    check_options(parser, opt, [str(word).partition("=")[0] for word in argv])
     return opt
 
 
-def check_options(parser, opt):
+def check_options(parser, opt, words):
     def needs(given, flag, holds, what):
         if given and not holds:
             parser.error(f"{flag} goes with {what}")
+    for flag, holds, what in (
+            ("--votes", opt.dataset == "ferplus", "--dataset ferplus"),
+            ("--rank_beta", opt.model == "scn", "--model scn"),
+            ("--relabel_margin", opt.relabel_epoch, "--relabel_epoch"),
+            ("--relabel_group", opt.relabel_epoch, "--relabel_epoch"),
+            ("--wloss_norm", opt.wloss_alpha, "--wloss_alpha"),
+            ("--wloss_distance", opt.wloss_alpha, "--wloss_alpha"),
+            ("--wloss_reduction", opt.wloss_alpha, "--wloss_alpha"),
+            ("--momentum", opt.optimizer in ("sgd", "rmsprop"), "--optimizer sgd or rmsprop"),
+            ("--lr_decay_rate", opt.lr_schedule in ("exponential", "step"),
+             "--lr_schedule exponential or step")):
+        needs(flag in words, flag, holds, what)
     needs(opt.warmup_epochs > opt.epochs, "--warmup_epochs", False, "at most the --epochs")
     needs(opt.rank_margin, "--rank_margin", opt.model == "scn", "--model scn")
     needs(opt.relabel_epoch and opt.relabel_group == "low", "--relabel_group low",
@@ -149,7 +157,8 @@ def add_model_options(parser):
                             "torchvision's, MS1M's, SCN's, RAN's or these scripts' naming")
     model.add_argument("--model_path", metavar="FILE", default="",
                        help="checkpoint of this script to go on from, last layer and all, such as "
-                            "with --wloss_alpha from one without [none]")
+                            "with --wloss_alpha from one without: the weights that predicted its "
+                            "test split; a {seed} in it is replaced [none]")
     model.add_argument("--freeze_backbone", action="store_true",
                        help="train the last layers alone")
     model.add_argument("--drop_rate", type=number(float, 0, 0.95), default=0.0,
@@ -230,13 +239,17 @@ def add_optimisation_options(parser):
 
 def run_name(opt):
     return record.join_name(
-        "fer", opt.dataset, opt.model, opt.arch * (opt.arch != "resnet18"),
-        opt.recipe * (opt.recipe != "strong"), f"lr_{opt.learning_rate:g}_bsz_{opt.batch_size}",
-        record.size_name(opt.size), {"none": "scratch", "imagenet": ""}.get(
-            opt.pretrained, "pretrained"), opt.loss * (opt.loss != "crossentropy"),
+        "fer", opt.dataset, opt.votes * (opt.votes != "majority"), opt.model,
+        opt.arch * (opt.arch != "resnet18"), opt.recipe * (opt.recipe != "strong"),
+        f"lr_{opt.learning_rate:g}_bsz_{opt.batch_size}", record.size_name(opt.size),
+        "continued" if opt.model_path else {"none": "scratch", "imagenet": ""}.get(
+            opt.pretrained, "pretrained"), "frozen" * opt.freeze_backbone,
+        opt.loss * (opt.loss != "crossentropy"),
         "oversample" * opt.oversample, opt.views * (opt.model == "ran"), "gaussian" * opt.gaussian,
         f"rank_{opt.rank_margin:g}" * (opt.rank_margin > 0),
         f"relabel_{opt.relabel_epoch}" * (opt.relabel_epoch > 0),
+        "all" * (opt.relabel_epoch > 0 and opt.relabel_group == "all"),
+        "per_view" * opt.bn_per_view,
         f"region_{opt.region_margin:g}" * (opt.region_margin > 0),
         f"w_{opt.wloss_alpha:g}" * (opt.wloss_alpha > 0), f"noise_{opt.noise:g}" * (opt.noise > 0),
         "val" * (opt.select == "val"), "amp" * opt.amp, f"seed_{opt.seed}", opt.tag)
@@ -251,7 +264,10 @@ def set_loader(opt):
         splits["train"], splits["test"] = photographs.test_of(splits["train"])
     sources = {}
     for split, images in splits.items():
-        landmarks = sets.read_landmarks(opt.landmarks, images) if opt.landmarks else None
+        landmarks = None
+        if opt.landmarks:
+            landmarks = sets.read_landmarks(opt.landmarks, images, (
+                path for others in splits.values() for path in others.paths))
         if landmarks is not None and opt.views == "landmark" and landmarks.shape[1] != 68:
             raise BadInput(f"--landmarks {opt.landmarks}: {landmarks.shape[1]} points an image; "
                            f"--views landmark takes 68")
@@ -264,13 +280,23 @@ def set_loader(opt):
     return sources
 
 
-def set_model(opt, n_label, device):
+def read_start(path):
+    """The checkpoint that --model_path goes on from, or None."""
+    state = checkpoint.load(path) if path else None
+    if state and state.get("system") != "FER":
+        raise BadInput(f"--model_path {path}: not a checkpoint of this script; --pretrained takes "
+                       f"others")
+    return state
+
+
+def set_model(opt, n_label, device, start=None):
     torch.manual_seed(opt.seed)
     network = create_network(opt.model, n_label, opt.arch, opt.drop_rate, opt.gaussian,
                              opt.bn_per_view)
-    if opt.model_path:
-        checkpoint.load_model(network, checkpoint.load(opt.model_path), opt.model_path, opt.model)
-        print(f"--model_path {opt.model_path}: all {len(network.state_dict())} tensors loaded")
+    if start:
+        which, weights = faces.predicting(start)
+        checkpoint.load_model(network, start | {"model": weights}, opt.model_path, opt.model)
+        print(f"--model_path {opt.model_path}: all {len(weights)} tensors loaded, {which} weights")
     else:
         faces.load_backbone(network, opt.pretrained, opt.arch)
     network.features.requires_grad_(not opt.freeze_backbone)
@@ -309,12 +335,13 @@ def set_distance(opt, classes, device):
                              "its distance to each")
         try:
             found = {row["class"]: [float(row[name]) for name in classes] for _, row in rows}
+            util.ensure(len(found) == len(rows))
             distance = torch.tensor([found[name] for name in classes], dtype=torch.float64)
             util.ensure((distance >= 0).all() and distance.isfinite().all()
-                        and not distance.diagonal().any())
+                        and not distance.diagonal().any() and distance.sum(1).all())
         except (KeyError, ValueError):
             raise BadInput(f"{opt.wloss_distance}: needs a row per class of {', '.join(classes)} "
-                           f"with its distances, 0 to itself, none below 0") from None
+                           f"with its distances, 0 to itself alone, none below 0") from None
     return losses.normalised(distance, opt.wloss_norm).to(device)
 
 
@@ -323,12 +350,15 @@ def set_distance(opt, classes, device):
 def train(opt, argv, device, sources):
     """One run: (its folder, its results)."""
     fit = fitting.Fit(record.Run(opt.save_path, run_name(opt), opt), sources)
-    network = set_model(opt, fit.faces.n_label, device)
+    start = read_start(opt.model_path)
+    # ImageNet has no faces of a test split; of another checkpoint nobody knows
+    saw = False if opt.pretrained in ("none", "imagenet") else None
+    if start:
+        saw = fit.check_start(start, opt.model_path)
+    network = set_model(opt, fit.faces.n_label, device, start)
     fit.begin(network, set_optimizer(opt, network), set_distance(opt, fit.faces.classes, device))
     header = fit.run_epochs(argv, __file__)
-    # ImageNet has no faces of a test split; of another checkpoint nobody knows
-    known = opt.pretrained in ("none", "imagenet") and not opt.model_path
-    return fit.run.folder, fit.evaluate(header, transductive=False if known else None)
+    return fit.run.folder, fit.evaluate(header, transductive=saw)
 
 
 @util.command_line

@@ -11,7 +11,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from evaluation import measures, photographs
-from images.faces import FaceSet
+from images.faces import FaceSet, content
 from training import checkpoint, distributed, epochs, faces, losses, record
 from training.record import Run
 from util import BadInput
@@ -65,9 +65,26 @@ class Fit:
         self.validation = Validation(noisy, out, opt.select == "val")
         print(f"{len(self.members)} training images, {len(out)} to validate, "
               f"{len(sources['test'].faces)} to test")
-        self.digest = hashlib.sha256(" ".join(
-            part.faces.digest() for part in sources.values()).encode()).hexdigest()
-        self.history = []
+        digest = hashlib.sha256()
+        for part in sources.values():
+            digest.update(f"{part.faces.digest()} {content(part.faces)} ".encode())
+            if part.landmarks is not None:
+                digest.update(part.landmarks.tobytes())
+        self.digest, self.history = digest.hexdigest(), []
+
+    def check_start(self, state: dict, path: str) -> bool | None:
+        """Whether the checkpoint that a run goes on from saw the test split: False for one of the
+        same data, None where nobody knows. Raises BadInput for one that was trained on images
+        which now are to choose."""
+        opt, old = self.run.opt, state["opt"]
+        if state.get("data_digest") != self.digest:
+            return None
+        other = [name for name in ("seed", "val_fraction", "noise") if old[name] != getattr(
+            opt, name)]
+        if other and (opt.select == "val" or opt.wloss_update):
+            raise BadInput(f"--model_path {path}: was trained with --{other[0]} {old[other[0]]}, "
+                           f"hence on images that now are to choose; give the same")
+        return False
 
     def begin(self, network: nn.Module, optimizer: torch.optim.Optimizer,
               distance: Tensor | None = None) -> None:
@@ -107,6 +124,7 @@ class Fit:
         if job.distance is not None:
             job.distance.copy_(old["distance"])
         self.validation.state, self.history = old["best"], old["history"]
+        job.source.images.lost[old["lost"].numpy()] = True
         return old["epoch"], old["within"]
 
     def _epoch(self, epoch, within, on_step):
@@ -122,12 +140,13 @@ class Fit:
             kept, said, _ = self._predicted(job.best_network)
             guesses = np.zeros(len(self.sources["test"].faces), int)
             guesses[kept] = said.argmax(1)
-            self.history.append(guesses.tolist())
+            self.history.append([epoch, guesses.tolist()])
         return means
 
     def _save(self, epoch, within):
         job = self.job
         job.source.images.save()
+        lost = distributed.any_of(job.source.images.lost)
         if distributed.first():
             checkpoint.save(self.run.last(), {
                 "system": "FER", "opt": vars(self.run.opt), "epoch": epoch, "within": within,
@@ -137,6 +156,8 @@ class Fit:
                 "optimizer": job.optimizer.state_dict(),
                 "scaler": job.precision.scaler.state_dict(),
                 "labels": torch.from_numpy(job.labels.copy()), "relabelled": job.relabelled,
+                "lost": torch.from_numpy(np.flatnonzero(lost)),
+                "points": 0 if job.source.landmarks is None else job.source.landmarks.shape[1],
                 "distance": job.distance, "best": self.validation.state, "history": self.history})
 
     # ------------------------------------------------------------ results
@@ -150,6 +171,8 @@ class Fit:
         """Predicts the test split and writes the results, with `details` beside the figures;
         None but on the rank that writes."""
         opt, job, run, test = self.run.opt, self.job, self.run, self.sources["test"]
+        for part in self.sources.values():
+            part.images.lost[:] = distributed.any_of(part.images.lost)
         if not distributed.first():
             distributed.barrier()
             return None
@@ -173,8 +196,12 @@ class Fit:
         importance = predicted[2]
         if importance is not None and importance.shape[1] > 1:
             details["view_importance"] = importance.mean(0).tolist()
-        results = photographs.write_results(run, header, test, network, predicted, self.history,
-                                            details)
+        followed = [epoch for epoch, _ in self.history] == list(range(1, opt.epochs + 1))
+        if opt.oracle_curve and not followed:
+            print("--oracle_curve: not all epochs were followed; there is none")
+        results = photographs.write_results(
+            run, header, test, network, predicted,
+            [guesses for _, guesses in self.history] if followed else [], details)
         if importance is not None and importance.shape[1] == 1:
             kept, _, importance = faces.predict(network, job.source, self.members,
                                                 job.precision.autocast, False)

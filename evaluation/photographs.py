@@ -1,6 +1,7 @@
 """Face images: what is held out to choose by, and the results on a test split, read once."""
 import json
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -22,21 +23,27 @@ ACROSS = 12  # images in a row of importance.png
 
 def hold_out(images: FaceSet, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(rest, held out): int64 indices of about `fraction` of the images, stratified by class, whole
-    subjects where the set names them. Raises BadInput where it names too few."""
+    subjects where the set names them. Raises BadInput where it names one alone."""
     everyone = np.arange(len(images))
     if not fraction:
         return everyone, everyone[:0]
     subjects = np.array(images.subjects)
     if (subjects != "").any():
-        parts = max(2, round(1 / fraction))
-        if len(set(images.subjects)) < parts:
-            raise BadInput(f"{images.folder}: {len(set(images.subjects))} subjects, of whom "
-                           f"{fraction:g} cannot be held out; give --val_fraction 0")
-        # no more parts than a class can be dealt to
-        parts = min(parts, int(np.bincount(images.labels).max()))
+        # no more parts than people, or than a class can be dealt to
+        most = min(20, len(set(images.subjects)), int(np.bincount(images.labels).max()))
+        if most < 2:
+            raise BadInput(f"{images.folder}: one subject, who would be trained on and held out; "
+                           f"give another set")
+        # so many of the fewest parts as come closest
+        parts = min(range(2, most + 1), key=lambda n: (
+            round(abs(max(1, min(n - 1, round(fraction * n))) / n - fraction), 9), n))
+        taken = max(1, min(parts - 1, round(fraction * parts)))
         folds = StratifiedGroupKFold(parts, shuffle=True, random_state=seed % 2 ** 32)
-        rest, out = next(folds.split(everyone, images.labels, subjects))
-        return rest, out
+        with warnings.catch_warnings():  # of classes rarer than parts, which are dealt as they can
+            warnings.simplefilter("ignore", UserWarning)
+            each = [out for _, out in folds.split(everyone, images.labels, subjects)]
+        out = np.sort(np.concatenate(each[:taken]))
+        return np.setdiff1d(everyone, out), out
     rng = np.random.default_rng(seed)
     out = np.concatenate([rng.permutation(own)[:round(fraction * len(own))] for own in (
         np.flatnonzero(images.labels == label) for label in range(images.n_label))])

@@ -19,8 +19,11 @@ def stamp(paths: Iterable[str | Path], *settings) -> str:
     """Digest of files by place, size and time, and of what else their array depends on."""
     digest = hashlib.sha256(repr(settings).encode())
     for path in paths:
-        stat = os.stat(path)
-        digest.update(f"{Path(path).resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        try:
+            stat = os.stat(path)
+            digest.update(f"{Path(path).resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        except FileNotFoundError:  # a link to nowhere; who decodes it says so
+            digest.update(f"{path} missing\n".encode())
     return digest.hexdigest()
 
 
@@ -120,6 +123,7 @@ class OnDemand:
         if folder == "off":
             self.array = np.empty((n, *shape), dtype)
             return
+        note.unlink(missing_ok=True)  # of an array that somebody removed
         with replacing(path) as part:
             _claimed(part, (n, *shape), dtype)
         self.array = np.load(path, mmap_mode="r+")

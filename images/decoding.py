@@ -1,5 +1,6 @@
 """Decoding: photographs, and the difference images of a clip's views to one uint8 array."""
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +11,20 @@ from util import BadInput
 
 SIZE = 256  # images are stored with this side, in pixels, where training crops CROP of them
 CROP = 224
-PIXEL_LIMIT = 50_000_000  # an image of more pixels than any camera's frame is an accident
+PIXEL_LIMIT = 50_000_000  # a frame of more pixels than any camera's is an accident
+PHOTO_LIMIT = 178_000_000  # what Pillow opens; telephones take 50 million pixels and more
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Path, limit: int = PIXEL_LIMIT) -> Image.Image:
     """Opens an image lazily, with a limit on its pixels; raises BadInput."""
     try:
-        image = Image.open(path)
+        with warnings.catch_warnings():  # Pillow's, of images above half of PHOTO_LIMIT
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadInput(f"{path}: not a readable image ({error}); replace it") from None
-    if image.width * image.height > PIXEL_LIMIT:
-        raise BadInput(f"{path}: {image.width}x{image.height} pixels; the limit is {PIXEL_LIMIT}")
+    if image.width * image.height > limit:
+        raise BadInput(f"{path}: {image.width}x{image.height} pixels; the limit is {limit}")
     return image
 
 
@@ -31,7 +35,7 @@ def read_photo(path: str | Path, side: int | None = None) -> Image.Image:
     side: of a JPEG whose shorter side is twice as many pixels or more, only 1/2, 1/4 or 1/8 of
     the lines is decoded, the shorter side staying above. Raises BadInput.
     """
-    image = open_image(path)
+    image = open_image(path, PHOTO_LIMIT)
     try:
         if side:
             scale = side / min(image.size)

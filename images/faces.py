@@ -6,6 +6,8 @@ of class folders.
 import hashlib
 import json
 import math
+import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +21,8 @@ from images.face_folders import SPLITS, Found
 from images.face_sets import CLASSES, SETS
 from util import BadInput, ensure, read_cells, read_table
 
-__all__ = ["CLASSES", "SETS", "FaceSet", "decode", "read_faces", "read_landmarks", "report",
-           "stamp"]
+__all__ = ["CLASSES", "SETS", "FaceSet", "content", "decode", "read_faces", "read_landmarks",
+           "report", "stamp"]
 
 # numbers of images as published, by class or, where those are not known, in all; affectnet7 is
 # affectnet8 without contempt
@@ -248,18 +250,36 @@ def _clipped(faces: FaceSet, i: int, size: tuple[int, int]) -> tuple[float, floa
 
 # ---------------------------------------------------------------- landmarks
 
-def read_landmarks(path: str | Path, faces: FaceSet) -> np.ndarray:
+def content(faces: FaceSet) -> str:
+    """SHA-256 of what a run must find again when it goes on: the lengths of the files, or the
+    table's pixels."""
+    if faces.pixels is not None:
+        return hashlib.sha256(faces.pixels.tobytes()).hexdigest()
+    digest = hashlib.sha256()
+    for path in faces.paths:
+        try:
+            digest.update(f"{os.stat(faces.folder / path).st_size} ".encode())
+        except FileNotFoundError:
+            digest.update(b"missing ")
+    return digest.hexdigest()
+
+
+def read_landmarks(path: str | Path, faces: FaceSet, among: Iterable[str] = ()) -> np.ndarray:
     """Landmarks float32 `[N, K, 2]`, K 68 or 5, as shares (0 to 1) of the width and height of the
     image, or of the box that is cut out of it; NaN where the file has none of an image.
 
     Its columns: path, x1, y1, …, pixels of the upright image, all empty where no face was found;
-    the path is that of the FaceSet, or the name alone where no other image has it. Rows of other
-    images are passed over. Raises BadInput.
+    the path is that of the FaceSet, or relative to the file, or the name alone where no other
+    image has it, of the set's or `among` others. Rows of other images are passed over. Raises
+    BadInput.
     """
-    places = {key: i for i, key in enumerate(faces.paths)}
-    by_name = {}
-    for i, key in enumerate(faces.paths):
-        by_name.setdefault(key.rpartition("/")[2], []).append(i)
+    root, folder = os.path.abspath(Path(path).parent), os.path.abspath(faces.folder)
+    below = os.path.relpath(folder, root).replace(os.sep, "/")
+    places = {f"{below}/{key}": i for i, key in enumerate(faces.paths)}
+    places |= {key: i for i, key in enumerate(faces.paths)}
+    by_name, places_of = {}, {key: i for i, key in enumerate(faces.paths)}
+    for key in dict.fromkeys([*faces.paths, *among]):
+        by_name.setdefault(key.rpartition("/")[2], []).append(key)
     rows = read_cells(path, "it is a table with the columns path,x1,y1,…")
     header = next(rows, (1, [""]))[1]
     if len(header) not in (1 + 2 * 68, 1 + 2 * 5) or header[0] != "path":
@@ -268,13 +288,14 @@ def read_landmarks(path: str | Path, faces: FaceSet) -> np.ndarray:
     lines = {}
     for number, (key, *cells) in rows:
         where, key = f"{path}:{number}", key.replace("\\", "/")
-        named = [places[key]] if key in places else by_name.get(key, [])
+        named = [faces.paths[places[key]]] if key in places else by_name.get(key, [])
         if len(cells) != len(header) - 1:
             raise BadInput(f"{where}: {len(cells) + 1} fields, not as many as the header "
                            f"({len(header)})")
         if len(named) > 1:
-            raise BadInput(f"{where}: {key} is the name of {faces.paths[named[0]]} and "
-                           f"{faces.paths[named[1]]}; give the path")
+            raise BadInput(f"{where}: {key} is the name of {named[0]} and {named[1]}; give the "
+                           f"path")
+        named = [places_of[one] for one in named if one in places_of]
         if named and lines.setdefault(named[0], number) != number:
             raise BadInput(f"{where}: {key} is in line {lines[named[0]]} already; remove one")
         if named and any(cells):
@@ -295,8 +316,12 @@ def _to_shares(points: np.ndarray, faces: FaceSet) -> None:
     index = np.flatnonzero(~np.isnan(points[:, 0, 0]))
 
     def frame(i: int) -> tuple[float, float, float, float]:
-        size = _upright_size(faces.folder / faces.paths[i]) if faces.pixels is None else (48, 48)
-        return _clipped(faces, i, size)
+        try:
+            size = _upright_size(faces.folder / faces.paths[i]) if faces.pixels is None \
+                else (48, 48)
+            return _clipped(faces, i, size)
+        except BadInput:  # who decodes the image says so
+            return math.nan, math.nan, math.nan, math.nan
 
     with ThreadPoolExecutor(8) as pool:
         frames = np.array(list(pool.map(frame, index)), np.float32).reshape(-1, 2, 2)

@@ -5,7 +5,6 @@ colours and normalisation one matrix per image.
 """
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +17,7 @@ DEGREES, LARGER, MOVED, COLOUR = 15, 0.15, 0.06, 0.3  # ranges of the strong rec
 NOISE = math.sqrt(30) / 255  # deviation, of grey levels in 0..1
 
 
-def draw(n: int, rng: torch.Generator, recipe: str, side: int, flips: bool = True) -> dict:
+def draw(n: int, rng: torch.Generator, recipe: str, side: int) -> dict:
     """Everything random about a batch of `n` images, drawn for the whole batch from `rng`.
 
     recipe: 'strong': flip, turn, scale, shift, colour jitter, erasing; 'published': flip or noise,
@@ -30,14 +29,14 @@ def draw(n: int, rng: torch.Generator, recipe: str, side: int, flips: bool = Tru
     def uniform(*shape):
         return torch.rand(n, *shape, generator=rng)
 
-    flip = (uniform() < 0.5) & (flips and recipe != "none")
+    flip = (uniform() < 0.5) & (recipe != "none")
     geometry = torch.zeros(n, 2, 3)
     geometry[:, 0, 0] = geometry[:, 1, 1] = 1
     drawn = {"geometry": geometry}
     if recipe == "published":
         augmented = uniform() < 0.5
         noisy = uniform() < 0.5
-        flip = augmented & ~noisy & flips
+        flip = augmented & ~noisy
         drawn["noise"] = torch.where(augmented & noisy, torch.randint(
             1, 2 ** 31, (n,), generator=rng), 0)
         drawn["erase"] = _erased(n, rng, side, (0.02, 0.25))
@@ -164,8 +163,3 @@ def _erase(views, boxes):
     keep = (~hidden).view(shape).to(views.dtype)
     return views * keep if views.shape[-3] == 3 else torch.cat(
         [views[..., :3, :, :] * keep, views[..., 3:, :, :]], -3)
-
-
-def to_image(pixels: np.ndarray) -> np.ndarray:
-    """Stored uint8 `[3, S, S]` as a picture `[S, S, 3]`."""
-    return pixels.transpose(1, 2, 0)

@@ -1,6 +1,7 @@
 """Expressions of the faces in photographs, by a network that train_FER.py made."""
 import itertools
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -38,12 +39,7 @@ def load(path: str | Path, state: dict) -> nn.Module:
         opt = state["opt"]
         network = create_network(opt["model"], len(state["classes"]), opt["arch"], 0,
                                  opt["gaussian"])
-        weights = state["model"]
-        if opt["select"] == "val":
-            weights = state["best"]["model"]
-        elif state["ema"]:
-            weights = {name.removeprefix("module."): v for name, v in state["ema"].items()}
-        network.load_state_dict(weights)
+        network.load_state_dict(faces.predicting(state)[1])
         util.ensure(opt["views"] and opt["size"] >= 32 and isinstance(opt["tta_flip"], bool))
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
         raise BadInput(f"{path}: cannot be read as a model of train_FER.py; train again") from None
@@ -115,6 +111,10 @@ def predict(opt: util.Options, state: dict, device: torch.device) -> str:
     if not opt.whole:
         detection.require("predict.py", ", or give --whole for crops of faces")
         registration.require()
+    if state["opt"]["gaussian"] and (opt.whole or state["points"] != 5):
+        print("note: the model was trained on maps of landmarks, of which " + (
+            "crops of faces have none: they are shown as full of them" if opt.whole else
+            "five are found here, not 68"), file=sys.stderr)
     classes, told, rows = state["classes"], {"without_faces": [], "unreadable": []}, []
     coming = find(opt, state, told)
     while found := list(itertools.islice(coming, AT_ONCE)):

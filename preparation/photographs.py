@@ -67,7 +67,8 @@ def find_photos(inputs: Iterable[str], out: str | Path) -> tuple[list[Photo], Co
         if not root.exists():
             raise BadInput(f"{given}: no such photograph or folder")
         if Path(os.path.realpath(root)).is_relative_to(out):
-            raise BadInput(f"{given}: lies in --save_path {out}; name another folder there")
+            raise BadInput(f"{given}: lies in {out}, where the results go; name another folder "
+                           f"for these")
         above = root if root.is_dir() and len(inputs) == 1 else root.parent
         for path in _files(root, out) if root.is_dir() else [root]:
             if path != root and path.suffix.lower() not in SUFFIXES:

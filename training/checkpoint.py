@@ -67,7 +67,7 @@ def save_epoch(last: Path, state: dict, name: str = "ckpt_epoch_{epoch}.pth") ->
 def load(path: str | Path) -> dict:
     """The state in `path`, on the CPU; `opt` as a dict, `model` keys without wrapper prefixes;
     raises BadInput."""
-    state = _read(path)
+    state = read(path)
     _check(path, state)
     opt = state.get("opt") or {}
     state["opt"] = vars(opt) if isinstance(opt, argparse.Namespace) else dict(opt)
@@ -78,7 +78,7 @@ def load(path: str | Path) -> dict:
 def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint that anybody wrote: its `model`, `state_dict`, or the file
     itself; raises BadInput."""
-    state = _read(path)
+    state = read(path)
     for name in ("model", "state_dict", "model_state_dict"):
         state = state.get(name, state) if isinstance(state, dict) else state
     _check(path, {"model": state})
@@ -88,11 +88,11 @@ def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
 def load_seen(path: str | Path) -> dict | None:
     """What a checkpoint that anybody wrote says of whom its network saw (dataset.people_seen), or
     None; raises BadInput."""
-    state = _read(path)
+    state = read(path)
     return state.get("seen") if isinstance(state, dict) else None
 
 
-def _read(path):
+def read(path: str | Path) -> object:
     """What a file holds, with weights_only: one that carries code, or any class but the option
     namespace of old checkpoints, is refused."""
     if not Path(path).is_file():

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -117,6 +118,16 @@ def mean(values: Tensor, count: int) -> Tensor:
     total = torch.cat([values * count, values.new_tensor([count])])
     dist.all_reduce(total)
     return total[:-1] / total[-1]
+
+
+def any_of(mask: np.ndarray) -> np.ndarray:
+    """bool `[N]`: where `mask` is True on any rank."""
+    if not active():
+        return mask
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    value = torch.from_numpy(mask.astype(np.uint8)).to(device)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value.cpu().numpy().astype(bool)
 
 
 def highest(number: int) -> int:

@@ -51,7 +51,7 @@ def announce(opt: argparse.Namespace, n_data: int, noun: str = "clips") -> int:
     rate = f"rises for {opt.warmup_epochs * steps:.0f} steps, then " * (opt.warmup_epochs > 0)
     if opt.lr_schedule == "step":
         rate += "decays after epoch " + (", ".join(
-            f"{e} (step {e * steps})" for e in opt.lr_decay_epochs if e < opt.epochs)
+            f"{e} (step {e * steps})" for e in decay_epochs(opt) if e < opt.epochs)
             or "- (none within the run)")
     else:
         rate += {"cosine": "falls to 0 in a cosine", "constant": "stays",
@@ -81,7 +81,7 @@ def check_slices(n_data: int, batch_size: int, model: torch.nn.Module,
 def announce_dropped(n: int, batch_size: int) -> None:
     """Says so where `batches` leaves out a last batch of one."""
     if n > batch_size > 1 and n % batch_size == 1:
-        print("the last batch of an epoch would hold one clip; it is dropped")
+        print("the last batch of an epoch would hold one alone; it is dropped")
 
 
 def keep_memory(keep: bool = True) -> None:
@@ -155,6 +155,14 @@ def exponential_rate(base: float, progress: float, factor: float, plateau: float
     return base * factor ** min(math.ceil(progress) - 1, plateau)
 
 
+def decay_epochs(opt: argparse.Namespace) -> list[int]:
+    """The epochs after which --lr_schedule step lowers the rate: those of the flag, or at .3, .5
+    and .8 of the run."""
+    if hasattr(opt, "lr_decay_epochs"):
+        return opt.lr_decay_epochs
+    return sorted({max(1, round(share * opt.epochs)) for share in (.3, .5, .8)} - {opt.epochs})
+
+
 def scheduled(opt: argparse.Namespace, base: float | Tensor, epoch: int, step: int, steps: int,
               warmup: float = 0) -> float | Tensor:
     """`base` as --lr_schedule has it at step 1..`steps` of an epoch, CMC's steps where a script
@@ -164,7 +172,7 @@ def scheduled(opt: argparse.Namespace, base: float | Tensor, epoch: int, step: i
         return base * progress / warmup
     schedule = getattr(opt, "lr_schedule", "step")
     if schedule == "step":
-        return step_rate(base, progress, opt.lr_decay_epochs, opt.lr_decay_rate)
+        return step_rate(base, progress, decay_epochs(opt), opt.lr_decay_rate)
     if schedule == "exponential":
         return exponential_rate(base, progress, opt.lr_decay_rate, opt.epochs)
     if schedule == "constant":

@@ -1,5 +1,7 @@
 """One supervised epoch of a network on face images, what it predicts, and what it starts from."""
 import argparse
+import pickle
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -7,11 +9,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torchvision
-from images.faces import FaceSet
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from images import cache, photos, regions
+from images.faces import FaceSet
 from models.scn import PARTS
 from training import checkpoint, distributed, epochs, losses
 from training.supervised import draw_order
@@ -46,15 +48,15 @@ class Source(NamedTuple):
     def boxes(self, index: np.ndarray, rng: torch.Generator | None) -> Tensor | None:
         """Views of the images of `index`, float32 `[B, K, 4]`, left, top, right, bottom; None: the
         whole image alone. rng: of random crops in training; without, they follow from the
-        image."""
+        image's pixels."""
         side = self.side
         if self.views == "whole":
             return None
         if self.views == "random" and rng is not None:
             return regions.random_boxes(len(index), side, rng)
         if self.views == "random":
-            return torch.cat([regions.random_boxes(1, side, epochs.generator(int(i)))
-                              for i in index])
+            return torch.cat([regions.random_boxes(1, side, epochs.generator(
+                zlib.crc32(self.images[int(i)].tobytes()))) for i in index])
         if self.views != "landmark":
             shares = regions.FIXED if self.views == "fixed" else regions.PAPER
             boxes = torch.from_numpy(regions.fixed_boxes(shares, side, side)).float()
@@ -105,15 +107,18 @@ class Job(NamedTuple):
 
 # ---------------------------------------------------------------- one epoch
 
-def loss_of(opt: argparse.Namespace, said: tuple, target: Tensor, weights: Tensor | None,
-            distance: Tensor | None, n: int) -> tuple[Tensor, dict]:
-    """(loss per image in the mean, its parts by name, logits): said: (logits `[B, C]`, importance
-    `[B, K]` or None) of a part of a batch of `n` images with labels `target`.
-
-    The rank regularisation is over all ranks' parts, and not in the mean: it comes apart, as
-    `rank_loss`.
-    """
+def loss_of(opt: argparse.Namespace, said: tuple, target: Tensor, kept: Tensor,
+            weights: Tensor | None, distance: Tensor | None, n: int) -> tuple[Tensor, dict]:
+    """(mean loss of the images that could be read, `kept` bool `[B]`, its parts by name): said:
+    (logits `[B, C]`, importance `[B, K]` or None) of a part of a batch of `n` images with labels
+    `target`. The rank regularisation, of the whole batch, is not in it."""
     logits, importance = said
+    if not kept.any():  # 0, and a gradient of 0 for every weight
+        return sum(one.sum() * 0 for one in said if one is not None), dict.fromkeys(
+            ["region_loss"] * (opt.region_margin > 0) + ["wasserstein"] * (distance is not None),
+            logits.new_zeros(()))
+    logits, target = logits[kept], target[kept]
+    importance = importance if importance is None else importance[kept]
     loss = losses.classification_loss(logits, target, opt.loss, weights,
                                       opt.label_smoothing).mean()
     parts = {}
@@ -172,10 +177,9 @@ def train_epoch(opt: argparse.Namespace, job: Job, epoch: int, within: dict,
         mine = distributed.part(torch.arange(len(index)))
         drawn = photos.draw(len(index), rng, opt.augment, source.side)
         boxes = source.boxes(members[index], rng)
-        kept = ~source.images.lost[rows]
-        mine, rows, batch = mine[kept], rows[kept], batch[torch.from_numpy(kept)]
-        if not len(rows):
-            continue
+        kept = torch.from_numpy(~source.images.lost[rows])
+        if kept.any():  # batch norm sees another image in place of one that cannot be read
+            batch[~kept] = batch[kept][0]
         torch.manual_seed(rng.initial_seed() % 2 ** 63)  # of dropout
         inputs = photos.train_transform(
             batch, {name: value[mine] for name, value in drawn.items()},
@@ -185,20 +189,24 @@ def train_epoch(opt: argparse.Namespace, job: Job, epoch: int, within: dict,
         with job.precision.autocast():
             said = job.run(inputs)
         logits, importance = said if isinstance(said, tuple) else (said, None)
-        loss, parts = loss_of(opt, (logits, importance), target, weights, job.distance,
+        kept = kept.to(device)
+        loss, parts = loss_of(opt, (logits, importance), target, kept, weights, job.distance,
                               len(index))
-        # gradients are averaged over ranks, whose parts may differ by one image
-        total = loss * (len(rows) * distributed.size() / len(index) if distributed.active() else 1)
+        # gradients are averaged over ranks, whose parts may differ by an image or more
+        everyone = distributed.gather(kept)
+        share = int(kept.sum()) * distributed.size() / max(1, int(everyone.sum()))
+        total, rank = loss * share, 0.0
         if opt.rank_margin:
-            everyone = distributed.gather_features(importance.float())
-            parts["rank_loss"] = losses.rank_regularisation(everyone, opt.rank_margin,
-                                                            opt.rank_beta)
-            total = total + parts["rank_loss"]
-        values = torch.stack([total.detach(), (logits.argmax(1) == target).float().mean(),
+            rank = losses.rank_regularisation(
+                distributed.gather_features(importance.float())[everyone], opt.rank_margin,
+                opt.rank_beta)
+            total, parts["rank_loss"] = total + rank, rank
+        hits = (logits.argmax(1) == target)[kept].float()
+        values = torch.stack([(loss + rank).detach(), hits.sum() / max(1, len(hits)),
                               *(parts[name].detach() for name in list(means)[2:])])
-        values = distributed.mean(values.float(), len(rows))
+        values = distributed.mean(values.float(), len(hits)) if everyone.any() else values * 0
         epochs.check_loss(values, epoch, step, f"{epochs.KEPT} {opt.learning_rate:g}")
-        means.add(values.tolist(), len(index))
+        means.add(values.tolist(), int(everyone.sum()))
         job.optimizer.zero_grad(set_to_none=True)
         job.precision.scaler.scale(total).backward()
         job.precision.scaler.step(job.optimizer)
@@ -206,23 +214,23 @@ def train_epoch(opt: argparse.Namespace, job: Job, epoch: int, within: dict,
         if job.ema is not None:
             job.ema.update(job.network, (epoch - 1) * len(every) + step)
         if opt.relabel_epoch and epoch >= opt.relabel_epoch:
-            relabel(opt, job, rows, logits.detach(), importance, epoch)
+            relabel(opt, job, torch.from_numpy(rows).to(device), logits.detach(), importance,
+                    everyone, epoch)
         on_step({"step": step, "meters": means.state(), "labels": began})
     if opt.relabel_epoch:
         return means.means() | {"relabelled": sum(row[-1] == epoch for row in job.relabelled)}
     return means.means()
 
 
-def relabel(opt: argparse.Namespace, job: Job, rows: np.ndarray, logits: Tensor,
-            importance: Tensor | None, epoch: int) -> None:
-    """Gives images of a batch, `rows`, the class that the network is surer of, from the next
-    epoch on, for all ranks."""
-    device = logits.device
-    rows = distributed.gather(torch.from_numpy(rows).to(device))
-    probabilities = distributed.gather(logits.float().softmax(1))
+def relabel(opt: argparse.Namespace, job: Job, rows: Tensor, logits: Tensor,
+            importance: Tensor | None, everyone: Tensor, epoch: int) -> None:
+    """Gives images of this rank's part `rows` of a batch the class that the network is surer of,
+    from the next epoch on, for all ranks; everyone: bool `[B]`, those that could be read."""
+    rows = distributed.gather(rows)[everyone]
+    probabilities = distributed.gather(logits.float().softmax(1))[everyone]
     if importance is not None:
-        importance = distributed.gather(importance.detach().float())
-    labels = torch.from_numpy(job.labels).to(device)[rows]
+        importance = distributed.gather(importance.detach().float())[everyone]
+    labels = torch.from_numpy(job.labels).to(logits.device)[rows]
     new = losses.relabel(probabilities, labels, opt.relabel_margin,
                          importance if opt.relabel_group == "low" else None, opt.rank_beta)
     for k in (new != labels).nonzero().flatten().tolist():
@@ -285,10 +293,21 @@ def imagenet_weights(arch: str) -> dict[str, Tensor]:
     place = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     try:
         return weights.get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        reason = (str(error) or "the file is empty").splitlines()[0]
         raise BadInput(f"--pretrained imagenet: {weights.url} cannot be had ({reason}); put it at "
                        f"{place}, or give --pretrained none to train from scratch") from None
+
+
+def predicting(state: dict) -> tuple[str, dict[str, Tensor]]:
+    """(what they are, the weights) that predicted the test split of a run of these scripts, of its
+    checkpoint: the chosen epoch's, the average, or those of the last step."""
+    if state["opt"]["select"] == "val" and state["best"]["model"]:
+        return "the chosen epoch's", state["best"]["model"]
+    if state["ema"]:
+        return "the average's", {name.removeprefix("module."): value
+                                 for name, value in state["ema"].items()}
+    return "the last step's", state["model"]
 
 
 def load_backbone(network: nn.Module, pretrained: str, arch: str) -> None:
@@ -297,8 +316,15 @@ def load_backbone(network: nn.Module, pretrained: str, arch: str) -> None:
     was, or where it is another network."""
     if pretrained == "none":
         return
-    state = canonical(imagenet_weights(arch) if pretrained == "imagenet"
-                      else checkpoint.load_weights(pretrained))
+    if pretrained == "imagenet":
+        state = imagenet_weights(arch)
+    else:
+        state = checkpoint.load_weights(pretrained)
+        own = checkpoint.read(pretrained)
+        if own.get("system") == "FER":
+            which, state = predicting(own)
+            print(f"{pretrained}: {which} weights")
+    state = canonical(state)
     ours = {name: value for name, value in network.state_dict().items()
             if name.startswith("features.")}
     wrong = sorted(name for name in ours.keys() & state.keys()

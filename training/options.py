@@ -256,8 +256,7 @@ def add_result_options(parser: ArgumentParser) -> None:
                             "[--seed alone]")
     group.add_argument("--oracle_curve", action="store_true", free=True,
                        help="TensorBoard (under oracle/) and curves.png also show the pooled "
-                            "figures of the held-out subjects per epoch; picking by them is "
-                            "cheating")
+                            "figures of what is held out per epoch; picking by them is cheating")
 
 
 def check_seeds(parser: ArgumentParser, seeds: list[int] | None) -> None:

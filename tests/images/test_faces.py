@@ -714,3 +714,19 @@ def test_tables_that_hold_no_landmarks(tmp_path):
             read_landmarks(write(tmp_path / "l.csv", text), train)
     with pytest.raises(BadInput, match="missing"):
         read_landmarks(tmp_path / "absent.csv", train)
+
+
+def test_a_bare_name_of_two_splits_is_refused(tmp_path):
+    for split in ("train", "test"):
+        for k, name in enumerate(("a", "b")):
+            place = tmp_path / split / name
+            place.mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(place / f"{name if split == 'train' else 'a'}{k}.png")
+    splits = faces.read_faces("folder", tmp_path)
+    header = "path," + ",".join(f"{axis}{i}" for i in range(1, 6) for axis in "xy")
+    (tmp_path / "marks.csv").write_text(f"{header}\na0.png" + ",1" * 10 + "\n")
+    every = [path for images in splits.values() for path in images.paths]
+    with pytest.raises(BadInput, match=r"a0.png is the name of .* and .*; give the path"):
+        faces.read_landmarks(tmp_path / "marks.csv", splits["train"], every)
+    points = faces.read_landmarks(tmp_path / "marks.csv", splits["train"])
+    assert np.isnan(points[:, 0, 0]).tolist() == [False, True]

@@ -167,6 +167,19 @@ def test_a_later_run_reads_what_was_saved_alone(tmp_path):
     assert not list(tmp_path.glob(".*.part"))
 
 
+def test_an_array_that_was_removed_is_not_taken_for_decoded(tmp_path):
+    images, _ = on_demand(tmp_path)
+    images[np.arange(6)]
+    images.save()
+    (array,) = [p for p in tmp_path.glob("*.npy") if "ready" not in p.name]
+    array.unlink()
+    again, asked = on_demand(tmp_path)
+    assert again[np.array([5])][0, 0, 0, 0] == 5 and asked == [5]
+    again.save()
+    third, _ = on_demand(tmp_path)
+    assert third[np.arange(6)][:, 0, 0, 0].tolist() == list(range(6))
+
+
 def test_what_two_runs_decode_at_once_is_kept_of_both(tmp_path):
     (one, _), (two, _) = on_demand(tmp_path), on_demand(tmp_path)
     one[np.array([0])]

@@ -213,7 +213,7 @@ def test_bad_input_is_named(photos, tmp_path, capsys):
     shutil.copy(photos / "happy" / "a10.jpg", tmp_path / "other" / "a2.png")
     assert "would be called a2.png" in refused(
         capsys, photos / "happy" / "a2.png", tmp_path / "other" / "a2.png", "--save_path", out)
-    assert "lies in --save_path" in refused(capsys, photos, "--save_path", photos)
+    assert "where the results go" in refused(capsys, photos, "--save_path", photos)
     assert not out.exists()
 
 
@@ -254,5 +254,5 @@ def test_files_are_found_in_natural_order_through_links(tmp_path):
     assert others == {"readme": 1, ".mp4": 1}
     photos, _ = photographs.find_photos([folder, folder / "a", folder / "a"], tmp_path / "out")
     assert [p.name for p in photos if "y" in p.name] == ["a/y.png", "p/a/y.png", "p/c/y.png"]
-    with pytest.raises(BadInput, match="lies in --save_path"):
+    with pytest.raises(BadInput, match="where the results go"):
         photographs.find_photos([folder / "a"], folder)

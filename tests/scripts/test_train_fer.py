@@ -197,16 +197,31 @@ def test_class_folders_without_a_test_split_are_split(tmp_path, capsys):
     assert len(list((tmp_path / "cache").glob("*.ready.npy"))) == 2
 
 
-def test_two_ranks_train_one_network(flags, tmp_path):
-    """To what one process comes to, but for batch norm, which sees half a batch each."""
-    subprocess.run([str(a) for a in (
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
-        ROOT / "train_FER.py", *flags, "--model", "scn", "--rank_margin", .1, "--relabel_epoch", 1,
-        "--relabel_margin", 0, "--epochs", 1, "--save_path", tmp_path)], check=True,
-        capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    content = results(only(tmp_path))
-    assert content["n"] == 21 and content["versions"]["ranks"] == 2
-    assert content["relabelling"]["relabelled"] > 0
+def test_two_ranks_train_the_network_of_one_process(flags, tmp_path):
+    """With a frozen backbone, since batch norm sees half a batch each; of batches with an image
+    that cannot be read, too."""
+    folder = tmp_path / "set"
+    face_tree.write(folder)
+    path = folder / "Image" / "aligned" / "train_00005_aligned.jpg"
+    path.write_bytes(b"nothing")
+    for name, launch in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone",
+                                               "--nproc_per_node", 2])):
+        subprocess.run([str(a) for a in (
+            sys.executable, *launch, ROOT / "train_FER.py", *flags, "--data_folder", folder,
+            "--model", "scn", "--rank_margin", .1, "--relabel_epoch", 1, "--relabel_margin", 0,
+            "--epochs", 1, "--freeze_backbone", "--batch_size", 15, "--save_path",
+            tmp_path / name)], check=True, capture_output=True, timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    one, two = only(tmp_path / "one"), only(tmp_path / "two")
+    a, b = (checkpoint.load(run / "last.pth") for run in (one, two))
+    for name in ("fc.weight", "alpha.0.weight"):
+        torch.testing.assert_close(a["model"][name], b["model"][name], atol=1e-6, rtol=1e-5)
+    assert torch.equal(a["labels"], b["labels"]) and results(two)["versions"]["ranks"] == 2
+    assert results(one)["left_out"] == results(two)["left_out"]
+    assert results(two)["left_out"]["train"] == ["Image/aligned/train_00005_aligned.jpg"]
+    lines = [record.read_log(run)[1] for run in (one, two)]
+    for name in ("train_loss", "rank_loss", "train_accuracy"):
+        assert lines[0][name] == pytest.approx(lines[1][name], rel=1e-4)
 
 
 # ---------------------------------------------------------------- where it starts
@@ -216,10 +231,14 @@ def test_a_run_goes_on_from_a_model_with_the_wasserstein_term(flags, tmp_path, c
     first = only(tmp_path / "a") / "last.pth"
     train(*flags[:4], *flags[6:], "--save_path", tmp_path / "b", "--epochs", 1, "--model_path",
           first, "--wloss_alpha", .0125, "--learning_rate", 0)
-    assert "all 122 tensors loaded" in capsys.readouterr().out
-    a, b = (checkpoint.load(p)["model"] for p in (first, only(tmp_path / "b") / "last.pth"))
-    assert torch.equal(a["fc.weight"], b["fc.weight"])
-    assert results(only(tmp_path / "b"))["transductive"] is None
+    assert "all 122 tensors loaded, the average's weights" in capsys.readouterr().out
+    a, b = (checkpoint.load(p) for p in (first, only(tmp_path / "b") / "last.pth"))
+    assert torch.equal(a["ema"]["module.fc.weight"], b["model"]["fc.weight"])
+    assert not torch.equal(a["model"]["fc.weight"], b["model"]["fc.weight"])
+    assert results(only(tmp_path / "b"))["transductive"] is False  # of the same split
+    said = refused(capsys, *flags[:4], *flags[6:], "--save_path", tmp_path / "d", "--model_path",
+                   first, "--seed", 1, "--select", "val")
+    assert "--seed 0, hence on images that now are to choose" in said
     said = refused(capsys, *flags[:4], *flags[6:], "--save_path", tmp_path / "c", "--model", "scn",
                    "--model_path", first)
     assert "not a checkpoint of scn but of baseline" in said
@@ -237,7 +256,7 @@ def test_a_run_goes_on_from_a_model_with_the_wasserstein_term(flags, tmp_path, c
                                                                     "rank_margin": .07}),
     (["--recipe", "published", "--model", "ran"], {
         "optimizer": "sgd", "learning_rate": .01, "lr_schedule": "step", "lr_decay_rate": .1,
-        "lr_decay_epochs": [12, 20, 32], "bn_per_view": True, "views": "fixed"}),
+        "bn_per_view": True, "views": "fixed"}),
     (["--recipe", "notes"], {"batch_size": 600, "optimizer": "adam", "learning_rate": 1e-3}),
     (["--recipe", "notes", "--model", "ran"], {"batch_size": 72, "views": "fixed"}),
     (["--recipe", "notes", "--wloss_alpha", ".0125"], {"optimizer": "sgd", "momentum": 0,
@@ -246,7 +265,11 @@ def test_recipes_set_what_no_flag_says(more, expected, capsys):
     opt = train_FER.parse_option(["--dataset", "rafdb", "--data_folder", "d", "--save_path", "s",
                                   *more])
     assert {name: getattr(opt, name) for name in expected} == expected
-    assert ("--recipe" in capsys.readouterr().out) == ("--recipe" in more)
+    assert f"--recipe {opt.recipe}: --augment {opt.augment}, " in capsys.readouterr().out
+    if opt.lr_schedule == "step":
+        assert epochs.decay_epochs(opt) == [12, 20, 32]
+        assert epochs.decay_epochs(opt.changed(epochs=2)) == [1]
+        assert epochs.decay_epochs(opt.changed(epochs=1)) == []
 
 
 def test_weight_decay_that_is_a_rates_factor_is_warned_of(capsys):
@@ -268,7 +291,77 @@ def test_frozen_backbones_stay_to_the_bit(flags, tmp_path):
 
 # ---------------------------------------------------------------- bad input
 
+def test_other_images_or_landmarks_do_not_go_on(tmp_path, flags, capsys):
+    folder = tmp_path / "set"
+    face_tree.write(folder)
+    marks = tmp_path / "marks.csv"
+    names = sorted(f"Image/aligned/{p.name}" for p in (folder / "Image/aligned").iterdir())
+    face_tree.write_landmarks(marks, names)
+    flags += ["--data_folder", folder, "--gaussian", "--landmarks", marks, "--save_path", tmp_path,
+              "--warmup_epochs", 0, "--epochs", 1]
+    train(*flags)
+    before = marks.read_text()
+    marks.write_text(before.replace("train_00001_aligned.jpg,", "train_00001_aligned.jpg,1"))
+    assert "data digest differs" in refused(capsys, *flags, "--resume", "auto")
+    marks.write_text(before)
+    image = folder / names[0]
+    kept = image.read_bytes()
+    image.write_bytes(kept + b"more")
+    assert "data digest differs" in refused(capsys, *flags, "--resume", "auto")
+    image.write_bytes(kept)
+    train(*flags, "--epochs", 2, "--resume", "auto")  # epochs may grow
+    assert checkpoint.load(only(tmp_path) / "last.pth")["epoch"] == 2
+
+
+def test_the_oracle_is_there_only_where_all_epochs_were_followed(flags, tmp_path, capsys):
+    flags += ["--save_path", tmp_path, "--warmup_epochs", 0]
+    train(*flags, "--epochs", 1)
+    train(*flags, "--epochs", 2, "--resume", "auto", "--oracle_curve")
+    assert "not all epochs were followed" in capsys.readouterr().out
+    assert "oracle_best_epoch" not in results(only(tmp_path))
+
+
+def test_crops_and_landmarks_of_detected_faces_make_a_set(tmp_path):
+    """In the layout that detect_faces.py writes."""
+    rng = np.random.default_rng(0)
+    names = []
+    for i in range(28):
+        name = f"crops/{face_tree.CLASSES[i % 2]}/p{i}_1.png"
+        (tmp_path / "F" / name).parent.mkdir(parents=True, exist_ok=True)
+        face_tree.Image.fromarray(face_tree.picture(i % 2, rng)).save(tmp_path / "F" / name)
+        names.append(name)
+
+    def five(side, rng):
+        p = face_tree.face_points(side, rng)
+        return np.stack([p[36:42].mean(0), p[42:48].mean(0), p[30], p[48], p[54]])
+    face_tree.write_landmarks(tmp_path / "F" / "landmarks.csv", names, five)
+    train("--dataset", "folder", "--data_folder", tmp_path / "F" / "crops", "--pretrained", "none",
+          "--gaussian", "--landmarks", tmp_path / "F" / "landmarks.csv", "--size", 32, "--epochs",
+          1, "--batch_size", 8, "--cache", "off", "--device", "cpu", "--save_path", tmp_path / "r")
+    assert checkpoint.load(only(tmp_path / "r") / "last.pth")["points"] == 5
+
+
+def test_unreadable_images_and_links_to_nowhere_end_no_run_with_landmarks(tmp_path, flags):
+    folder = tmp_path / "set"
+    face_tree.write(folder)
+    marks = tmp_path / "marks.csv"
+    names = sorted(f"Image/aligned/{p.name}" for p in (folder / "Image/aligned").iterdir())
+    face_tree.write_landmarks(marks, names)
+    (folder / names[-1]).write_bytes(b"")
+    (folder / names[-2]).unlink()
+    (folder / names[-2]).symlink_to(tmp_path / "nowhere.jpg")
+    train(*flags, "--data_folder", folder, "--gaussian", "--landmarks", marks, "--save_path",
+          tmp_path, "--epochs", 1, "--val_fraction", 0, "--batch_size", 2)
+    left = results(only(tmp_path))["left_out"]
+    assert names[-1] in left["train"]
+    train(*flags, "--data_folder", folder, "--gaussian", "--landmarks", marks, "--save_path",
+          tmp_path, "--epochs", 1, "--val_fraction", 0, "--batch_size", 2, "--resume", "auto")
+    assert results(only(tmp_path))["left_out"] == left
+
+
 @pytest.mark.parametrize("more, expected", [
+    (["--votes", "plurality"], "--dataset ferplus"), (["--momentum", .5], "--optimizer sgd"),
+    (["--relabel_margin", .1], "--relabel_epoch"), (["--wloss_norm", "l1"], "--wloss_alpha"),
     (["--rank_margin", .1], "--rank_margin goes with --model scn"),
     (["--relabel_epoch", 3], "--relabel_group all"),
     (["--region_margin", .1], "goes with --model ran"),
