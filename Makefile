@@ -65,7 +65,7 @@ demo-fer: .venv/ready
 	$(PY) render.py faces --data_folder $(DEMO)/fer/data --train 1200 --test 600 --subjects 90 \
 	    --preview $(DEMO)/fer/faces.png
 	$(PY) train_FER.py $(FER)
-	$(PY) train_FER.py $(FER) --model scn --rank_margin 0.07 --relabel_epoch 4
+	$(PY) train_FER.py $(FER) --model scn --rank_margin 0.07 --relabel_epoch 8
 	$(PY) compare_results.py $(DEMO)/fer/results/*/results.json \
 	    --picture $(DEMO)/fer/comparison.png
 	@echo
