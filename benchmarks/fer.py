@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 
@@ -148,18 +147,10 @@ def alone_epoch(job, images, label, steps):
 
 # ---------------------------------------------------------------- parts
 
-def rounds(opt, count, ways):
-    """way → images per second of each round, after one that warms up."""
-    rates = {name: [] for name in ways}
-    for number in range(opt.repeats + 1):
-        for name, epoch in ways.items():
-            start = time.perf_counter()
-            epoch()
-            if opt.device.type == "cuda":
-                torch.cuda.synchronize(opt.device)
-            if number:
-                rates[name].append(count / (time.perf_counter() - start))
-    return rates
+def warm_rounds(opt, count, ways):
+    """`measuring.rounds` after one that warms up."""
+    measuring.rounds(1, count, opt.device, ways)
+    return measuring.rounds(opt.repeats, count, opt.device, ways)
 
 
 def told(title, rates, usual="usual way"):
@@ -188,7 +179,7 @@ def train(opt, folder, work):
     steps = epochs.per_epoch(opt.images, opt.batch_size)
     amp = job._replace(precision=epochs.mixed_precision(True, opt.device))
     told(f"training, ResNet-18, {opt.images} images at {opt.size} pixels, batch {opt.batch_size}",
-         rounds(opt, opt.images, {
+         warm_rounds(opt, opt.images, {
              "usual way": partial(usual_epoch, usual, descent, loader, opt.device),
              "here, float32": partial(our_epoch, run, job),
              "here, --amp": partial(our_epoch, run, amp),
@@ -212,7 +203,7 @@ def ran(opt, folder, work):
             "model alone, float32": partial(alone_epoch, job, views, label, steps),
             "model alone, --amp": partial(alone_epoch, amp, views, label, steps)}
     told(f"RAN, {k} views, {count} images at {opt.size} pixels, batch {opt.views_batch}; the "
-         f"published loop without loading", rounds(opt, count, ways), "published loop")
+         f"published loop without loading", warm_rounds(opt, count, ways), "published loop")
 
 
 FIRST_STEP = """

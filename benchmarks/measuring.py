@@ -17,6 +17,20 @@ def quietly(main: Callable, *argv: object) -> float:
     return time.perf_counter() - start
 
 
+def rounds(repeats: int, count: int, device: torch.device,
+           ways: dict[str, Callable]) -> dict[str, list[float]]:
+    """way → rates of each round, in which the ways take turns; count: of what each goes through."""
+    rates = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, epoch in ways.items():
+            start = time.perf_counter()
+            epoch()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            rates[name].append(count / (time.perf_counter() - start))
+    return rates
+
+
 def memory(device: torch.device, reset: bool = False) -> tuple[int, int]:
     """(held now, peak since the last reset) in bytes."""
     if device.type == "cuda":

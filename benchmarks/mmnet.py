@@ -41,7 +41,7 @@ import prepare
 import render
 import train_MMNet
 from benchmarks import measuring
-from benchmarks.measuring import quietly
+from benchmarks.measuring import quietly, rounds
 from images import flow, videos
 from models import mmnet
 from rendering import casme2
@@ -188,19 +188,6 @@ def make_set(opt, work):
                            raw / casme2.WORKBOOKS["csv"], "--data_folder", folder,
                            "--size", PREPARED, "--num_workers", opt.num_workers)
     return raw, folder, seconds
-
-
-def rounds(repeats, count, device, ways):
-    """way → clips per second of each round."""
-    rates = {name: [] for name in ways}
-    for _ in range(repeats):
-        for name, epoch in ways.items():
-            start = time.perf_counter()
-            epoch()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            rates[name].append(count / (time.perf_counter() - start))
-    return rates
 
 
 def measure(opt, name, raw, folder):

@@ -133,6 +133,41 @@ def loss_of(opt: argparse.Namespace, said: tuple, target: Tensor, kept: Tensor,
     return loss, parts
 
 
+def augmented(opt: argparse.Namespace, source: Source, index: np.ndarray, rows: np.ndarray,
+              batch: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(what a network is shown, which could be read, bool `[B]`) of this rank's part `rows` of the
+    images `index`, for all of which everything random is drawn; batch: `rows` as they are stored,
+    changed in place."""
+    device, mine = batch.device, distributed.part(torch.arange(len(index)))
+    drawn, boxes = photos.draw(len(index), rng, opt.augment, source.side), source.boxes(index, rng)
+    kept = torch.from_numpy(~source.images.lost[rows])
+    if kept.any():  # batch norm sees another image in place of one that cannot be read
+        batch[~kept] = batch[kept][0]
+    return photos.train_transform(
+        batch, {name: value[mine] for name, value in drawn.items()},
+        None if boxes is None else boxes[mine].to(device), source.marks(rows, device),
+        source.views == "landmark"), kept.to(device)
+
+
+def batch_loss(opt: argparse.Namespace, job: Job, said: tuple, target: Tensor, kept: Tensor,
+               everyone: Tensor, weights: Tensor | None, names: list[str]) -> tuple[Tensor, Tensor]:
+    """(this rank's loss, whose gradients the ranks average; over all ranks the loss, the accuracy
+    and the parts of the loss called `names`) of this rank's part of a batch; kept: which could be
+    read, bool, `everyone` on all ranks."""
+    n = int(everyone.sum())
+    loss, parts = loss_of(opt, said, target, kept, weights, job.distance, len(everyone))
+    # parts may differ by an image or more
+    total, rank = loss * (int(kept.sum()) * distributed.size() / max(1, n)), 0.0
+    if opt.rank_margin:
+        rank = losses.rank_regularisation(
+            distributed.gather_features(said[1].float())[everyone], opt.rank_margin, opt.rank_beta)
+        total, parts["rank_loss"] = total + rank, rank
+    hits = (said[0].argmax(1) == target)[kept].float()
+    values = torch.stack([(loss + rank).detach(), hits.sum() / max(1, len(hits)),
+                          *(parts[name].detach() for name in names)]).float()
+    return total, distributed.mean(values, len(hits)) if n else values * 0
+
+
 def loss_weights(opt: argparse.Namespace, labels: np.ndarray, n_label: int,
                  device: torch.device) -> Tensor | None:
     """What --loss takes of the labels of the training images, `[C]`, or None."""
@@ -174,37 +209,14 @@ def train_epoch(opt: argparse.Namespace, job: Job, epoch: int, within: dict,
             group["lr"] = epochs.scheduled(opt, group["base"], epoch, step, len(every),
                                            opt.warmup_epochs)
         rng = epochs.generator(opt.seed, epoch, step)
-        mine = distributed.part(torch.arange(len(index)))
-        drawn = photos.draw(len(index), rng, opt.augment, source.side)
-        boxes = source.boxes(members[index], rng)
-        kept = torch.from_numpy(~source.images.lost[rows])
-        if kept.any():  # batch norm sees another image in place of one that cannot be read
-            batch[~kept] = batch[kept][0]
+        inputs, kept = augmented(opt, source, members[index], rows, batch, rng)
         torch.manual_seed(rng.initial_seed() % 2 ** 63)  # of dropout
-        inputs = photos.train_transform(
-            batch, {name: value[mine] for name, value in drawn.items()},
-            None if boxes is None else boxes[mine].to(device), source.marks(rows, device),
-            source.views == "landmark")
-        target = labels[rows].to(device)
         with job.precision.autocast():
             said = job.run(inputs)
-        logits, importance = said if isinstance(said, tuple) else (said, None)
-        kept = kept.to(device)
-        loss, parts = loss_of(opt, (logits, importance), target, kept, weights, job.distance,
-                              len(index))
-        # gradients are averaged over ranks, whose parts may differ by an image or more
+        said = said if isinstance(said, tuple) else (said, None)
         everyone = distributed.gather(kept)
-        share = int(kept.sum()) * distributed.size() / max(1, int(everyone.sum()))
-        total, rank = loss * share, 0.0
-        if opt.rank_margin:
-            rank = losses.rank_regularisation(
-                distributed.gather_features(importance.float())[everyone], opt.rank_margin,
-                opt.rank_beta)
-            total, parts["rank_loss"] = total + rank, rank
-        hits = (logits.argmax(1) == target)[kept].float()
-        values = torch.stack([(loss + rank).detach(), hits.sum() / max(1, len(hits)),
-                              *(parts[name].detach() for name in list(means)[2:])])
-        values = distributed.mean(values.float(), len(hits)) if everyone.any() else values * 0
+        total, values = batch_loss(opt, job, said, labels[rows].to(device), kept, everyone,
+                                   weights, list(means)[2:])
         epochs.check_loss(values, epoch, step, f"{epochs.KEPT} {opt.learning_rate:g}")
         means.add(values.tolist(), int(everyone.sum()))
         job.optimizer.zero_grad(set_to_none=True)
@@ -214,7 +226,7 @@ def train_epoch(opt: argparse.Namespace, job: Job, epoch: int, within: dict,
         if job.ema is not None:
             job.ema.update(job.network, (epoch - 1) * len(every) + step)
         if opt.relabel_epoch and epoch >= opt.relabel_epoch:
-            relabel(opt, job, torch.from_numpy(rows).to(device), logits.detach(), importance,
+            relabel(opt, job, torch.from_numpy(rows).to(device), said[0].detach(), said[1],
                     everyone, epoch)
         on_step({"step": step, "meters": means.state(), "labels": began})
     if opt.relabel_epoch:
