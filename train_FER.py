@@ -10,12 +10,11 @@ once, at the end, by the average of the weights. With two CPU cores take --size 
 import util  # first: it settles how threads wait before torch is imported
 
 # isort: split
-import numpy as np
 import torch
 
 from evaluation import fitting, heldout, photographs
-from images import cache, regions
 from images import faces as sets
+from images import regions
 from models.ran import NETWORKS, create_network
 from models.scn import ARCHITECTURES
 from training import checkpoint, distributed, epochs, faces, losses, options, record
@@ -259,10 +258,7 @@ def run_name(opt):
 
 def set_loader(opt):
     """{split: faces.Source} of the set: train, test, and val where it has one of its own."""
-    splits = sets.read_faces(opt.dataset, opt.data_folder, opt.votes)
-    if "test" not in splits:
-        splits["train"], splits["test"] = photographs.test_of(splits["train"])
-    sources = {}
+    splits, sources = photographs.read_splits(opt), {}
     for split, images in splits.items():
         landmarks = None
         if opt.landmarks:
@@ -271,12 +267,9 @@ def set_loader(opt):
         if landmarks is not None and opt.views == "landmark" and landmarks.shape[1] != 68:
             raise BadInput(f"--landmarks {opt.landmarks}: {landmarks.shape[1]} points an image; "
                            f"--views landmark takes 68")
-        with distributed.in_turn():
-            decoded = cache.OnDemand(
-                len(images), lambda i, images=images: sets.decode(images, i, opt.size),
-                (3, opt.size, opt.size), np.uint8, sets.stamp(images, opt.size), opt.cache,
-                opt.num_workers)
-        sources[split] = faces.Source(images, decoded, landmarks, opt.views, opt.gaussian)
+        decoded = photographs.stored(images, opt.size, opt)
+        sources[split] = faces.Source(images, decoded, landmarks, opt.views, opt.gaussian,
+                                       opt.augment)
     return sources
 
 

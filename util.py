@@ -212,6 +212,15 @@ def word(text: str) -> str:
 positive_int = number(int, 1)
 
 
+def switch(text: str) -> bool:
+    """An argparse type: True or False, in the words that argparse scripts use for them."""
+    known = {"true": True, "yes": True, "on": True, "1": True,
+             "false": False, "no": False, "off": False, "0": False}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return known[text.lower()]
+
+
 class NumberList(argparse.Action):
     """`120 160` and CMC's `120,160` alike, as a list of integers."""
 

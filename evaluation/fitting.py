@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ class Validation:
         self.state = {"value": -1.0, "epoch": 0, "model": {}}
         self.confusion = None
 
-    def follow(self, network: nn.Module, epoch: int, autocast: Callable) -> dict:
+    def figures(self, network: nn.Module, autocast: Callable) -> dict:
         """{val_uf1, val_accuracy} of a network; nothing without validation images."""
         if not len(self.members):
             return {}
@@ -34,10 +35,15 @@ class Validation:
         figures = measures.evaluate(self.source.faces.labels[kept], said.argmax(1),
                                     self.source.faces.n_label)
         self.confusion = np.array(figures["confusion"])
-        if self.select and figures["uf1"] > self.state["value"] + 1e-12:
-            self.state = {"value": figures["uf1"], "epoch": epoch, "model": {
-                name: part.cpu().clone() for name, part in network.state_dict().items()}}
         return {"val_uf1": figures["uf1"], "val_accuracy": figures["accuracy"]}
+
+    def follow(self, network: nn.Module, epoch: int, autocast: Callable) -> dict:
+        """`figures` of the network after an epoch, which may be the best one."""
+        figures = self.figures(network, autocast)
+        if self.select and figures["val_uf1"] > self.state["value"] + 1e-12:
+            self.state = {"value": figures["val_uf1"], "epoch": epoch, "model": {
+                name: part.cpu().clone() for name, part in network.state_dict().items()}}
+        return figures
 
 
 class Fit:
@@ -47,8 +53,9 @@ class Fit:
     knows no better than who trains. Raises BadInput for a run folder that exists.
     """
 
-    def __init__(self, run: Run, sources: dict[str, faces.Source]):
+    def __init__(self, run: Run, sources: dict[str, faces.Source], system: str = "FER"):
         opt, source = run.opt, sources["train"]
+        self.system = system
         self.run, self.sources, self.resume = run, sources, run.find_resume()
         self.faces: FaceSet = source.faces
         self.labels = photographs.noisy_labels(self.faces.labels, opt.noise, self.faces.n_label,
@@ -87,15 +94,27 @@ class Fit:
         return False
 
     def begin(self, network: nn.Module, optimizer: torch.optim.Optimizer,
-              distance: Tensor | None = None) -> None:
-        """Sets what is trained: a network on its device, and the distances of --wloss_alpha."""
+              distance: Tensor | None = None, mixup: Mixup | None = None,
+              average: ModelEmaV3 | None = None) -> None:
+        """Sets what is trained: a network on its device, the distances of --wloss_alpha, and how
+        images are mixed. average: of the weights, evaluated beside the network; without one, that
+        of --ema_decay predicts in its place."""
         opt, device = self.run.opt, next(network.parameters()).device
         precision = epochs.mixed_precision(opt.amp, device)
-        epochs.check_slices(len(self.members), opt.batch_size, network, device)
-        ema = ModelEmaV3(network, opt.ema_decay, use_warmup=True) if opt.ema_decay else None
+        if not hasattr(opt, "accum_iter"):  # it is announced with its own check
+            epochs.check_slices(len(self.members), opt.batch_size, network, device)
+        self.beside, ema = average is not None, average
+        if average is None and opt.ema_decay:
+            ema = ModelEmaV3(network, opt.ema_decay, use_warmup=True)
         self.job = faces.Job(network, distributed.wrap(network, device, precision.autocast), ema,
                              self.sources["train"], self.labels.copy(), self.members, optimizer,
-                             precision, distance, [])
+                             precision, distance, [], mixup)
+
+    @property
+    def network(self) -> nn.Module:
+        """The network that predicts: the average of its weights, where one stands in its place."""
+        job = self.job
+        return job.network if job.ema is None or self.beside else job.ema.module
 
     # ------------------------------------------------------------ epochs
 
@@ -103,12 +122,12 @@ class Fit:
         """Trains what is left to do; returns the log's header."""
         opt = self.run.opt
         done, within = self._restore()
-        steps = epochs.announce(opt, len(self.members), "images")
+        self.steps = epochs.announce(opt, len(self.members), "images")
         distributed.barrier()  # every rank has looked at the folder before rank 0 writes to it
         header = record.header(script, opt, argv, data_digest=self.digest)
         log = self.run.log(header, (lambda line: line["epoch"] <= done) if self.resume else None,
                            writes=distributed.first())
-        epochs.Loop(opt, log, steps=steps, together=True).run(self._epoch, self._save, done,
+        epochs.Loop(opt, log, steps=self.steps, together=True).run(self._epoch, self._save, done,
                                                               within)
         return header
 
@@ -130,14 +149,17 @@ class Fit:
     def _epoch(self, epoch, within, on_step):
         opt, job, start = self.run.opt, self.job, time.perf_counter()
         means = faces.train_epoch(opt, job, epoch, within, on_step)
-        share = 1 - within.get("step", 0) / epochs.per_epoch(len(self.members), opt.batch_size)
-        means |= {"learning_rate": job.optimizer.param_groups[0]["lr"], "images_per_second":
+        share = 1 - within.get("step", 0) / self.steps
+        means |= {"learning_rate": epochs.rate_now(job.optimizer), "images_per_second":
                   share * len(self.members) / (time.perf_counter() - start)}
-        means |= self.validation.follow(job.best_network, epoch, job.precision.autocast)
+        if self.beside:
+            means |= {f"ema_{name}": value for name, value in self.validation.figures(
+                job.ema.module, job.precision.autocast).items()}
+        means |= self.validation.follow(self.network, epoch, job.precision.autocast)
         if opt.wloss_update and epoch % opt.wloss_update == 0:
             job.distance.copy_(losses.updated(job.distance, self.validation.confusion))
         if opt.oracle_curve:
-            kept, said, _ = self._predicted(job.best_network)
+            kept, said, _ = self._predicted(self.network)
             guesses = np.zeros(len(self.sources["test"].faces), int)
             guesses[kept] = said.argmax(1)
             self.history.append([epoch, guesses.tolist()])
@@ -148,8 +170,11 @@ class Fit:
         job.source.images.save()
         lost = distributed.any_of(job.source.images.lost)
         if distributed.first():
-            checkpoint.save(self.run.last(), {
-                "system": "FER", "opt": vars(self.run.opt), "epoch": epoch, "within": within,
+            save = checkpoint.save_counted if hasattr(self.run.opt, "save_ckpt_freq") else \
+                checkpoint.save
+            save(self.run.last(), {
+                "system": self.system, "opt": vars(self.run.opt), "epoch": epoch,
+                "within": within, "beside": self.beside,
                 "classes": list(self.faces.classes), "data_digest": self.digest,
                 "crop": photographs.cut_as(self.faces),
                 "model": job.network.state_dict(), "ema": job.ema and job.ema.state_dict(),
@@ -176,7 +201,7 @@ class Fit:
         if not distributed.first():
             distributed.barrier()
             return None
-        network = job.best_network
+        network = self.network
         if opt.select == "val":
             network.load_state_dict(self.validation.state["model"])
             details["choice"] = {"epochs": self.validation.state["epoch"],

@@ -1,4 +1,5 @@
 """Where a linear head looked in each view, in the clips it is most confidently wrong about."""
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -34,13 +35,12 @@ def maps_of_mistakes(classifier: Classifier, images: np.ndarray, members: np.nda
 
 def class_maps(network: torch.nn.Module, inputs: torch.Tensor,
                classes: torch.Tensor) -> torch.Tensor:
-    """Grad-CAM (Selvaraju et al. 2017, eq. 1 and 2) of one class of each image, `[B, h, w]`, of a
-    ResNet in `network.features`; of several views `[B, K, C, H, W]` that of the last one, the whole
-    image. The last stage is looked at, or the one before where its maps have fewer than four cells
-    a side."""
+    """Grad-CAM (Selvaraju et al. 2017, eq. 1 and 2) of one class of each image, `[B, h, w]`, at
+    what `network.gradcam_stage` gives: maps, or tokens `[B, 1 + h·h, D]`, the class's first; of
+    several views `[B, K, C, H, W]` that of the last one, the whole image."""
     network.eval()
     kept = []
-    stage = network.features[7 if inputs.shape[-1] > 96 else 6]
+    stage = network.gradcam_stage(inputs.shape[-1])
     hook = stage.register_forward_hook(lambda *call: kept.append(call[2]))
     try:
         said = network(inputs.requires_grad_())  # a frozen backbone would keep no graph
@@ -48,6 +48,9 @@ def class_maps(network: torch.nn.Module, inputs: torch.Tensor,
         hook.remove()
     logits, maps = said[0] if isinstance(said, tuple) else said, kept[-1]
     (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), maps)
+    if maps.ndim == 3:
+        side = math.isqrt(maps.shape[1] - 1)
+        maps, gradient = (one[:, 1:].mT.unflatten(2, (side, side)) for one in (maps, gradient))
     maps, gradient = (one.unflatten(0, (len(inputs), -1))[:, -1] for one in (maps, gradient))
     return F.relu((gradient.mean((2, 3), keepdim=True) * maps).sum(1)).detach()
 

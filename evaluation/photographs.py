@@ -1,4 +1,5 @@
 """Face images: what is held out to choose by, and the results on a test split, read once."""
+import argparse
 import json
 import math
 import warnings
@@ -6,13 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from sklearn.model_selection import StratifiedGroupKFold
 from torch import nn
 
 from evaluation import gradcam, measures, pictures, result_files
-from images import photos
+from images import cache
+from images import faces as sets
 from images.faces import FaceSet
-from training import faces
+from training import distributed, faces
 from training.record import Run
 from util import BadInput, write_table
 
@@ -66,6 +69,24 @@ def test_of(images: FaceSet) -> tuple[FaceSet, FaceSet]:
     rest, out = hold_out(images, 0.2, 0)
     print(f"{images.folder}: no test split; {len(out)} of {len(images)} images are held out as one")
     return images.subset(rest), images.subset(out)
+
+
+def read_splits(opt: argparse.Namespace) -> dict[str, FaceSet]:
+    """The splits of --dataset below its folder: train, test, and val where it has one of its own;
+    raises BadInput."""
+    splits = sets.read_faces(opt.dataset, opt.data_folder, opt.votes)
+    if "test" not in splits:
+        splits["train"], splits["test"] = test_of(splits["train"])
+    return splits
+
+
+def stored(images: FaceSet, side: int, opt: argparse.Namespace,
+           how: Image.Resampling = Image.Resampling.BILINEAR) -> cache.OnDemand:
+    """The images of a set, uint8 `[N, 3, side, side]`, decoded when they are first asked for."""
+    with distributed.in_turn():
+        return cache.OnDemand(len(images), lambda i: sets.decode(images, i, side, how),
+                              (3, side, side), np.uint8, sets.stamp(images, side, how), opt.cache,
+                              opt.num_workers)
 
 
 # ---------------------------------------------------------------- results
@@ -128,10 +149,7 @@ def looked_at(network: nn.Module, source: faces.Source, rows: np.ndarray,
     """Grad-CAM `[B, h, w]` of one class of each of the images `rows`."""
     device = next(network.parameters()).device
     batch = torch.from_numpy(np.asarray(source.images[rows])).to(device)
-    boxes, marks = source.boxes(rows, None), source.marks(rows, device)
-    inputs = photos.eval_transform(batch, boxes=None if boxes is None else boxes.to(device),
-                                   marks=marks)
-    return gradcam.class_maps(network, inputs, torch.from_numpy(classes).to(device))
+    return gradcam.class_maps(network, source.plain_inputs(rows, batch), torch.from_numpy(classes).to(device))
 
 
 def write_results(run: Run, header: dict, source: faces.Source, network: nn.Module,

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
-from images import cache, face_sets
+from images import cache, face_folders, face_sets
 from images.decoding import open_image, read_photo
 from images.face_folders import SPLITS, Found
 from images.face_sets import CLASSES, SETS
@@ -148,6 +148,40 @@ def _read_subjects(folder: Path, found: Found) -> dict[str, str]:
     return subjects
 
 
+def read_unlabelled(folder: str | Path) -> FaceSet:
+    """All images below a folder, however deep, or below its train/ where there is one, in one class
+    without a name. Raises BadInput where there is none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder; name the one that holds the images")
+    folder = folder / "train" if (folder / "train").is_dir() else folder
+    found = Found(folder)
+    paths = [path.removeprefix("./") for path in face_folders.images_below(found, ".")]
+    if not paths:
+        raise BadInput(f"{folder}: no image below it ({', '.join(face_folders.SUFFIXES)}); name "
+                       f"the folder that holds them")
+    others = len(found.notes["files that are no images, left out"])
+    print(f"{len(paths):,} images below {folder}" + f"; {others:,} other files left out" *
+          bool(others))
+    rendered = any((place / "rendered.json").exists() for place in (
+        folder, *folder.resolve().parents[:3]))
+    return FaceSet("folder", folder, ("",), paths, np.zeros(len(paths), np.int64),
+                   [""] * len(paths), None, None, rendered)
+
+
+def fingerprints(faces: FaceSet) -> np.ndarray:
+    """int64 `[N]` that tell an image from others by its file's name and length, wherever it lies;
+    those of a table by their pixels."""
+    def digest(text: bytes) -> bytes:
+        return hashlib.blake2b(text, digest_size=8).digest()
+    if faces.pixels is not None:
+        each = [digest(pixels.tobytes()) for pixels in faces.pixels]
+    else:
+        each = [digest(f"{path.rpartition('/')[2]} {size}".encode()) for path, size in
+                zip(faces.paths, _lengths(faces))]
+    return np.frombuffer(b"".join(each), np.int64)
+
+
 def report(splits: dict[str, FaceSet], notes: dict[str, list[str]] | None = None,
            votes: str = "majority") -> None:
     """Prints the images of each split and class beside the published counts, then what is
@@ -187,20 +221,21 @@ def _beside(counts: np.ndarray, published: tuple | int | None, faces: FaceSet) -
 
 # ---------------------------------------------------------------- decoding
 
-def decode(faces: FaceSet, i: int, side: int) -> np.ndarray:
+def decode(faces: FaceSet, i: int, side: int,
+           resample: Image.Resampling = Image.Resampling.BILINEAR) -> np.ndarray:
     """The i-th image: uint8 `[3, side, side]`, RGB, upright; its box where it has one, clipped to
-    the image, brought to a square whatever its shape, as the published code does.
+    the image, brought to a square whatever its shape, as the published code does; resample: how.
 
     JPEGs are decoded with as many pixels as that takes. Raises BadInput for an image that cannot
     be read and a box outside it.
     """
     size = side, side
     if faces.pixels is not None:
-        image = Image.fromarray(faces.pixels[i]).resize(size, Image.Resampling.BILINEAR)
+        image = Image.fromarray(faces.pixels[i]).resize(size, resample)
         return np.asarray(image.convert("RGB")).transpose(2, 0, 1).copy()
     path = faces.folder / faces.paths[i]
     if faces.boxes is None or np.isnan(faces.boxes[i]).any():
-        image = read_photo(path, side).resize(size, Image.Resampling.BILINEAR)
+        image = read_photo(path, side).resize(size, resample)
         return np.asarray(image).transpose(2, 0, 1).copy()
     full = _upright_size(path)
     left, top, right, bottom = _clipped(faces, i, full)
@@ -211,17 +246,21 @@ def decode(faces: FaceSet, i: int, side: int) -> np.ndarray:
     # cut out before it is resized, or pixels beyond the box would shine through at its edges
     corner = math.floor(left), math.floor(top)
     cut = image.crop((*corner, math.ceil(right), math.ceil(bottom)))
-    image = cut.resize(size, Image.Resampling.BILINEAR, box=(
+    image = cut.resize(size, resample, box=(
         left - corner[0], top - corner[1], right - corner[0], bottom - corner[1]))
     return np.asarray(image).transpose(2, 0, 1).copy()
 
 
-def stamp(faces: FaceSet, side: int) -> str:
+def stamp(faces: FaceSet, side: int,
+          resample: Image.Resampling = Image.Resampling.BILINEAR) -> str:
     """What the decoded images of a set follow from, for cache.OnDemand."""
+    how = () if resample == Image.Resampling.BILINEAR else (int(resample),)
     if faces.pixels is not None:
-        return hashlib.sha256(faces.pixels.tobytes() + bytes([side % 256, side // 256])).hexdigest()
+        return hashlib.sha256(faces.pixels.tobytes() + bytes([side % 256, side // 256, *how])
+                              ).hexdigest()
     boxes = None if faces.boxes is None else hashlib.sha256(faces.boxes.tobytes()).hexdigest()
-    return cache.stamp((faces.folder / path for path in faces.paths), "faces", side, boxes)
+    return cache.stamp((faces.folder / path for path in faces.paths), "faces", side, boxes,
+                       *how)
 
 
 def _upright_size(path: Path) -> tuple[int, int]:
@@ -256,12 +295,18 @@ def content(faces: FaceSet) -> str:
     if faces.pixels is not None:
         return hashlib.sha256(faces.pixels.tobytes()).hexdigest()
     digest = hashlib.sha256()
+    for size in _lengths(faces):
+        digest.update(f"{size} ".encode())
+    return digest.hexdigest()
+
+
+def _lengths(faces: FaceSet) -> Iterator[int | str]:
+    """Bytes of each image's file, or 'missing'."""
     for path in faces.paths:
         try:
-            digest.update(f"{os.stat(faces.folder / path).st_size} ".encode())
+            yield os.stat(faces.folder / path).st_size
         except FileNotFoundError:
-            digest.update(b"missing ")
-    return digest.hexdigest()
+            yield "missing"
 
 
 def read_landmarks(path: str | Path, faces: FaceSet, among: Iterable[str] = ()) -> np.ndarray:

@@ -6,8 +6,12 @@ import torch
 
 from models.alexnet import alexnet
 from models.dual import DualView
+from models.files import load_public
 from models.LinearModel import POOLS, LinearClassifier
 from models.resnet import resnet18, resnet50, resnet101
+
+__all__ = ["MODEL_NAMES", "create_classifier", "create_model", "default_layer", "load_public",
+           "n_layers"]
 
 FACTORIES = {
     "alexnet": alexnet,

@@ -46,6 +46,11 @@ class Backbone(nn.Module):
         """`maps` → features `[B, D]`."""
         return self.features[8](maps).flatten(1)
 
+    def gradcam_stage(self, side: int) -> nn.Module:
+        """The layer whose maps show where the network looked in images of `side` pixels: the last
+        stage, or the one before where its maps have fewer than four cells a side."""
+        return self.features[7 if side > 96 else 6]
+
 
 class Baseline(Backbone):
     """A linear layer on the pooled vector: images `[B, 3, H, W]` → logits `[B, C]`.

@@ -6,9 +6,9 @@ import sys
 import pytest
 from conftest import ROOT
 
-FLOORS = {"util": 1, "models": 1, "NCE": 1, "images": 2, "dataset": 3, "training": 3,
+FLOORS = {"util": 1, "models": 2, "NCE": 1, "images": 2, "dataset": 3, "training": 3,
           "evaluation": 4, "preparation": 4, "rendering": 4, "prediction": 5}
-ALLOWED = {"util": (), "NCE": (), "models": (), "images": ("util",), "dataset": ("images", "util"),
+ALLOWED = {"util": (), "NCE": (), "models": ("util",), "images": ("util",), "dataset": ("images", "util"),
            "training": ("images", "models", "util"),
            "evaluation": ("dataset", "images", "models", "training", "util"),
            "preparation": ("dataset", "images", "util"),

@@ -3,7 +3,6 @@ import argparse
 import contextlib
 import errno
 import os
-import pickle
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from models import files
 from util import BadInput, RunFailed, replacing
 
 WEIGHTS = ("model", "classifier")  # the parts of a checkpoint that hold weights
@@ -64,71 +64,42 @@ def save_epoch(last: Path, state: dict, name: str = "ckpt_epoch_{epoch}.pth") ->
         save(last, state)
 
 
+def due(opt: argparse.Namespace, epoch: int) -> bool:
+    """Whether --save_ckpt_freq keeps a checkpoint after so many epochs; as published it counts them
+    from 0, and keeps the last one always."""
+    return (epoch - 1) % opt.save_ckpt_freq == 0 or epoch == opt.epochs
+
+
+def save_counted(last: Path, state: dict, opt: argparse.Namespace) -> None:
+    """Saves `state` as `last` and, where it is `due` after a whole epoch, as checkpoint-<epoch>.pth
+    too, epochs counted from 0, of which the latest --save_ckpt_num are kept, 0: all."""
+    if state["within"] or not due(opt, state["epoch"]):
+        save(last, state)
+        return
+    save_epoch(last, state, f"checkpoint-{state['epoch'] - 1}.pth")
+    counted = {int(path.stem.partition("-")[2]): path
+               for path in last.parent.glob("checkpoint-*.pth")
+               if path.stem.partition("-")[2].isdigit()}
+    for number in sorted(counted)[:-opt.save_ckpt_num] if opt.save_ckpt_num else ():
+        counted[number].unlink()
+
+
 def load(path: str | Path) -> dict:
     """The state in `path`, on the CPU; `opt` as a dict, `model` keys without wrapper prefixes;
     raises BadInput."""
-    state = read(path)
-    _check(path, state)
+    state = files.read(path)
+    files.check(path, state)
     opt = state.get("opt") or {}
     state["opt"] = vars(opt) if isinstance(opt, argparse.Namespace) else dict(opt)
     state["model"] = {_plain(name): value for name, value in state["model"].items()}
     return state
 
 
-def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint that anybody wrote: its `model`, `state_dict`, or the file
-    itself; raises BadInput."""
-    state = read(path)
-    for name in ("model", "state_dict", "model_state_dict"):
-        state = state.get(name, state) if isinstance(state, dict) else state
-    _check(path, {"model": state})
-    return state
-
-
 def load_seen(path: str | Path) -> dict | None:
     """What a checkpoint that anybody wrote says of whom its network saw (dataset.people_seen), or
     None; raises BadInput."""
-    state = read(path)
+    state = files.read(path)
     return state.get("seen") if isinstance(state, dict) else None
-
-
-def read(path: str | Path) -> object:
-    """What a file holds, with weights_only: one that carries code, or any class but the option
-    namespace of old checkpoints, is refused."""
-    if not Path(path).is_file():
-        raise BadInput(f"{path}: no such checkpoint")
-    # old checkpoints pickle the option namespace; it is data, and nothing else is let in
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            # torch's own message advises to switch the check off; it is not passed on
-            if "GLOBAL" in str(error) or "Unsupported" in str(error):
-                raise BadInput(f"{path}: refused: it carries code or classes, which are never run; "
-                               f"save plain types and tensors only") from None
-            raise BadInput(f"{path}: not a checkpoint; name a .pth that these scripts wrote") \
-                from None
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError,
-                AttributeError):
-            raise BadInput(f"{path}: not a checkpoint, or truncated; name a whole .pth") from None
-
-
-def _check(path, state):
-    """Raises BadInput unless the parts that are read have the types they are read as."""
-    def fits(name, *kinds):
-        return state.get(name) is None or isinstance(state[name], kinds)
-
-    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise BadInput(f"{path}: not a checkpoint of this method: it holds no 'model'")
-    if not all(isinstance(name, str) and torch.is_tensor(value)
-               for name, value in state["model"].items()):
-        raise BadInput(f"{path}: not a checkpoint of this method: its 'model' is no state_dict")
-    if not all(value.isfinite().all() for value in state["model"].values()):
-        raise BadInput(f"{path}: holds weights that are not finite; take an earlier checkpoint")
-    if not (fits("opt", dict, argparse.Namespace) and fits("encoding", dict)
-            and fits("normalization", dict) and fits("seen", dict)):
-        raise BadInput(f"{path}: not a checkpoint of this method: 'opt', 'encoding', "
-                       f"'normalization' and 'seen' must be tables")
 
 
 def _plain(name):

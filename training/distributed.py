@@ -171,6 +171,13 @@ def wrap(model: nn.Module, device: torch.device, autocast: Callable) -> nn.Modul
     return model
 
 
+def summed_later(model: nn.Module, later: bool) -> contextlib.AbstractContextManager:
+    """Context of a backward pass whose gradients the ranks add up with those of the next one, where
+    that comes `later`."""
+    wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
+    return model.no_sync() if wrapped and later else contextlib.nullcontext()
+
+
 def smallest_slice(n: int, device: torch.device) -> int:
     """Fewest clips that a rank or GPU gets of a global batch of `n`."""
     if active():

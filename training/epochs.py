@@ -45,8 +45,45 @@ def per_epoch(n: int, batch_size: int) -> int:
     return -(-n // size) - (n > size and n % size == 1)
 
 
+def groups(opt: argparse.Namespace, n: int,
+           rng: torch.Generator) -> tuple[list[list[Tensor]], float]:
+    """(the steps of one epoch over `n` samples in an order drawn from `rng`, each a list of the
+    index tensors whose gradients it adds up; the length of the epoch in steps).
+
+    One batch a step, as `batches` has them, or, with --accum_iter, so many of --batch_size samples
+    on each rank; the batches and samples that are left over are not used, but count in the
+    length, as published.
+    """
+    if not hasattr(opt, "accum_iter"):
+        whole = batches(n, opt.batch_size, rng)
+        return [[index] for index in whole], len(whole)
+    size, many = opt.batch_size * distributed.size(), opt.accum_iter
+    whole = torch.randperm(n, generator=rng).split(size)[:n // size]
+    return [list(whole[first:first + many]) for first in range(
+        0, len(whole) - many + 1, many)], len(whole) / many
+
+
+def announce_groups(opt: argparse.Namespace, n_data: int) -> int:
+    """`announce` with --accum_iter; raises BadInput where an epoch has no step."""
+    a_step = opt.batch_size * distributed.size() * opt.accum_iter
+    steps = n_data // (opt.batch_size * distributed.size()) // opt.accum_iter
+    if not steps:
+        raise BadInput(f"--batch_size {opt.batch_size}: a step takes {a_step} images, with "
+                       f"--accum_iter {opt.accum_iter} on {distributed.size()} ranks; there are "
+                       f"{n_data}: give a smaller one")
+    print(f"{n_data} images at batch {opt.batch_size} x {opt.accum_iter} x {distributed.size()} "
+          f"ranks: {steps} steps of {a_step} images per epoch, {steps * opt.epochs} in all; "
+          f"{n_data - steps * a_step} images of each epoch, others each time, are dropped")
+    print(f"learning rate {opt.learning_rate:g}" + (
+        f" (--blr {opt.blr:g} x {a_step} / 256)" if opt.blr is not None else "")
+        + f": rises for {opt.warmup_epochs:g} epochs, then falls to {opt.min_lr:g} in a cosine")
+    return steps
+
+
 def announce(opt: argparse.Namespace, n_data: int, noun: str = "clips") -> int:
     """Prints the number of steps and how the learning rate goes; returns steps per epoch."""
+    if hasattr(opt, "accum_iter"):
+        return announce_groups(opt, n_data)
     steps = per_epoch(n_data, opt.batch_size)
     rate = f"rises for {opt.warmup_epochs * steps:.0f} steps, then " * (opt.warmup_epochs > 0)
     if opt.lr_schedule == "step":
@@ -155,6 +192,16 @@ def exponential_rate(base: float, progress: float, factor: float, plateau: float
     return base * factor ** min(math.ceil(progress) - 1, plateau)
 
 
+def iteration_rate(base: float, progress: float, epochs: float, warmup: float,
+                   least: float) -> float:
+    """Half a cosine from `base` down to `least` after a line over the first `warmup` epochs, by
+    what is done before a step: the first one has rate 0."""
+    if progress < warmup:
+        return base * progress / warmup
+    done = (progress - warmup) / (epochs - warmup)
+    return least + (base - least) * (1 + math.cos(math.pi * done)) / 2
+
+
 def decay_epochs(opt: argparse.Namespace) -> list[int]:
     """The epochs after which --lr_schedule step lowers the rate: those of the flag, or at .3, .5
     and .8 of the run."""
@@ -168,6 +215,9 @@ def scheduled(opt: argparse.Namespace, base: float | Tensor, epoch: int, step: i
     """`base` as --lr_schedule has it at step 1..`steps` of an epoch, CMC's steps where a script
     has no such flag; rising in a line over the first `warmup` epochs."""
     progress = epoch - 1 + step / steps
+    if getattr(opt, "lr_schedule", "") == "iteration":
+        return iteration_rate(base, progress - 1 / steps, opt.epochs, warmup,
+                              opt.min_lr * base / opt.learning_rate)
     if progress <= warmup:  # never where there is no warm-up: a step is done
         return base * progress / warmup
     schedule = getattr(opt, "lr_schedule", "step")
@@ -178,6 +228,29 @@ def scheduled(opt: argparse.Namespace, base: float | Tensor, epoch: int, step: i
     if schedule == "constant":
         return base
     return cosine_rate(base, progress, opt.epochs, warmup, 1 / steps)
+
+
+def set_rates(opt: argparse.Namespace, optimizer: torch.optim.Optimizer, epoch: int, step: int,
+              steps: float) -> None:
+    """Gives each parameter group its rate at a step, from its initial one, `base`."""
+    for group in optimizer.param_groups:
+        group["lr"] = scheduled(opt, group["base"], epoch, step, steps, opt.warmup_epochs)
+
+
+def rate_now(optimizer: torch.optim.Optimizer) -> float:
+    """The highest rate of all parameter groups."""
+    return max(group["lr"] for group in optimizer.param_groups)
+
+
+def descend(opt: argparse.Namespace, network: torch.nn.Module, optimizer: torch.optim.Optimizer,
+            scaler: torch.amp.GradScaler) -> None:
+    """One step along the gradients, which are then none; --clip_grad bounds their length."""
+    if getattr(opt, "clip_grad", None):
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), opt.clip_grad)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
 
 
 # ---------------------------------------------------------------- the loop

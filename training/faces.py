@@ -9,13 +9,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torchvision
+from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from images import cache, photos, regions
+from images.crops import Recipe
 from images.faces import FaceSet
+from models import files
 from models.scn import PARTS
-from training import checkpoint, distributed, epochs, losses
+from training import distributed, epochs, losses
 from training.supervised import draw_order
 from util import BadInput
 
@@ -28,12 +31,14 @@ LACKING = (*regions.FIXED[:-1], regions.FIXED[4], regions.FIXED[-1])
 class Source(NamedTuple):
     """What batches are made of. images: cache.OnDemand, uint8 `[N, 3, S, S]`; landmarks: float32
     `[N, P, 2]` in shares of the sides, NaN where there are none, or None; views: of
-    regions.N_VIEWS; gaussian: a map of the landmarks is a fourth channel."""
+    regions.N_VIEWS; gaussian: a map of the landmarks is a fourth channel; augment: what training
+    changes at random: a Recipe, or one of `photos.draw`."""
     faces: FaceSet
     images: cache.OnDemand
     landmarks: np.ndarray | None = None
     views: str = "whole"
     gaussian: bool = False
+    augment: str | Recipe = "none"
 
     @property
     def side(self) -> int:
@@ -83,9 +88,34 @@ class Source(NamedTuple):
         return maps
 
 
+    def training_inputs(self, index: np.ndarray, rows: np.ndarray, batch: Tensor,
+                        rng: torch.Generator) -> Tensor:
+        """What a network is shown of this rank's part `rows` of the images `index`, for all of
+        which everything random is drawn; batch: `rows` as they are stored."""
+        mine = distributed.part(torch.arange(len(index)))
+        if isinstance(self.augment, Recipe):
+            drawn = self.augment.draw(len(index), rng)
+            return self.augment.train(batch, {name: value[mine] for name, value in drawn.items()})
+        drawn = photos.draw(len(index), rng, self.augment, self.side)
+        boxes = self.boxes(index, rng)
+        return photos.train_transform(
+            batch, {name: value[mine] for name, value in drawn.items()},
+            None if boxes is None else boxes[mine].to(batch.device),
+            self.marks(rows, batch.device), self.views == "landmark")
+
+    def plain_inputs(self, rows: np.ndarray, batch: Tensor, mirror: bool = False) -> Tensor:
+        """What a network is shown of the images `rows`, as they are stored in `batch`, to predict
+        them, or their mirror images; nothing random."""
+        if isinstance(self.augment, Recipe):
+            return self.augment.eval(batch, mirror)
+        boxes = self.boxes(rows, None)
+        return photos.eval_transform(batch, mirror, boxes if boxes is None else
+                                     boxes.to(batch.device), self.marks(rows, batch.device))
+
+
 class Job(NamedTuple):
     """A network in training. run: the network over the devices (distributed.wrap); ema: of its
-    weights, or None; labels: int64 `[N]` as they are now, relabelled ones among them; members: the
+    weights, or None; mixup: of the images of a batch, or None; labels: int64 `[N]` as they are now, relabelled ones among them; members: the
     images it is trained on; distance: of the Wasserstein term `[C, C]`, or None; relabelled: rows
     (image, from, to, probability, epoch)."""
     network: nn.Module
@@ -98,11 +128,7 @@ class Job(NamedTuple):
     precision: epochs.Precision
     distance: Tensor | None
     relabelled: list
-
-    @property
-    def best_network(self) -> nn.Module:
-        """The network that predicts: the average, where one is kept."""
-        return self.network if self.ema is None else self.ema.module
+    mixup: Mixup | None = None
 
 
 # ---------------------------------------------------------------- one epoch
@@ -133,20 +159,22 @@ def loss_of(opt: argparse.Namespace, said: tuple, target: Tensor, kept: Tensor,
     return loss, parts
 
 
-def augmented(opt: argparse.Namespace, source: Source, index: np.ndarray, rows: np.ndarray,
-              batch: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(what a network is shown, which could be read, bool `[B]`) of this rank's part `rows` of the
-    images `index`, for all of which everything random is drawn; batch: `rows` as they are stored,
-    changed in place."""
-    device, mine = batch.device, distributed.part(torch.arange(len(index)))
-    drawn, boxes = photos.draw(len(index), rng, opt.augment, source.side), source.boxes(index, rng)
+def augmented(job: Job, index: np.ndarray, rows: np.ndarray, batch: Tensor,
+              rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """(what a network is shown, what is to be said of it: labels `[B]`, or with mixup shares of the
+    classes `[B, C]`; which could be read, bool `[B]`) of this rank's part `rows` of the images
+    `index`; batch: `rows` as they are stored, changed in place."""
+    source, device = job.source, batch.device
     kept = torch.from_numpy(~source.images.lost[rows])
-    if kept.any():  # batch norm sees another image in place of one that cannot be read
-        batch[~kept] = batch[kept][0]
-    return photos.train_transform(
-        batch, {name: value[mine] for name, value in drawn.items()},
-        None if boxes is None else boxes[mine].to(device), source.marks(rows, device),
-        source.views == "landmark"), kept.to(device)
+    target = torch.from_numpy(job.labels[rows])
+    if kept.any():  # batch norm and mixup see another image in place of one that cannot be read
+        batch[~kept], target[~kept] = batch[kept][0], target[kept][0]
+    inputs, target = source.training_inputs(index, rows, batch, rng), target.to(device)
+    torch.manual_seed(rng.initial_seed() % 2 ** 63)  # of dropout
+    if job.mixup is not None:
+        np.random.seed(rng.initial_seed() % 2 ** 32)  # noqa: NPY002 - what timm's Mixup draws from
+        inputs, target = job.mixup(inputs, target)
+    return inputs, target, kept.to(device)
 
 
 def batch_loss(opt: argparse.Namespace, job: Job, said: tuple, target: Tensor, kept: Tensor,
@@ -162,7 +190,8 @@ def batch_loss(opt: argparse.Namespace, job: Job, said: tuple, target: Tensor, k
         rank = losses.rank_regularisation(
             distributed.gather_features(said[1].float())[everyone], opt.rank_margin, opt.rank_beta)
         total, parts["rank_loss"] = total + rank, rank
-    hits = (said[0].argmax(1) == target)[kept].float()
+    likeliest = target if target.ndim == 1 else target.argmax(1)
+    hits = (said[0].argmax(1) == likeliest)[kept].float()
     values = torch.stack([(loss + rank).detach(), hits.sum() / max(1, len(hits)),
                           *(parts[name].detach() for name in names)]).float()
     return total, distributed.mean(values, len(hits)) if n else values * 0
@@ -195,39 +224,37 @@ def train_epoch(opt: argparse.Namespace, job: Job, epoch: int, within: dict,
     job.network.train()
     if opt.freeze_backbone:
         job.network.features.eval()
-    labels = torch.from_numpy(job.labels)  # shares its memory, so that it is relabelled too
-    began = within["labels"] if within else labels.clone()  # what an epoch is drawn by
+    began = within["labels"] if within else torch.from_numpy(job.labels.copy())  # it is drawn by
     rng, known = epochs.generator(opt.seed, epoch), began.numpy()[members]
     weights = loss_weights(opt, known, source.faces.n_label, device)
     order = draw_order(known, opt.oversample, rng)
-    every = [order[index].numpy() for index in epochs.batches(len(members), opt.batch_size, rng)]
-    steps = list(enumerate(every, 1))[within.get("step", 0):]
-    wanted = [members[distributed.part(torch.from_numpy(index)).numpy()] for _, index in steps]
-    for (step, index), rows, batch in zip(steps, wanted, cache.fetch(source.images, wanted,
-                                                                     device)):
-        for group in job.optimizer.param_groups:
-            group["lr"] = epochs.scheduled(opt, group["base"], epoch, step, len(every),
-                                           opt.warmup_epochs)
-        rng = epochs.generator(opt.seed, epoch, step)
-        inputs, kept = augmented(opt, source, members[index], rows, batch, rng)
-        torch.manual_seed(rng.initial_seed() % 2 ** 63)  # of dropout
-        with job.precision.autocast():
-            said = job.run(inputs)
-        said = said if isinstance(said, tuple) else (said, None)
-        everyone = distributed.gather(kept)
-        total, values = batch_loss(opt, job, said, labels[rows].to(device), kept, everyone,
-                                   weights, list(means)[2:])
-        epochs.check_loss(values, epoch, step, f"{epochs.KEPT} {opt.learning_rate:g}")
-        means.add(values.tolist(), int(everyone.sum()))
-        job.optimizer.zero_grad(set_to_none=True)
-        job.precision.scaler.scale(total).backward()
-        job.precision.scaler.step(job.optimizer)
-        job.precision.scaler.update()
+    groups, length = epochs.groups(opt, len(members), rng)
+    steps = list(enumerate(groups, 1))[within.get("step", 0):]
+    wanted = [members[order[distributed.part(index)].numpy()] for _, group in steps
+              for index in group]
+    coming = zip(wanted, cache.fetch(source.images, wanted, device))
+    for step, group in steps:
+        epochs.set_rates(opt, job.optimizer, epoch, step, length)
+        for k, index in enumerate(group):
+            rows, batch = next(coming)
+            rng = epochs.generator(opt.seed, epoch, step, *(k,) * (k > 0))
+            inputs, target, kept = augmented(job, members[order[index].numpy()], rows, batch, rng)
+            everyone = distributed.gather(kept)
+            with distributed.summed_later(job.run, k + 1 < len(group)):
+                with job.precision.autocast():
+                    said = job.run(inputs)
+                said = said if isinstance(said, tuple) else (said, None)
+                total, values = batch_loss(opt, job, said, target, kept, everyone, weights,
+                                           list(means)[2:])
+                epochs.check_loss(values, epoch, step, f"{epochs.KEPT} {opt.learning_rate:g}")
+                job.precision.scaler.scale(total / len(group)).backward()
+            means.add(values.tolist(), int(everyone.sum()))
+            if opt.relabel_epoch and epoch >= opt.relabel_epoch:
+                relabel(opt, job, torch.from_numpy(rows).to(device), said[0].detach(), said[1],
+                        everyone, epoch)
+        epochs.descend(opt, job.network, job.optimizer, job.precision.scaler)
         if job.ema is not None:
-            job.ema.update(job.network, (epoch - 1) * len(every) + step)
-        if opt.relabel_epoch and epoch >= opt.relabel_epoch:
-            relabel(opt, job, torch.from_numpy(rows).to(device), said[0].detach(), said[1],
-                    everyone, epoch)
+            job.ema.update(job.network, (epoch - 1) * len(groups) + step)
         on_step({"step": step, "meters": means.state(), "labels": began})
     if opt.relabel_epoch:
         return means.means() | {"relabelled": sum(row[-1] == epoch for row in job.relabelled)}
@@ -269,11 +296,9 @@ def predict(network: nn.Module, source: Source, members: np.ndarray, autocast: C
         if not good.any():
             continue
         rows, batch = rows[good], batch[torch.from_numpy(good)]
-        boxes, marks = source.boxes(rows, None), source.marks(rows, device)
         both = []
         for mirror in (False, True)[:1 + flip]:
-            inputs = photos.eval_transform(batch, mirror, boxes if boxes is None else
-                                           boxes.to(device), marks)
+            inputs = source.plain_inputs(rows, batch, mirror)
             with autocast():
                 said = network(inputs)
             logits, importance = said if isinstance(said, tuple) else (said, None)
@@ -331,8 +356,8 @@ def load_backbone(network: nn.Module, pretrained: str, arch: str) -> None:
     if pretrained == "imagenet":
         state = imagenet_weights(arch)
     else:
-        state = checkpoint.load_weights(pretrained)
-        own = checkpoint.read(pretrained)
+        state = files.load_weights(pretrained)
+        own = files.read(pretrained)
         if own.get("system") == "FER":
             which, state = predicting(own)
             print(f"{pretrained}: {which} weights")

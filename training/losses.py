@@ -37,16 +37,18 @@ def log_prior(labels: np.ndarray, n_label: int) -> Tensor:
 
 def classification_loss(logits: Tensor, labels: Tensor, kind: str = "crossentropy",
                         weights: Tensor | None = None, smoothing: float = 0) -> Tensor:
-    """Loss per clip: logits `[..., C]`, labels `[...]` → `[...]`.
+    """Loss per clip: logits `[..., C]`, labels `[...]`, or shares of the classes `[..., C]` → `[...]`.
 
     crossentropy; focal: times (1 - p)^2 (Lin et al., "Focal Loss for Dense Object Detection",
     eq. 4 with gamma 2); balanced: cross-entropy times `weights` `[..., C]` of the true class;
     logit_adjusted: of logits plus `weights`, the classes' log prior `[C]` (Menon et al., "Long-tail
     Learning via Logit Adjustment", 2021, eq. 10 with tau 1). smoothing: share of the target that
-    all classes have alike.
+    all classes have alike. Shares of the classes are for the cross-entropy, smooth as they are.
     """
     logits = logits.float()
     log_p = F.log_softmax(logits + weights if kind == "logit_adjusted" else logits, -1)
+    if labels.is_floating_point():
+        return -(labels * log_p).sum(-1)
     right = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     loss = -right if not smoothing else \
         -(1 - smoothing) * right - smoothing * log_p.mean(-1)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from images import cache, videos
 from images.photos import MEAN, STD
 from images.videos import Videos
+from models import files
 from models.mmnet import MMNet, from_published
-from training import checkpoint, epochs
+from training import epochs
 from training.losses import class_weights, classification_loss
 from util import BadInput
 
@@ -180,7 +181,7 @@ def predict(job: Job, members: np.ndarray, batch_size: int = 32) -> tuple:
 def load_pretrained(network: MMNet, path: str | Path) -> None:
     """Starts a network from a published checkpoint, or one of these scripts, whatever its last
     layers; raises BadInput for another network."""
-    state = checkpoint.load_weights(path)
+    state = files.load_weights(path)
     if any("conv_act." in name for name in state):
         state = from_published(state)
     ours = network.state_dict()

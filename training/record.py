@@ -1,6 +1,7 @@
 """One run's record: its folder, log and curves, what it was made with, and whether it goes on."""
 import argparse
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from training import checkpoint
 from util import BadInput, remove_leftovers, write_text
@@ -62,7 +64,8 @@ class Run:
 
     def __init__(self, root: str | Path, name: str, opt: argparse.Namespace):
         self.opt, self.folder = opt, Path(root) / name
-        self.curves = Path(opt.tb_path or Path(root) / "tensorboard") / name
+        self.all_curves = Path(opt.tb_path or Path(root) / "tensorboard")
+        self.curves = self.all_curves / name
 
     def last(self, name: str | None = None) -> Path:
         """The checkpoint of a training; last.pth is that of everybody, and of the one that was
@@ -83,7 +86,8 @@ class Run:
         if resume in (None, "auto"):
             if resume is None and self.folder.exists() and any(self.folder.iterdir()):
                 raise BadInput(f"{self.folder}: exists; go on with --resume auto, give another "
-                               f"--tag, or remove it")
+                               f"{'--tag' if hasattr(self.opt, 'tag') else '--output_dir'}, or "
+                               f"remove it")
             return self.last() if resume and self.last().exists() else None
         if not Path(resume).is_file():
             raise BadInput(f"--resume {resume}: no such checkpoint")
@@ -140,7 +144,7 @@ class Run:
         """Says where the run's files are: what → name in its folder."""
         for what, name in files.items():
             print(f"{what:12s} {self.folder / name}")
-        print(f"TensorBoard  tensorboard --logdir {self.curves.parent}")
+        print(f"TensorBoard  tensorboard --logdir {self.all_curves}")
 
 
 class Log:
@@ -194,6 +198,19 @@ class Log:
             file.write(json.dumps(line) + "\n")
         for name, value in values.items():
             self.writer.log_value(f"{name}/{subject}" if subject else name, value, epoch)
+
+    def image(self, name: str, image: np.ndarray, epoch: int) -> None:
+        """An image uint8 `[H, W, 3]` for TensorBoard at step `epoch`; the package's own way needs a
+        SciPy of years ago."""
+        if not self.writes:
+            return
+        from tensorboard_logger.tf_protobuf import summary_pb2
+        png = io.BytesIO()
+        Image.fromarray(image).save(png, "PNG")
+        shown = summary_pb2.Summary.Image(encoded_image_string=png.getvalue(),
+                                          height=image.shape[0], width=image.shape[1])
+        self.writer._log_summary(name, summary_pb2.Summary(value=[
+            summary_pb2.Summary.Value(tag=name, image=shown)]), None, epoch)
 
     def curves(self, values: dict) -> None:
         """Whole curves that the log does not hold: name → values at the epochs 1, 2, …"""

@@ -1,0 +1,120 @@
+"""Files of weights, whoever wrote them: plain types and tensors only, never code."""
+import argparse
+import pickle
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models import convnextv2
+from util import BadInput
+
+
+def read(path: str | Path) -> object:
+    """What a file holds, with weights_only: one that carries code, or any class but the option
+    namespace of old checkpoints, is refused."""
+    if not Path(path).is_file():
+        raise BadInput(f"{path}: no such checkpoint")
+    # old checkpoints pickle the option namespace; it is data, and nothing else is let in
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            # torch's own message advises to switch the check off; it is not passed on
+            if "GLOBAL" in str(error) or "Unsupported" in str(error):
+                raise BadInput(f"{path}: refused: it carries code or classes, which are never run; "
+                               f"save plain types and tensors only") from None
+            raise BadInput(f"{path}: not a checkpoint; name a .pth that these scripts wrote") \
+                from None
+        except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError,
+                AttributeError):
+            raise BadInput(f"{path}: not a checkpoint, or truncated; name a whole .pth") from None
+
+
+def check(path, state):
+    """Raises BadInput unless the parts that are read have the types they are read as."""
+    def fits(name, *kinds):
+        return state.get(name) is None or isinstance(state[name], kinds)
+
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        raise BadInput(f"{path}: not a checkpoint of this method: it holds no 'model'")
+    if not all(isinstance(name, str) and torch.is_tensor(value)
+               for name, value in state["model"].items()):
+        raise BadInput(f"{path}: not a checkpoint of this method: its 'model' is no state_dict")
+    if not all(value.isfinite().all() for value in state["model"].values()):
+        raise BadInput(f"{path}: holds weights that are not finite; take an earlier checkpoint")
+    if not (fits("opt", dict, argparse.Namespace) and fits("encoding", dict)
+            and fits("normalization", dict) and fits("seen", dict)):
+        raise BadInput(f"{path}: not a checkpoint of this method: 'opt', 'encoding', "
+                       f"'normalization' and 'seen' must be tables")
+
+
+def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint that anybody wrote: its `model`, `state_dict`, or the file
+    itself; raises BadInput."""
+    state = read(path)
+    for name in ("model", "state_dict", "model_state_dict"):
+        state = state.get(name, state) if isinstance(state, dict) else state
+    check(path, {"model": state})
+    return state
+
+
+# ---------------------------------------------------------------- masked autoencoders
+
+class Loaded(NamedTuple):
+    """Names of a network's tensors that a file held, of those that it did not, and of what else the
+    file held."""
+    loaded: list[str]
+    missing: list[str]
+    unexpected: list[str]
+
+
+def load_public(model: nn.Module, path: str | Path) -> Loaded:
+    """Loads what a file holds of an autoencoder, or of a classifier made from one.
+
+    Public files of MAE, MAE-SFER, FCMAE (dense and sparse) and timm, and these scripts'. Positions
+    of another grid are interpolated; a last layer for other classes is passed over. Raises BadInput
+    for any name missing or unknown beyond the decoder's and the last layers'.
+    """
+    state = {name.removeprefix("module."): value for name, value in load_weights(path).items()}
+    ours = model.state_dict()
+    if hasattr(model, "pos_embed"):
+        for name in ("pos_embed", "decoder_pos_embed"):
+            if name in state and name in ours:
+                state[name] = resized_positions(state[name], ours[name].shape[1])
+    else:
+        prefix = "encoder." if "mask_token" in ours else ""
+        state = {(prefix if name.startswith(("downsample_layers.", "stages.")) else "") + name:
+                 value for name, value in convnextv2.canonical(state).items()}
+    for name in [name for name in state if name.startswith("head.") and name in ours]:
+        if len(state[name]) != len(ours[name]):
+            del state[name]
+    missing, unexpected = sorted(ours.keys() - state.keys()), sorted(state.keys() - ours.keys())
+    shapes = sorted(name for name in ours.keys() & state.keys()
+                    if ours[name].shape != state[name].shape)
+    wrong = [f"{name} is missing" for name in missing if not name.startswith(model.may_lack)] \
+        + [f"{name} is unknown" for name in unexpected if not name.startswith(model.may_hold)] \
+        + [f"{name} has the shape {list(state[name].shape)}, not {list(ours[name].shape)}"
+           for name in shapes]
+    if wrong:
+        raise BadInput(f"{path}: not of this network: {wrong[0]}"
+                       + f", and {len(wrong) - 1} more" * (len(wrong) > 1)
+                       + "; name a file of the --model given")
+    model.load_state_dict(state, strict=False)
+    return Loaded(sorted(ours.keys() & state.keys()), missing, unexpected)
+
+
+def resized_positions(positions: Tensor, length: int) -> Tensor:
+    """Positions `[1, 1 + L, D]` for `length` tokens, the class token's as it is, the square grid of
+    the others interpolated bicubically where it is another."""
+    if positions.ndim != 3 or positions.shape[1] == length:
+        return positions
+    cells = positions[:, 1:]
+    side, new = round(cells.shape[1] ** 0.5), round((length - 1) ** 0.5)
+    if side * side != cells.shape[1]:  # no grid: refused by its shape
+        return positions
+    grid = F.interpolate(cells.unflatten(1, (side, side)).permute(0, 3, 1, 2).float(), (new, new),
+                         mode="bicubic", align_corners=False)
+    return torch.cat([positions[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], 1)
