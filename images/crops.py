@@ -89,8 +89,9 @@ class Recipe(NamedTuple):
 
     def _draw_erased(self, n, rng):
         probability, mode, count = self.erase
-        if mode not in ("const", "rand", "pixel"):
-            raise ValueError(f"unknown mode of erasing {mode!r}: expected const, rand or pixel")
+        if mode not in ("const", "rand", "pixel") or count < 1:
+            raise ValueError(f"unknown erasing {mode!r} of {count} boxes: expected const, rand or "
+                             "pixel, and at least one")
         if not probability:
             return {}
         erased = torch.rand(n, generator=rng) < probability
@@ -125,11 +126,12 @@ class Recipe(NamedTuple):
     def eval(self, images: Tensor, mirror: bool = False) -> Tensor:
         """The middle of uint8 `[B, 3, S, S]`, with tricks the whole, normalised, mirrored or not:
         float32 `[B, 3, size, size]`, channels-last; nothing random."""
-        first = round((images.shape[-1] - self.size) / 2)
+        side = images.shape[-1]
+        first = round((side - self.size) / 2)
         if self.tricks:
             images = self._whole(images)
-        elif first < 0:
-            raise ValueError(f"images of side {images.shape[-1]} for a network of {self.size}")
+        elif side < self.size:
+            raise ValueError(f"images of side {side} for a network that takes {self.size}")
         else:
             images = images[..., first:first + self.size, first:first + self.size]
         return _normalised(images.flip(-1) if mirror else images)

@@ -132,7 +132,7 @@ def read_policy(text: str) -> Policy | None:
     found = [re.fullmatch(r"(mstd|inc|m|n|p)(\d+(?:\.\d+)?)", part) for part in parts]
     given = {match[1]: match[2] for match in found if match}
     whole = given.get("n", "2").isdecimal()
-    if name == "rand" and all(found) and given.pop("inc", "") == "1" and whole:
+    if name == "rand" and len(given) == len(parts) and given.pop("inc", "") == "1" and whole:
         read = Policy(**{key: (int if key == "n" else float)(value)
                          for key, value in given.items()})
         if read.m <= 10 and read.n >= 1 and read.p <= 1 and read.mstd <= 100:
