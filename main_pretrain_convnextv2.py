@@ -27,8 +27,7 @@ def parse_option(argv):
 
 
 def set_model(opt):
-    return create_fcmae(opt.model, opt.norm_pix_loss, opt.decoder_depth, opt.decoder_embed_dim,
-                        opt.size)
+    return create_fcmae(opt.model, opt.norm_pix_loss, opt.decoder_depth, opt.decoder_embed_dim)
 
 
 @util.command_line

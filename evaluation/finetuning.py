@@ -1,7 +1,6 @@
 """A pre-trained ViT or ConvNeXt V2 fine-tuned on labelled faces: flags, network, run."""
 import argparse
 
-
 import numpy as np
 import torch
 from PIL import Image
@@ -16,7 +15,7 @@ from models import files, load_public
 from models.convnextv2 import CONVNEXT_NAMES, create_convnextv2
 from models.mae import MAE_NAMES, PATCH, VIT_NAMES, create_vit
 from training import distributed, epochs, faces, masked, masked_options, options, record
-from util import ArgumentParser, BadInput, number, read_table
+from util import ArgumentParser, BadInput, number
 
 LOW = 0.08  # least area of the random resized crop
 SHARE = 0.009  # of the initial weights in the average at the end, with --model_ema_decay auto

@@ -131,6 +131,13 @@ class Fit:
                                                               within)
         return header
 
+    def read_only(self, argv: list[str], script: str) -> dict:
+        """Restores the checkpoint of --resume and trains nothing; returns the log's header."""
+        self._restore()
+        header = record.header(script, self.run.opt, argv, data_digest=self.digest)
+        self.run.log(header, lambda line: True, writes=distributed.first())
+        return header
+
     def _restore(self):
         job = self.job
         if not self.resume:
@@ -152,7 +159,7 @@ class Fit:
         share = 1 - within.get("step", 0) / self.steps
         means |= {"learning_rate": epochs.rate_now(job.optimizer), "images_per_second":
                   share * len(self.members) / (time.perf_counter() - start)}
-        if self.beside:
+        if self.beside and opt.model_ema_eval:
             means |= {f"ema_{name}": value for name, value in self.validation.figures(
                 job.ema.module, job.precision.autocast).items()}
         means |= self.validation.follow(self.network, epoch, job.precision.autocast)
@@ -170,9 +177,7 @@ class Fit:
         job.source.images.save()
         lost = distributed.any_of(job.source.images.lost)
         if distributed.first():
-            save = checkpoint.save_counted if hasattr(self.run.opt, "save_ckpt_freq") else \
-                checkpoint.save
-            save(self.run.last(), {
+            state = {
                 "system": self.system, "opt": vars(self.run.opt), "epoch": epoch,
                 "within": within, "beside": self.beside,
                 "classes": list(self.faces.classes), "data_digest": self.digest,
@@ -183,7 +188,11 @@ class Fit:
                 "labels": torch.from_numpy(job.labels.copy()), "relabelled": job.relabelled,
                 "lost": torch.from_numpy(np.flatnonzero(lost)),
                 "points": 0 if job.source.landmarks is None else job.source.landmarks.shape[1],
-                "distance": job.distance, "best": self.validation.state, "history": self.history})
+                "distance": job.distance, "best": self.validation.state, "history": self.history}
+            if hasattr(self.run.opt, "save_ckpt_freq"):
+                checkpoint.save_counted(self.run.last(), state, self.run.opt)
+            else:
+                checkpoint.save(self.run.last(), state)
 
     # ------------------------------------------------------------ results
 
@@ -218,6 +227,14 @@ class Fit:
             photographs.write_relabelled(run.folder / "relabelled.csv", self.faces,
                                          job.relabelled)
             files["relabelled"] = "relabelled.csv"
+        if self.beside and opt.model_ema_eval:
+            kept, said, _ = self._predicted(job.ema.module)
+            details["average"] = {name: measures.evaluate(
+                test.faces.labels[kept], said.argmax(1), self.faces.n_label)[name]
+                for name in measures.MEASURES}
+        if hasattr(network, "embed"):
+            photographs.draw_features(run.folder / "features.png", network, test, predicted[0])
+            files["features"] = "features.png"
         importance = predicted[2]
         if importance is not None and importance.shape[1] > 1:
             details["view_importance"] = importance.mean(0).tolist()

@@ -36,8 +36,8 @@ def maps_of_mistakes(classifier: Classifier, images: np.ndarray, members: np.nda
 def class_maps(network: torch.nn.Module, inputs: torch.Tensor,
                classes: torch.Tensor) -> torch.Tensor:
     """Grad-CAM (Selvaraju et al. 2017, eq. 1 and 2) of one class of each image, `[B, h, w]`, at
-    what `network.gradcam_stage` gives: maps, or tokens `[B, 1 + h·h, D]`, the class's first; of
-    several views `[B, K, C, H, W]` that of the last one, the whole image."""
+    what `network.gradcam_stage` gives: maps, or tokens `[B, h·h, D]`, the class's before them where
+    there is one; of several views `[B, K, C, H, W]` that of the last one, the whole image."""
     network.eval()
     kept = []
     stage = network.gradcam_stage(inputs.shape[-1])
@@ -49,8 +49,9 @@ def class_maps(network: torch.nn.Module, inputs: torch.Tensor,
     logits, maps = said[0] if isinstance(said, tuple) else said, kept[-1]
     (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), maps)
     if maps.ndim == 3:
-        side = math.isqrt(maps.shape[1] - 1)
-        maps, gradient = (one[:, 1:].mT.unflatten(2, (side, side)) for one in (maps, gradient))
+        side = math.isqrt(maps.shape[1])
+        first = maps.shape[1] - side ** 2
+        maps, gradient = (one[:, first:].mT.unflatten(2, (side, side)) for one in (maps, gradient))
     maps, gradient = (one.unflatten(0, (len(inputs), -1))[:, -1] for one in (maps, gradient))
     return F.relu((gradient.mean((2, 3), keepdim=True) * maps).sum(1)).detach()
 

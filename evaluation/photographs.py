@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from sklearn.decomposition import PCA
 from sklearn.model_selection import StratifiedGroupKFold
 from torch import nn
 
@@ -116,6 +117,9 @@ def describe(results: dict) -> str:
         choice = results["choices"]["test"]
         lines.append(f"chosen by validation images: epoch {choice['epochs']}, UF1 "
                      f"{choice['val_uf1']:.3f} there")
+    if "average" in results:
+        lines.append("the average of the weights: " + ", ".join(
+            f"{name} {value:.3f}" for name, value in results["average"].items()))
     said = results.get("relabelling")
     if said:
         lines.append(f"{said['relabelled']} training images carry another label than at first")
@@ -149,7 +153,8 @@ def looked_at(network: nn.Module, source: faces.Source, rows: np.ndarray,
     """Grad-CAM `[B, h, w]` of one class of each of the images `rows`."""
     device = next(network.parameters()).device
     batch = torch.from_numpy(np.asarray(source.images[rows])).to(device)
-    return gradcam.class_maps(network, source.plain_inputs(rows, batch), torch.from_numpy(classes).to(device))
+    return gradcam.class_maps(network, source.plain_inputs(rows, batch),
+                              torch.from_numpy(classes).to(device))
 
 
 def write_results(run: Run, header: dict, source: faces.Source, network: nn.Module,
@@ -215,6 +220,27 @@ def draw_importance(path: Path, source: faces.Source, kept: np.ndarray, labels: 
                       for k in chosen]))
     pictures.draw_importance(path, rows, f"importance of {n} training images, with the label given"
                              + "; rendered stand-in data" * source.faces.rendered)
+
+
+@torch.no_grad()
+def draw_features(path: Path, network: nn.Module, source: faces.Source,
+                  kept: np.ndarray) -> None:
+    """features.png: what the last layer sees of the images `kept` `[M]`, on their two principal
+    components, by emotion and, where the set names them, by subject."""
+    network.eval()
+    device, each = next(network.parameters()).device, []
+    parts = np.array_split(kept, -(-len(kept) // 64))
+    for rows, batch in zip(parts, cache.fetch(source.images, parts, device)):
+        each.append(network.embed(source.plain_inputs(rows, batch)).float().cpu().numpy())
+    features = np.concatenate(each).astype(np.float64)
+    plane = PCA(min(2, *features.shape), random_state=0)
+    points, images = plane.fit_transform(features), source.faces
+    points = np.pad(points, ((0, 0), (0, 2 - points.shape[1])))
+    groups = {"emotion": [images.classes[images.labels[i]] for i in kept]}
+    if any(images.subjects):
+        groups["subject"] = [images.subjects[i] for i in kept]
+    pictures.draw_plane(path, points, groups, plane.explained_variance_ratio_, f"{len(kept)} test "
+                        f"images" + "; rendered stand-in data" * images.rendered)
 
 
 def noisy_labels(labels: np.ndarray, share: float, n_label: int, seed: int) -> np.ndarray:

@@ -272,6 +272,27 @@ def draw_importance(path: Path, rows: list[tuple], title: str = "") -> None:
     write_figure(path, figure)
 
 
+def draw_plane(path: Path, points: np.ndarray, groups: dict[str, list[str]],
+               shares: np.ndarray, title: str = "") -> None:
+    """Points `[N, 2]` of a plane, a panel for each of `groups` (what is told apart → name of each
+    point); shares: of the variance, along the axes. Up to ten names have a legend."""
+    figure = Figure(figsize=(5.4 * len(groups), 4.6), layout="constrained")
+    figure.suptitle(title, fontsize="medium")
+    for place, (kind, names) in enumerate(groups.items(), 1):
+        axes, known = figure.add_subplot(1, len(groups), place), sorted(set(names))
+        colours = matplotlib.colormaps["tab10" if len(known) <= 10 else "gist_ncar"]
+        for k, name in enumerate(known):
+            own = points[[one == name for one in names]]
+            axes.scatter(*own.T, s=9, alpha=0.7, label=shorten(name, 24), color=colours(
+                k if len(known) <= 10 else 0.95 * k / (len(known) - 1)))
+        axes.set_title(f"by {kind}" + f" ({len(known)})" * (len(known) > 10), fontsize="medium")
+        for say, share in zip((axes.set_xlabel, axes.set_ylabel), shares):
+            say(f"principal component, {share:.0%} of the variance")
+        if len(known) <= 10:
+            axes.legend(fontsize="x-small")
+    write_figure(path, figure)
+
+
 def _grey(image):
     return image.mean(-1, keepdims=True).repeat(3, -1)
 

@@ -7,6 +7,7 @@ depthwise convolutions is computed on the positions of visible cells alone.
 """
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from timm.layers import DropPath
@@ -25,6 +26,7 @@ SIZES = {  # blocks of the four stages, and their widths
     "convnextv2_base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
     "convnextv2_large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
     "convnextv2_huge": ((3, 3, 27, 3), (352, 704, 1408, 2816))}
+CONVNEXT_NAMES = tuple(SIZES)
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.downsample_layers = nn.ModuleList(
             [nn.Sequential(nn.Conv2d(3, dims[0], 4, 4), nn.LayerNorm(dims[0], eps=1e-6))])
-        for into, out in zip(dims, dims[1:]):
+        for into, out in pairwise(dims):
             self.downsample_layers.append(
                 nn.Sequential(nn.LayerNorm(into, eps=1e-6), nn.Conv2d(into, out, 2, 2)))
         rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
@@ -200,9 +202,13 @@ def _initialise(module):
 class ConvNeXtV2(Trunk):
     """A classifier: images `[B, 3, H, W]` → logits `[B, n_label]`."""
 
+    may_lack = ("head.", "norm.")
+    may_hold = ("mask_token", "proj.", "decoder.", "pred.", "head.")
+
     def __init__(self, n_label: int, depths: tuple[int, ...], dims: tuple[int, ...],
                  drop_path: float = 0.0):
         super().__init__(depths, dims, drop_path)
+        self.depths = depths
         self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
         self.head = nn.Linear(dims[-1], n_label)
         _initialise(self.head)
@@ -228,6 +234,10 @@ class ConvNeXtV2(Trunk):
     def forward(self, images: Tensor) -> Tensor:
         return self.classify(self.maps(images))
 
+    def gradcam_stage(self, side: int) -> nn.Module:
+        """The layer whose tokens show where the network looked in images of `side` pixels."""
+        return self.stages[-1 if side > 96 else -2][-1]
+
 
 class FCMAE(nn.Module):
     """Masked autoencoder: hidden cells of images `[N, 3, H, W]`, sides multiples of 32, are
@@ -235,6 +245,10 @@ class FCMAE(nn.Module):
 
     depth, width: of the decoder; norm_pix_loss: targets are brought to mean 0 and variance 1.
     """
+
+    may_lack = ("mask_token", "proj.", "decoder.", "pred.")
+    may_hold = ("head.", "norm.")
+    cell = CELL
 
     def __init__(self, depths: tuple[int, ...], dims: tuple[int, ...], norm_pix_loss: bool = True,
                  depth: int = 1, width: int = 512):
@@ -300,7 +314,8 @@ def create_fcmae(name: str, norm_pix_loss: bool = True, decoder_depth: int = 1,
 
 NAMES = (  # of the sparse encoder, and of timm; and here
     (r"^encoder\.", ""), (r"\.(ln|linear)\.(weight|bias)$", r".\2"), (r"\.kernel$", ".weight"),
-    (r"^stem\.", "downsample_layers.0."), (r"^stages\.(\d)\.downsample\.", r"downsample_layers.\1."),
+    (r"^stem\.", "downsample_layers.0."),
+    (r"^stages\.(\d)\.downsample\.", r"downsample_layers.\1."),
     (r"^stages\.(\d)\.blocks\.", r"stages.\1."), (r"\.conv_dw\.", ".dwconv."),
     (r"\.mlp\.fc(\d)\.", r".pwconv\1."), (r"\.mlp\.grn\.weight$", ".grn.gamma"),
     (r"\.mlp\.grn\.bias$", ".grn.beta"), (r"^head\.norm\.", "norm."), (r"^head\.fc\.", "head."))

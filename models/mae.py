@@ -45,7 +45,7 @@ class Trunk(nn.Module):
         super().__init__()
         if input_size % PATCH:
             raise ValueError(f"images of {input_size} pixels: a side is a multiple of {PATCH}")
-        self.grid = input_size // PATCH
+        self.grid, self.depths = input_size // PATCH, (depth,)
         self.patch_embed = PatchEmbed(input_size, PATCH, 3, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(sincos_positions(width, self.grid))

@@ -8,8 +8,8 @@ from conftest import ROOT
 
 FLOORS = {"util": 1, "models": 2, "NCE": 1, "images": 2, "dataset": 3, "training": 3,
           "evaluation": 4, "preparation": 4, "rendering": 4, "prediction": 5}
-ALLOWED = {"util": (), "NCE": (), "models": ("util",), "images": ("util",), "dataset": ("images", "util"),
-           "training": ("images", "models", "util"),
+ALLOWED = {"util": (), "NCE": (), "models": ("util",), "images": ("util",),
+           "dataset": ("images", "util"), "training": ("images", "models", "util"),
            "evaluation": ("dataset", "images", "models", "training", "util"),
            "preparation": ("dataset", "images", "util"),
            "rendering": ("dataset", "images", "util"),

@@ -115,9 +115,9 @@ class Source(NamedTuple):
 
 class Job(NamedTuple):
     """A network in training. run: the network over the devices (distributed.wrap); ema: of its
-    weights, or None; mixup: of the images of a batch, or None; labels: int64 `[N]` as they are now, relabelled ones among them; members: the
+    weights, or None; labels: int64 `[N]` as they are now, relabelled ones among them; members: the
     images it is trained on; distance: of the Wasserstein term `[C, C]`, or None; relabelled: rows
-    (image, from, to, probability, epoch)."""
+    (image, from, to, probability, epoch); mixup: of the images of a batch, or None."""
     network: nn.Module
     run: nn.Module
     ema: ModelEmaV3 | None

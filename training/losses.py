@@ -37,7 +37,8 @@ def log_prior(labels: np.ndarray, n_label: int) -> Tensor:
 
 def classification_loss(logits: Tensor, labels: Tensor, kind: str = "crossentropy",
                         weights: Tensor | None = None, smoothing: float = 0) -> Tensor:
-    """Loss per clip: logits `[..., C]`, labels `[...]`, or shares of the classes `[..., C]` → `[...]`.
+    """Loss per clip, `[...]`, of logits `[..., C]` and labels `[...]` or shares of the classes
+    `[..., C]`.
 
     crossentropy; focal: times (1 - p)^2 (Lin et al., "Focal Loss for Dense Object Detection",
     eq. 4 with gamma 2); balanced: cross-entropy times `weights` `[..., C]` of the true class;

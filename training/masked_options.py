@@ -1,4 +1,4 @@
-"""Flags of the scripts that pre-train and fine-tune masked autoencoders, in the field's own names."""
+"""Flags of the scripts that pre-train and fine-tune masked autoencoders, in the field's names."""
 import argparse
 from typing import NamedTuple
 
@@ -36,11 +36,11 @@ def is_convnext(name: str) -> bool:
     return name in CONVNEXT_NAMES
 
 
-def add_switch(group: argparse._ArgumentGroup, *flags: str, default: bool | None, help: str,
+def add_switch(group: argparse._ArgumentGroup, *flags: str, default: bool | None,
                **more: object) -> None:
     """Adds a flag that may be followed by True or False."""
     group.add_argument(*flags, type=switch, nargs="?", const=True, default=default,
-                       metavar="True|False", help=help, **more)
+                       metavar="True|False", **more)
 
 
 def add_data_options(parser: ArgumentParser, path_help: str, path: str | None,
@@ -127,7 +127,7 @@ def add_output_options(parser: ArgumentParser, default: Defaults) -> argparse._A
                        help="folder for TensorBoard curves [output_dir]")
     group.add_argument("--save_ckpt_freq", free=True, type=positive_int,
                        default=default.save_ckpt_freq,
-                       help="epochs per checkpoint-<epoch>.pth, counted from 0, the last one always")
+                       help="epochs per checkpoint-<epoch>.pth, counted from 0, and the last one")
     group.add_argument("--save_ckpt_num", free=True, type=number(int, 0),
                        default=default.save_ckpt_num,
                        help="how many of these are kept, the latest; 0: all")
