@@ -27,7 +27,7 @@ def draw_order(noise: Tensor, mask_ratio: float) -> tuple[Tensor, int, Tensor]:
     `[N, L]`, 1 where a patch is hidden) of noise `[N, L]`, section 3.1."""
     length = noise.shape[1]
     n_kept = int(length * (1 - mask_ratio))
-    order = noise.argsort(1, stable=True)
+    order = noise.argsort(dim=1, stable=True)
     mask = torch.ones(noise.shape, device=noise.device)
     return order, n_kept, mask.scatter(1, order[:, :n_kept], 0.0)
 
