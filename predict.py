@@ -6,10 +6,10 @@
   python predict.py --model_path results/RUN/last.pth --data_folder D \\
       --list D/v_rgb/spNO1_test.txt --json
 
-The first is for models of train_FER.py: faces are found, cut out as the model was trained, and told
-apart; the others are for those that fine-tune_DVSCL.py --subject all made, whose frames are
-cropped, registered, subtracted and normalised as the checkpoint records it. Prints a row per face
-or clip: the likeliest class and the probability of each. Expect a few seconds.
+The first is for models of train_FER.py and main_finetune.py: faces are found, cut out as the model
+was trained, and told apart; the others are for those that fine-tune_DVSCL.py --subject all made,
+whose frames are cropped, registered, subtracted and normalised as the checkpoint records it. Prints
+a row per face or clip: the likeliest class and the probability of each. Expect a few seconds.
 """
 import util  # first: it settles how threads wait before torch is imported
 
@@ -36,7 +36,8 @@ class FaceBox(argparse.Action):
 def parse_option(argv: list[str] | None) -> util.Options:
     parser = util.ArgumentParser(description=__doc__)
     parser.add_argument("photos", nargs="*", metavar="PHOTO|FOLDER",
-                        help="photographs of faces, for a model of train_FER.py")
+                        help="photographs of faces, for a model of train_FER.py or "
+                             "main_finetune.py")
     add_photo_options(parser)
     data = parser.add_argument_group("clips: two frames with their depth, or a list")
     data.add_argument("--onset", metavar="FILE", help="RGB frame at the onset")
@@ -58,7 +59,8 @@ def parse_option(argv: list[str] | None) -> util.Options:
                            "beside v_rgb/ [wrap]")
     model = parser.add_argument_group("model")
     model.add_argument("--model_path", required=True, metavar="FILE",
-                       help="last.pth of fine-tune_DVSCL.py --subject all, or of train_FER.py")
+                       help="last.pth of fine-tune_DVSCL.py --subject all, of train_FER.py, or of "
+                            "main_finetune.py")
     running = parser.add_argument_group("running")
     running.add_argument("--device", default="auto", metavar="NAME",
                          help="auto: cuda where there is one, else cpu; or cpu, cuda, cuda:1")
@@ -109,7 +111,10 @@ def check_option(parser: util.ArgumentParser, opt: util.Options) -> None:
 def main(argv: list[str] | None = None) -> None:
     opt = parse_option(argv)
     state, device = checkpoint.load(opt.model_path), epochs.pick_device(opt.device)
-    of_photos = state.get("system") == "FER"
+    if state.get("system") == "MAE pre-training":
+        raise BadInput(f"{opt.model_path}: an autoencoder, which knows no classes; start "
+                       f"main_finetune.py --finetune from it, and name what that writes")
+    of_photos = state.get("system") in ("FER", "MAE")
     if bool(opt.photos) != of_photos:
         raise BadInput(f"{opt.model_path}: a model of "
                        + ("photographs; name some, or folders of them" if of_photos else

@@ -17,6 +17,7 @@ from models.mae import MAE_NAMES, PATCH, VIT_NAMES, create_vit
 from training import distributed, epochs, faces, masked, masked_options, options, record
 from util import ArgumentParser, BadInput, number
 
+BICUBIC = Image.Resampling.BICUBIC
 LOW = 0.08  # least area of the random resized crop
 SHARE = 0.009  # of the initial weights in the average at the end, with --model_ema_decay auto
 # what train_FER.py has flags for, and fine-tuning leaves out
@@ -242,7 +243,7 @@ def set_loader(opt: argparse.Namespace) -> dict[str, faces.Source]:
         raise BadInput(f"--nb_classes {opt.nb_classes}: {opt.dataset} has {n_label}; leave the "
                        f"flag out")
     return {split: faces.Source(images, photographs.stored(
-        images, side, opt, Image.Resampling.BICUBIC), augment=recipe)
+        images, side, opt, BICUBIC), augment=recipe)
         for split, images in splits.items()}
 
 

@@ -1,4 +1,6 @@
-"""Expressions of the faces in photographs, by a network that train_FER.py made."""
+"""Expressions of the faces in photographs, by a network that train_FER.py or main_finetune.py made.
+"""
+import argparse
 import itertools
 import json
 import sys
@@ -12,7 +14,8 @@ from PIL import Image
 from torch import nn
 
 import util
-from images import cache
+from evaluation import finetuning
+from images import cache, decoding
 from images.decoding import read_photo
 from images.faces import FaceSet
 from models.ran import create_network
@@ -35,24 +38,38 @@ class Found(NamedTuple):
 
 def load(path: str | Path, state: dict) -> nn.Module:
     """The network that predicted the test split of a run; raises BadInput."""
+    opt, of_fer = state["opt"], state["system"] == "FER"
     try:
-        opt = state["opt"]
-        network = create_network(opt["model"], len(state["classes"]), opt["arch"], 0,
-                                 opt["gaussian"])
+        n_label = len(state["classes"])
+        network = create_network(opt["model"], n_label, opt["arch"], 0, opt["gaussian"]) \
+            if of_fer else finetuning.create_network(argparse.Namespace(**opt), n_label)
         network.load_state_dict(faces.predicting(state)[1])
-        util.ensure(opt["views"] and opt["size"] >= 32 and isinstance(opt["tta_flip"], bool))
+        util.ensure(opt["size"] >= 32 and isinstance(opt["tta_flip"], bool))
+        util.ensure(opt["views"] if of_fer else opt["model"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
-        raise BadInput(f"{path}: cannot be read as a model of train_FER.py; train again") from None
-    if opt["views"] == "landmark":
+        raise BadInput(f"{path}: cannot be read as a model of "
+                       f"{'train_FER.py' if of_fer else 'main_finetune.py'}; train again") from None
+    if of_fer and opt["views"] == "landmark":
         raise BadInput(f"{path}: sees crops about 68 landmarks, which are not found here; train "
                        f"with --views fixed or random to predict photographs")
     return network
 
 
+def side_of(state: dict) -> int:
+    """Side of the images that a model was trained on, as they were stored, in pixels."""
+    size = state["opt"]["size"]
+    return size if state["system"] == "FER" else decoding.stored_side(size)
+
+
+def resampling_of(state: dict) -> Image.Resampling:
+    """How the images that a model was trained on were brought to their size."""
+    return Image.Resampling.BILINEAR if state["system"] == "FER" else finetuning.BICUBIC
+
+
 def find(opt: util.Options, state: dict, told: dict) -> Iterator[Found]:
     """The faces of all photographs; `told`: what is noted of those without one, and of unreadable
     ones."""
-    size, crop = state["opt"]["size"], state.get("crop") or {}
+    size, crop = side_of(state), state.get("crop") or {}
     margin = opt.margin
     if margin is None:
         margin = crop.get("margin", registration.MARGIN)
@@ -66,7 +83,7 @@ def find(opt: util.Options, state: dict, told: dict) -> Iterator[Found]:
             told["unreadable"].append(str(error))
             continue
         if opt.whole:
-            whole = Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR)
+            whole = Image.fromarray(pixels).resize((size, size), resampling_of(state))
             box = {"face": 1, "x": 0, "y": 0, "width": pixels.shape[1], "height": pixels.shape[0],
                    "score": None, "points": []}
             yield Found(photo, box, np.asarray(whole), None)
@@ -82,16 +99,18 @@ def find(opt: util.Options, state: dict, told: dict) -> Iterator[Found]:
 
 def say(network: nn.Module, state: dict, found: list[Found]) -> np.ndarray:
     """Probabilities `[len(found), C]`."""
-    opt, size = state["opt"], state["opt"]["size"]
+    opt, size = state["opt"], side_of(state)
     images = cache.OnDemand(len(found), lambda i: found[i].crop.transpose(2, 0, 1), (3, size, size),
                             np.uint8, "", num_workers=1)
     points = None
-    if opt["gaussian"]:
+    if opt.get("gaussian"):
         points = np.stack([np.full((5, 2), np.nan, np.float32) if one.points is None
                            else one.points / size for one in found])
     shown = FaceSet("photographs", Path(), tuple(state["classes"]), [], np.zeros(0, int), [], None,
                     None, False)
-    source = faces.Source(shown, images, points, opt["views"], opt["gaussian"])
+    source = faces.Source(shown, images, points, opt["views"], opt["gaussian"]) \
+        if state["system"] == "FER" else faces.Source(
+            shown, images, augment=finetuning.recipe_of(argparse.Namespace(**opt)))
     device = next(network.parameters()).device
     autocast = epochs.mixed_precision(False, device).autocast
     return faces.predict(network, source, np.arange(len(found)), autocast, opt["tta_flip"])[1]
@@ -111,7 +130,7 @@ def predict(opt: util.Options, state: dict, device: torch.device) -> str:
     if not opt.whole:
         detection.require("predict.py", ", or give --whole for crops of faces")
         registration.require()
-    if state["opt"]["gaussian"] and (opt.whole or state["points"] != 5):
+    if state["opt"].get("gaussian") and (opt.whole or state["points"] != 5):
         print("note: the model was trained on maps of landmarks, of which " + (
             "crops of faces have none: they are shown as full of them" if opt.whole else
             "five are found here, not 68"), file=sys.stderr)

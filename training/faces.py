@@ -341,7 +341,7 @@ def predicting(state: dict) -> tuple[str, dict[str, Tensor]]:
     checkpoint: the chosen epoch's, the average, or those of the last step."""
     if state["opt"]["select"] == "val" and state["best"]["model"]:
         return "the chosen epoch's", state["best"]["model"]
-    if state["ema"]:
+    if state["ema"] and not state.get("beside"):
         return "the average's", {name.removeprefix("module."): value
                                  for name, value in state["ema"].items()}
     return "the last step's", state["model"]
