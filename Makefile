@@ -1,6 +1,7 @@
 # make demo       DVSCL on rendered data, from a fresh machine: about 5 minutes
 # make demo-mmnet TM-MMNet on rendered clips: about 5 minutes
 # make demo-fer   FER on rendered faces: about 5 minutes
+# make demo-mae   MAE-SFER on rendered faces: about 7 minutes
 # make test       the tests: about 8 minutes;  make test-slow: those that take longer
 PYTHON ?= python3
 PY = .venv/bin/python
@@ -24,10 +25,15 @@ FER = --dataset rafdb --data_folder $(DEMO)/fer/data --save_path $(DEMO)/fer/res
       --epochs 10 --batch_size 16 --learning_rate 0.001 --augment flip --noise 0.1 --resume auto \
       --print_freq 2
 
+# a tenth of the published width and depth of the decoder; small steps, as many as two cores take
+MAE = --input_size 96 --device auto --num_workers 4 --cache $(DEMO)/mae/cache --print_freq 5 --amp
+MAE_FINETUNE = $(MAE) --model vit_tiny_patch16 --data_set rafdb --data_path $(DEMO)/mae/data \
+               --batch_size 16 --lr 0.001 --epochs 10 --tricks --reprob 0
+
 # without its pins, which would replace torch
 DETECTOR = $(PY) -m pip install --disable-pip-version-check --quiet --no-deps facenet-pytorch
 
-.PHONY: demo demo-mmnet demo-fer test lint check test-slow faces clean-demo
+.PHONY: demo demo-mmnet demo-fer demo-mae test lint check test-slow faces clean-demo
 
 # 24 labelled people, held out in turn; 600 unlabelled pairs of 60 others to pre-train on
 demo: .venv/ready
@@ -72,6 +78,25 @@ demo-fer: .venv/ready
 	@echo "pictures: $(DEMO)/fer/faces.png, comparison.png, results/*/mistakes.png (Grad-CAM),"
 	@echo "          results/*/importance.png (SCN)"
 	@echo "curves:   .venv/bin/tensorboard --logdir $(DEMO)/fer/tensorboard"
+
+# 2,000 faces without labels of other people; then 600 with labels, 300 of others to test
+demo-mae: .venv/ready
+	$(PY) render.py faces --data_folder $(DEMO)/mae/unlabelled --train 2000 --test 20 \
+	    --subjects 300 --seed 1
+	$(PY) render.py faces --data_folder $(DEMO)/mae/data --train 600 --test 300 --subjects 90
+	$(PY) main_pretrain.py $(MAE) --model mae_vit_tiny_patch16 --decoder_embed_dim 128 \
+	    --decoder_depth 2 --norm_pix_loss --batch_size 64 --blr 2e-3 --epochs 25 \
+	    --data_path $(DEMO)/mae/unlabelled/Image/aligned --output_dir $(DEMO)/mae/pretrained
+	$(PY) main_finetune.py $(MAE_FINETUNE) --layer_decay 1 \
+	    --output_dir $(DEMO)/mae/results/scratch
+	$(PY) main_finetune.py $(MAE_FINETUNE) --finetune $(DEMO)/mae/pretrained/checkpoint-24.pth \
+	    --output_dir $(DEMO)/mae/results/pretrained
+	$(PY) compare_results.py $(DEMO)/mae/results/*/results.json \
+	    --picture $(DEMO)/mae/comparison.png
+	@echo
+	@echo "pictures: $(DEMO)/mae/pretrained/reconstructions.png, comparison.png,"
+	@echo "          results/*/mistakes.png (Grad-CAM), results/*/features.png"
+	@echo "curves:   .venv/bin/tensorboard --logdir $(DEMO)/mae"
 
 test: .venv/test-ready
 	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal

@@ -18,25 +18,17 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import util  # first: it settles how threads wait before torch is imported
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import f1_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
-from benchmarks.rows import Rows, line
+from benchmarks.rows import Rows, grey_pixels, line, regress
 from evaluation import photographs
 from images import faces
 
 NOISE = (0.0, 0.1, 0.3)
-GREY_SIDE = 48  # of the pixels that are regressed on
-PENALTIES = (1e-4, 1e-3, 1e-2)  # C; weaker ones do not converge
 
 
 def parse_option(argv):
@@ -96,20 +88,11 @@ class Bench(Rows):
         """A row of logistic regressions on pixels, the penalty chosen on held-out people of the
         training split."""
         splits = faces.read_faces("rafdb", self.data)
-        x = {name: np.stack([faces.decode(one, i, GREY_SIDE).mean(0).ravel()
-                             for i in range(len(one))]) for name, one in splits.items()}
+        x = {name: grey_pixels(one) for name, one in splits.items()}
         train, test, parts = splits["train"], splits["test"], []
         for seed in range(self.opt.seeds):
             labels = photographs.noisy_labels(train.labels, noise, self.n_label, seed)
-            rest, out = photographs.hold_out(train, 0.2, seed)
-
-            def fit(c, index, labels=labels):
-                model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=300))
-                return model.fit(x["train"][index], labels[index])
-            best = max(PENALTIES, key=lambda c: f1_score(
-                labels[out], fit(c, rest).predict(x["train"][out]), average="macro"))
-            said = fit(best, np.arange(len(train))).predict(x["test"])
-            parts.append((test.labels, said, test.subjects))
+            parts.append((test.labels, regress(x, labels, train, seed), test.subjects))
         self.add(f"pixels, logistic regression{told(noise)}", parts)
         return test.labels
 

@@ -3,12 +3,20 @@ from pathlib import Path
 
 import numpy as np
 import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 import dataset
 import util
 from dataset import ClipSet
-from evaluation import measures, probing
+from evaluation import measures, photographs, probing
+from images.faces import FaceSet, decode
+
+GREY_SIDE = 48  # of the pixels of faces that are regressed on
+PENALTIES = (1e-4, 1e-3, 1e-2)  # C; weaker ones do not converge
 
 
 class Rows:
@@ -53,6 +61,24 @@ def line(row: dict) -> str:
     low, high = row["ci95"]
     return (f"| {row['name']} | {row['uf1']:.3f} | {low:.3f} – {high:.3f} | "
             + ("" if row["std"] is None else f"± {row['std']:.3f} of {row['seeds']}") + " |")
+
+
+def regress(x: dict[str, np.ndarray], labels: np.ndarray, train: FaceSet, seed: int) -> np.ndarray:
+    """Predictions `[M]` of a logistic regression on features {train `[N, D]`, test `[M, D]`}, the
+    penalty chosen on held-out people of the training split; labels: `[N]`."""
+    rest, out = photographs.hold_out(train, 0.2, seed)
+
+    def fit(c, index):
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=300))
+        return model.fit(x["train"][index], labels[index])
+    best = max(PENALTIES, key=lambda c: f1_score(
+        labels[out], fit(c, rest).predict(x["train"][out]), average="macro"))
+    return fit(best, np.arange(len(train))).predict(x["test"])
+
+
+def grey_pixels(faces: FaceSet) -> np.ndarray:
+    """Grey pixels of face images, `[N, GREY_SIDE²]`."""
+    return np.stack([decode(faces, i, GREY_SIDE).mean(0).ravel() for i in range(len(faces))])
 
 
 def regression(clips: ClipSet, images: Tensor, side: int = 16) -> np.ndarray:

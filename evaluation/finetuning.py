@@ -236,15 +236,19 @@ def set_mixup(opt: argparse.Namespace, n_label: int) -> Mixup | None:
 
 def set_loader(opt: argparse.Namespace) -> dict[str, faces.Source]:
     """{split: its Source}: train, test, and val where the set has one of its own."""
-    side, recipe = decoding.stored_side(opt.size), recipe_of(opt)
     splits = photographs.read_splits(opt)
     n_label = splits["train"].n_label
     if opt.nb_classes not in (None, n_label):
         raise BadInput(f"--nb_classes {opt.nb_classes}: {opt.dataset} has {n_label}; leave the "
                        f"flag out")
-    return {split: faces.Source(images, photographs.stored(
-        images, side, opt, BICUBIC), augment=recipe)
-        for split, images in splits.items()}
+    return {split: source_of(opt, images) for split, images in splits.items()}
+
+
+def source_of(opt: argparse.Namespace, images: sets.FaceSet) -> faces.Source:
+    """What batches of the images of a split are made of."""
+    side = decoding.stored_side(opt.size)
+    return faces.Source(images, photographs.stored(images, side, opt, BICUBIC),
+                        augment=recipe_of(opt))
 
 
 def saw_test(path: str, test: sets.FaceSet) -> bool | None:
