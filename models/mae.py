@@ -33,7 +33,7 @@ def sincos_positions(dim: int, grid: int) -> Tensor:
 
 def _blocks(width: int, depth: int, heads: int, drop_path: float = 0) -> nn.ModuleList:
     """timm's blocks; the share of dropped ones rises from 0 to `drop_path`."""
-    rates = torch.linspace(0, drop_path, depth).tolist()
+    rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
     return nn.ModuleList([Block(width, heads, qkv_bias=True, drop_path=rate, norm_layer=partial(
         nn.LayerNorm, eps=1e-6)) for rate in rates])
 
@@ -115,8 +115,8 @@ class MAE(Trunk):
         order, n_kept, mask = masking.draw_order(noise, mask_ratio)
         latent = self.norm(self.encode(patches, order[:, :n_kept]))
         said = self.decode(latent, order)
-        hidden = masking.take(patches, order[:, n_kept:]).float()
-        loss = F.mse_loss(said[:, -hidden.shape[1]:].float(),
+        hidden = masking.take(patches, order[:, n_kept:])
+        loss = F.mse_loss(said[:, -hidden.shape[1]:].to(hidden),
                           masking.pixel_targets(hidden, self.norm_pix_loss))
         return loss, None if self.training else masking.take(said, order.argsort(1)), mask
 
