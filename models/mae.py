@@ -178,12 +178,11 @@ class VisionTransformer(Trunk):
                  global_pool: bool = True, drop_path: float = 0.1):
         super().__init__(width, depth, heads, input_size, drop_path)
         self.global_pool = global_pool
-        norm = nn.LayerNorm(width, eps=1e-6)
-        if global_pool:
-            self.fc_norm = norm
-        else:
-            self.norm = norm
+        if not global_pool:
+            self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, n_label)
+        if global_pool:  # after the head, as in the public code, whose optimizers count on it
+            self.fc_norm = nn.LayerNorm(width, eps=1e-6)
         self.start()
         trunc_normal_(self.head.weight, std=2e-5)
 
