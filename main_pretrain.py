@@ -22,7 +22,7 @@ def parse_option(argv):
     parser = util.ArgumentParser(description=__doc__)
     pretraining.add_options(parser, MAE_NAMES, DEFAULT, mask_ratio=0.75, norm_pix_loss=False,
                             decoder_depth=8, cell=PATCH)
-    return pretraining.parse_option(parser, DEFAULT, argv)
+    return pretraining.parse_option(parser, DEFAULT, PATCH, argv)
 
 
 def set_model(opt):

@@ -23,7 +23,7 @@ def parse_option(argv):
     parser = util.ArgumentParser(description=__doc__)
     pretraining.add_options(parser, CONVNEXT_NAMES, DEFAULT, mask_ratio=0.6, norm_pix_loss=True,
                             decoder_depth=1, cell=CELL)
-    return pretraining.parse_option(parser, DEFAULT, argv)
+    return pretraining.parse_option(parser, DEFAULT, CELL, argv)
 
 
 def set_model(opt):

@@ -41,8 +41,8 @@ def add_options(parser: ArgumentParser, data_set: str, path: str | None) -> None
     data.add_argument("--val_fraction", type=number(float, 0, 0.9), default=0.1,
                       help="share of the training set that is not trained on, by class, of whole "
                            "subjects where there are any; not where the set has its own")
-    data.add_argument("--oversample", action="store_true",
-                      help="draw training images so that all classes are as frequent")
+    masked_options.add_switch(data, "--oversample", default=False,
+                              help="draw training images so that all classes are as frequent")
     add_model_options(parser)
     add_augmentation_options(parser)
     optimisation = masked_options.add_optimisation_options(parser, None)
@@ -64,18 +64,17 @@ def add_options(parser: ArgumentParser, data_set: str, path: str | None) -> None
     masked_options.add_switch(optimisation, "--model_ema_eval", default=False,
                               help="evaluate it beside the model")
     masked_options.add_running_options(parser, "off")
-    masked_options.add_switch(parser.add_argument_group("results"), "--eval", default=False,
-                              free=True, help="train nothing: predict the test split by --resume "
-                                              "FILE")
-    results = parser._action_groups[-1]
+    results = parser.add_argument_group("results")
+    masked_options.add_switch(results, "--eval", default=False, free=True,
+                              help="train nothing: predict the test split by --resume FILE")
     results.add_argument("--select", choices=("last", "val"), default="last",
                          help="the epoch that counts: the last, or the best on the validation "
                               "images")
-    results.add_argument("--tta_flip", action="store_true",
-                         help="predict the mean over an image and its mirror image")
-    results.add_argument("--oracle_curve", action="store_true", free=True,
-                         help="also follow the test split, in curves.png and in TensorBoard under "
-                              "oracle/; picking by it is cheating")
+    masked_options.add_switch(results, "--tta_flip", default=False,
+                              help="predict the mean over an image and its mirror image")
+    masked_options.add_switch(results, "--oracle_curve", default=False, free=True,
+                              help="also follow the test split, in curves.png and in TensorBoard "
+                                   "under oracle/; picking by it is cheating")
     masked_options.add_output_options(parser, masked_options.FINETUNE[0])
 
 
@@ -89,8 +88,8 @@ def add_model_options(parser: ArgumentParser) -> None:
                        help="checkpoint to start from: of main_pretrain.py or "
                             "main_pretrain_convnextv2.py, or a public one of MAE, FCMAE or timm "
                             "[none: from scratch]")
-    model.add_argument("--global_pool", action="store_true", default=True,
-                       help="ViT: classify the mean of the patches' tokens")
+    masked_options.add_switch(model, "--global_pool", default=True,
+                              help="ViT: classify the mean of the patches' tokens")
     model.add_argument("--cls_token", action="store_false", dest="global_pool",
                        help="ViT: classify the class token")
     model.add_argument("--drop_path", type=number(float, 0, 0.9),
@@ -106,9 +105,9 @@ def add_augmentation_options(parser: ArgumentParser) -> None:
     group.add_argument("--remode", choices=("pixel", "rand", "const"), default="pixel",
                        help="what stands in its place: noise, one colour, the mean colour")
     group.add_argument("--recount", type=number(int, 1), default=1, help="boxes of random erasing")
-    group.add_argument("--tricks", action="store_true",
-                       help="in place of random crops and --aa: flip, colours, shift and scale, "
-                            "erasing")
+    masked_options.add_switch(group, "--tricks", default=False,
+                              help="in place of random crops and --aa: flip, colours, shift and "
+                                   "scale, erasing")
     group.add_argument("--smoothing", type=number(float, 0, 0.9), default=0.1,
                        dest="label_smoothing", help="share of the target that all classes have "
                                                     "alike")

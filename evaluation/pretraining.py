@@ -49,13 +49,17 @@ def add_options(parser: ArgumentParser, names: tuple[str, ...], default: masked_
     masked_options.add_output_options(parser, default)
 
 
-def parse_option(parser: ArgumentParser, default: masked_options.Defaults,
+def parse_option(parser: ArgumentParser, default: masked_options.Defaults, cell: int,
                  argv: list[str]) -> argparse.Namespace:
-    """Options of a script with the flags of `add_options`."""
+    """Options of a script with the flags of `add_options`; cell: pixels of a patch."""
     opt = parser.parse_args(argv)
     masked_options.settle(parser, opt, default)
     if opt.decoder_embed_dim % 16:
         parser.error("argument --decoder_embed_dim: a multiple of 16")
+    cells = (opt.size // cell) ** 2
+    if not masking.count_kept(cells, opt.mask_ratio):
+        parser.error(f"argument --mask_ratio: {opt.mask_ratio:g} of {cells} patches leaves none to "
+                     f"be seen; give a larger --input_size")
     return opt
 
 

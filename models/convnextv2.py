@@ -322,16 +322,16 @@ def canonical(state: dict[str, Tensor]) -> dict[str, Tensor]:
         name = public
         for pattern, here in NAMES:
             name = re.sub(pattern, here, name)
-        if public.endswith(".kernel"):
+        side = round(len(value) ** 0.5) if value.dim() in (2, 3) else 0
+        if public.endswith(".kernel") and side and side * side == len(value):
             # [k·k, (in,) out], in whose first axis the columns vary slowest
-            side = round(len(value) ** 0.5)
             value = value if value.dim() == 3 else value[:, None]
             value = value.unflatten(0, (side, side)).permute(3, 2, 1, 0).contiguous()
         elif ".grn." in name:
             value = value.reshape(1, 1, 1, -1)
         elif name.endswith(".bias"):
             value = value.flatten()
-        elif ".pwconv" in name:
+        elif ".pwconv" in name and value.dim() > 1:
             value = value.flatten(1)
         ours[name] = value
     return ours

@@ -89,7 +89,7 @@ def load_public(model: nn.Module, path: str | Path) -> Loaded:
         state = {(prefix if name.startswith(("downsample_layers.", "stages.")) else "") + name:
                  value for name, value in convnextv2.canonical(state).items()}
     for name in [name for name in state if name.startswith("head.") and name in ours]:
-        if len(state[name]) != len(ours[name]):
+        if state[name].ndim and len(state[name]) != len(ours[name]):
             del state[name]
     missing, unexpected = sorted(ours.keys() - state.keys()), sorted(state.keys() - ours.keys())
     shapes = sorted(name for name in ours.keys() & state.keys()
@@ -113,7 +113,7 @@ def resized_positions(positions: Tensor, length: int) -> Tensor:
         return positions
     cells = positions[:, 1:]
     side, new = round(cells.shape[1] ** 0.5), round((length - 1) ** 0.5)
-    if side * side != cells.shape[1]:  # no grid: refused by its shape
+    if not side or side * side != cells.shape[1]:  # no grid: refused by its shape
         return positions
     grid = F.interpolate(cells.unflatten(1, (side, side)).permute(0, 3, 1, 2).float(), (new, new),
                          mode="bicubic", align_corners=False)

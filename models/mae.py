@@ -33,7 +33,7 @@ def sincos_positions(dim: int, grid: int) -> Tensor:
 
 def _blocks(width: int, depth: int, heads: int, drop_path: float = 0) -> nn.ModuleList:
     """timm's blocks; the share of dropped ones rises from 0 to `drop_path`."""
-    rates = torch.linspace(0, drop_path, depth).tolist()
+    rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
     return nn.ModuleList([Block(width, heads, qkv_bias=True, drop_path=rate, norm_layer=partial(
         nn.LayerNorm, eps=1e-6)) for rate in rates])
 
@@ -115,8 +115,8 @@ class MAE(Trunk):
         order, n_kept, mask = masking.draw_order(noise, mask_ratio)
         latent = self.norm(self.encode(patches, order[:, :n_kept]))
         said = self.decode(latent, order)
-        hidden = masking.take(patches, order[:, n_kept:]).float()
-        loss = F.mse_loss(said[:, -hidden.shape[1]:].float(),
+        hidden = masking.take(patches, order[:, n_kept:])
+        loss = F.mse_loss(said[:, -hidden.shape[1]:].to(hidden),
                           masking.pixel_targets(hidden, self.norm_pix_loss))
         return loss, None if self.training else masking.take(said, order.argsort(1)), mask
 
@@ -178,12 +178,11 @@ class VisionTransformer(Trunk):
                  global_pool: bool = True, drop_path: float = 0.1):
         super().__init__(width, depth, heads, input_size, drop_path)
         self.global_pool = global_pool
-        norm = nn.LayerNorm(width, eps=1e-6)
-        if global_pool:
-            self.fc_norm = norm
-        else:
-            self.norm = norm
+        if not global_pool:
+            self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, n_label)
+        if global_pool:  # after the head, as in the public code, whose optimizers count on it
+            self.fc_norm = nn.LayerNorm(width, eps=1e-6)
         self.start()
         trunc_normal_(self.head.weight, std=2e-5)
 

@@ -22,11 +22,15 @@ def unpatchify(patches: Tensor, side: int) -> Tensor:
     return images.permute(0, 5, 1, 3, 2, 4).reshape(n, -1, across * side, across * side)
 
 
+def count_kept(length: int, mask_ratio: float) -> int:
+    """How many of the patches stay."""
+    return int(length * (1 - mask_ratio))
+
+
 def draw_order(noise: Tensor, mask_ratio: float) -> tuple[Tensor, int, Tensor]:
     """(order of the patches, `[N, L]`: first those that stay, by their noise; how many stay; mask
     `[N, L]`, 1 where a patch is hidden) of noise `[N, L]`, section 3.1."""
-    length = noise.shape[1]
-    n_kept = int(length * (1 - mask_ratio))
+    n_kept = count_kept(noise.shape[1], mask_ratio)
     order = noise.argsort(dim=1, stable=True)
     mask = torch.ones(noise.shape, device=noise.device)
     return order, n_kept, mask.scatter(1, order[:, :n_kept], 0.0)

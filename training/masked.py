@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from images import cache
 from images.crops import Recipe
 from training import distributed, epochs
+from util import BadInput
 
 
 class Job(NamedTuple):
@@ -31,7 +32,7 @@ def train_epoch(opt: argparse.Namespace, job: Job, epoch: int, within: dict,
     images_per_second}.
 
     Images that cannot be read are left out. within, on_step: see epochs.Loop.run. Raises RunFailed
-    if a loss is not finite.
+    if a loss is not finite, BadInput if none can be read.
     """
     device = next(job.network.parameters()).device
     means = epochs.Meters(["train_loss"], within.get("meters"))
@@ -43,28 +44,32 @@ def train_epoch(opt: argparse.Namespace, job: Job, epoch: int, within: dict,
     rows = iter(wanted)
     for step, group in steps:
         epochs.set_rates(opt, job.optimizer, epoch, step, length)
-        total = torch.zeros((), device=device)
+        total, read = torch.zeros((), device=device), 0.0
         for k, index in enumerate(group):
             with distributed.summed_later(job.run, k + 1 < len(group)):
-                loss, kept = batch_loss(opt, job, (epoch, step, k), len(index), next(fetched),
-                                        next(rows))
+                loss, kept, share = batch_loss(opt, job, (epoch, step, k), len(index),
+                                               next(fetched), next(rows))
                 job.precision.scaler.scale(loss * kept / len(group)).backward()
             total += loss.detach() * kept / len(group)
+            read += share * len(index)
         total = distributed.mean(total[None], 1)
         epochs.check_loss(total, epoch, step, f"{epochs.KEPT} {opt.learning_rate:g}")
-        means.add(total.tolist(), sum(map(len, group)))
+        means.add(total.tolist(), round(read))
         epochs.descend(opt, job.network, job.optimizer, job.precision.scaler)
         on_step({"step": step, "meters": means.state()})
+    if not means["train_loss"].count:
+        raise BadInput(f"--data_path: none of the {len(job.images)} images can be read")
     count = sum(len(index) for _, group in steps for index in group)
     return means.means() | {"learning_rate": epochs.rate_now(job.optimizer), "images_per_second":
                             count / (time.perf_counter() - began)}
 
 
 def batch_loss(opt: argparse.Namespace, job: Job, place: tuple, n: int, batch: Tensor,
-               rows: np.ndarray) -> tuple[Tensor, float]:
-    """(the loss of this rank's part `rows` of a batch of `n` images, what share of them could be
-    read, in that of all ranks); place: (epoch, step, number of the batch), from which all follows
-    that is random; batch: uint8 `[B, 3, S, S]`, the images of `rows` as they are stored."""
+               rows: np.ndarray) -> tuple[Tensor, float, float]:
+    """(the loss of this rank's part `rows` of a batch of `n` images, its weight beside those of the
+    other ranks, what share of the batch could be read); place: (epoch, step, number of the batch),
+    from which all follows that is random; batch: uint8 `[B, 3, S, S]`, the images of `rows` as they
+    are stored."""
     rng, device = epochs.generator(opt.seed, *place), batch.device
     mine = distributed.part(torch.arange(n))
     drawn = {name: value[mine] for name, value in job.recipe.draw(n, rng).items()}
@@ -72,13 +77,13 @@ def batch_loss(opt: argparse.Namespace, job: Job, place: tuple, n: int, batch: T
     noise = torch.rand(n, cells, generator=rng)[mine].to(device)
     inputs = job.recipe.train(batch, drawn)
     good = torch.from_numpy(~job.images.lost[rows])
-    everyone = distributed.mean(good.float().mean()[None].to(device), len(rows))
-    share = float(good.float().mean() / everyone.cpu().clamp(min=1e-9))
+    everyone = float(distributed.mean(good.float().mean()[None].to(device), len(rows)))
+    weight = float(good.float().mean()) / max(everyone, 1e-9)
     if good.any() and not good.all():  # all of none: the ranks step together
         inputs, noise = inputs[good.to(device)], noise[good.to(device)]
     with job.precision.autocast():
         loss, *_ = job.run(inputs, opt.mask_ratio, noise)
-    return loss.mean(), share  # DataParallel gives a loss of each GPU
+    return loss.mean(), weight, everyone  # DataParallel gives a loss of each GPU
 
 
 # ---------------------------------------------------------------- rates of the layers

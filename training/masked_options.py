@@ -12,8 +12,8 @@ IGNORED = (("--world_size", 1, "torchrun's environment says how many ranks there
            ("--dist_url", 1, "torchrun's environment says where the ranks meet"),
            ("--dist_on_itp", "?", "torchrun's environment says how many ranks there are"),
            ("--dist_eval", "?", "one rank predicts: sharded, images would count twice"),
-           ("--pin_mem", 0, "memory for a GPU is always pinned"),
-           ("--no_pin_mem", 0, "memory for a GPU is always pinned"))
+           ("--pin_mem", "?", "memory for a GPU is always pinned"),
+           ("--no_pin_mem", "?", "memory for a GPU is always pinned"))
 
 
 class Defaults(NamedTuple):

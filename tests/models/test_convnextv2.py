@@ -1,59 +1,21 @@
 """ConvNeXt V2 and FCMAE: the numbers of the public code, a plain masked network, public files."""
-import json
-import zlib
-
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import PARITY
+from parity import count, filled, fixtures, near, normal
 from timm.models.convnext import checkpoint_filter_fn
 from torch.nn import functional as F
 
 from models import convnextv2
 from models.masking import draw_order, patchify, pixel_targets, take
 
-FIXTURES = PARITY / "fcmae.json"
 SMALL = (1, 1, 2, 1), (8, 16, 24, 32)
 
 
 @pytest.fixture(scope="module")
 def fcmae():
-    if not FIXTURES.exists():
-        pytest.skip("no parity fixtures here")
-    return json.loads(FIXTURES.read_text())
-
-
-def filled(model):
-    """The model with the weights that the README of the fixtures gives."""
-    state = model.state_dict()
-    for key, value in state.items():
-        a = np.random.RandomState(zlib.crc32(key.encode()) & 0xffffffff) \
-            .standard_normal(size=tuple(value.shape))
-        if key == "mask_token":
-            a = .02 * a
-        elif key.endswith(("gamma", "beta", "bias")):
-            a = .1 * a
-        elif a.ndim == 1:
-            a = 1 + .1 * a
-        else:
-            a = a * np.sqrt(1 / np.prod(a.shape[1:]))
-        state[key] = torch.from_numpy(a)
-    model.load_state_dict(state)
-    return model.eval()
-
-
-def normal(seed, *shape):
-    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape)).float()
-
-
-def near(actual, expected, tolerance=1e-5):
-    """Whether no number is further off than the share `tolerance` of the largest."""
-    return (actual - expected).abs().max() <= tolerance * expected.abs().max()
-
-
-def count(model):
-    return sum(value.numel() for value in model.parameters())
+    return fixtures("fcmae")
 
 
 # ---------------------------------------------------------------- the public code
