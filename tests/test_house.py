@@ -128,10 +128,10 @@ def test_threads_wait_passively_unless_told_otherwise():
     code = """
 import builtins, os
 real = builtins.__import__
-def look(name, *rest):
+def look(name, *rest, **more):
     if name == "torch" and not seen:
         seen.append(os.environ.get("OMP_WAIT_POLICY"))
-    return real(name, *rest)
+    return real(name, *rest, **more)
 seen, builtins.__import__ = [], look
 import fine_tune
 print(seen)"""

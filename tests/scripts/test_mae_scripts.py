@@ -46,8 +46,9 @@ def parsed(monkeypatch):
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny():
-    """The smallest networks are smaller still."""
+    """The smallest networks are smaller still, and so are the pictures."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretraining, "SHOWN", 3)
         patch.setitem(mae.SIZES, "vit_tiny_patch16", (32, 2, 2))
         patch.setitem(convnextv2.SIZES, "convnextv2_atto", ((1, 1, 2, 1), (8, 16, 24, 32)))
         yield
@@ -257,7 +258,7 @@ def test_pretraining_leaves_its_files(before, kind, tree):
     reader = EventAccumulator(str(run)).Reload()
     shown = reader.Images("reconstructions")
     assert [image.step for image in shown] == [1, 3, 4]
-    assert (shown[0].width, shown[0].height) == (12 * 64, 4 * 64)
+    assert (shown[0].width, shown[0].height) == (3 * 64, 4 * 64)
     assert (kind == NEXT) == any("grn" in name for name in state["model"])
 
 
