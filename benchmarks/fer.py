@@ -13,11 +13,9 @@ with --amp, .90 of the model alone; RAN 1.5 times the published loop; the first 
 images within 30 seconds.
 """
 import contextlib
-import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 from functools import partial
@@ -147,12 +145,6 @@ def alone_epoch(job, images, label, steps):
 
 # ---------------------------------------------------------------- parts
 
-def warm_rounds(opt, count, ways):
-    """`measuring.rounds` after one that warms up."""
-    measuring.rounds(1, count, opt.device, ways)
-    return measuring.rounds(opt.repeats, count, opt.device, ways)
-
-
 def told(title, rates, usual="usual way"):
     """Prints rates, and the ratios to the usual way and the model alone within a round."""
     print(title)
@@ -179,7 +171,7 @@ def train(opt, folder, work):
     steps = epochs.per_epoch(opt.images, opt.batch_size)
     amp = job._replace(precision=epochs.mixed_precision(True, opt.device))
     told(f"training, ResNet-18, {opt.images} images at {opt.size} pixels, batch {opt.batch_size}",
-         warm_rounds(opt, opt.images, {
+         measuring.warm_rounds(opt.repeats, opt.images, opt.device, {
              "usual way": partial(usual_epoch, usual, descent, loader, opt.device),
              "here, float32": partial(our_epoch, run, job),
              "here, --amp": partial(our_epoch, run, amp),
@@ -203,40 +195,8 @@ def ran(opt, folder, work):
             "model alone, float32": partial(alone_epoch, job, views, label, steps),
             "model alone, --amp": partial(alone_epoch, amp, views, label, steps)}
     told(f"RAN, {k} views, {count} images at {opt.size} pixels, batch {opt.views_batch}; the "
-         f"published loop without loading", warm_rounds(opt, count, ways), "published loop")
-
-
-FIRST_STEP = """
-import sys, time
-start = time.perf_counter()
-sys.path.insert(0, {root!r})
-import util, train_FER
-from benchmarks import measuring
-from training import epochs
-import json, torch
-class Enough(Exception): pass
-def step(self, save): raise Enough
-epochs.Keeper.step = step
-try: train_FER.main({argv!r})
-except Enough: pass
-seconds = time.perf_counter() - start
-print(json.dumps([seconds, measuring.memory(torch.device("cpu"))[1]]))
-"""
-
-
-def make_tree(folder, count):
-    """A set of `count` images in class folders: links to a few, so that it takes no room."""
-    rng = np.random.default_rng(0)
-    for k in range(count):
-        place = folder / ("train" if k % 20 else "test") / str(k % N_LABEL)
-        if k < 20 * N_LABEL:
-            place.mkdir(parents=True, exist_ok=True)
-        if k < 64:
-            Image.fromarray(rng.integers(0, 256, (48, 48, 3), np.uint8)).save(place / f"{k}.jpg")
-            continue
-        j = k % 64
-        first = folder / ("train" if j % 20 else "test") / str(j % N_LABEL) / f"{j}.jpg"
-        os.link(first, place / f"{k}.jpg")
+         f"published loop without loading",
+         measuring.warm_rounds(opt.repeats, count, opt.device, ways), "published loop")
 
 
 def start(opt, _, work):
@@ -244,14 +204,11 @@ def start(opt, _, work):
           f"they are asked for")
     for count in opt.grow:
         with tempfile.TemporaryDirectory(dir=work) as folder:
-            make_tree(Path(folder) / "set", count)
+            measuring.make_tree(Path(folder) / "set", count, N_LABEL)
             argv = ["--dataset", "folder", "--data_folder", f"{folder}/set", "--save_path",
                     f"{folder}/r", "--pretrained", "none", "--size", str(opt.size), "--cache",
                     f"{folder}/cache", "--device", str(opt.device)]
-            said = subprocess.run(
-                [sys.executable, "-c", FIRST_STEP.format(root=str(ROOT), argv=argv)],
-                check=True, text=True, capture_output=True).stdout
-            seconds, peak = json.loads(said.splitlines()[-1])
+            seconds, peak = measuring.first_step("train_FER", argv)
         print(f"  {count:9,d} images  {seconds:6.1f} s  peak {peak / 2 ** 20:,.0f} MiB", flush=True)
 
 

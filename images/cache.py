@@ -17,11 +17,17 @@ from util import BadInput, replacing, write_json
 
 def stamp(paths: Iterable[str | Path], *settings) -> str:
     """Digest of files by place, size and time, and of what else their array depends on."""
-    digest = hashlib.sha256(repr(settings).encode())
+    digest, known = hashlib.sha256(repr(settings).encode()), {}  # folder → where it lies
     for path in paths:
         try:
             stat = os.stat(path)
-            digest.update(f"{Path(path).resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+            folder, name = os.path.split(path)
+            if folder not in known:  # each once: every part of it is looked at
+                known[folder] = os.path.realpath(folder)
+            place = os.path.join(known[folder], name)
+            if os.path.islink(place):
+                place = os.path.realpath(place)
+            digest.update(f"{place} {stat.st_size} {stat.st_mtime_ns}\n".encode())
         except FileNotFoundError:  # a link to nowhere; who decodes it says so
             digest.update(f"{path} missing\n".encode())
     return digest.hexdigest()

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed, trunc_normal_
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
 from models import masking
@@ -31,11 +31,46 @@ def sincos_positions(dim: int, grid: int) -> Tensor:
     return torch.cat([torch.zeros(1, dim), cells.float()])[None]
 
 
+class _Attention(Attention):
+    """timm's: all tokens are looked at, by those from the number `since` on."""
+
+    def forward(self, tokens: Tensor, since: int = 0) -> Tensor:
+        if since:
+            width = tokens.shape[-1]
+            weights, biases = (part.split([width, 2 * width])
+                               for part in (self.qkv.weight, self.qkv.bias))
+            query = F.linear(tokens[:, since:], weights[0], biases[0])
+            query, pairs = query.unflatten(-1, (self.num_heads, -1)), F.linear(
+                tokens, weights[1], biases[1]).unflatten(-1, (2, self.num_heads, -1))
+            each = query, *pairs.unbind(2)
+        else:
+            each = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        query, key, value = (one.transpose(1, 2) for one in each)  # [N, heads, L, d]
+        if query.requires_grad and query.dtype == torch.bfloat16 and query.device.type == "cpu":
+            # the gradient of the fused product takes three times as long
+            mixed = (self.scale * query @ key.transpose(2, 3)).softmax(-1) @ value
+        else:
+            mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+
+class _Block(Block):
+    """timm's, which gives the tokens from the number `since` on: only these pass the MLP."""
+
+    def __init__(self, width: int, heads: int, drop_path: float):
+        super().__init__(width, heads, qkv_bias=True, drop_path=drop_path,
+                         norm_layer=partial(nn.LayerNorm, eps=1e-6))
+        self.attn = _Attention(width, heads, qkv_bias=True)
+
+    def forward(self, tokens: Tensor, since: int = 0) -> Tensor:
+        kept = tokens[:, since:] + self.drop_path1(self.attn(self.norm1(tokens), since))
+        return kept + self.drop_path2(self.mlp(self.norm2(kept)))
+
+
 def _blocks(width: int, depth: int, heads: int, drop_path: float = 0) -> nn.ModuleList:
     """timm's blocks; the share of dropped ones rises from 0 to `drop_path`."""
     rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
-    return nn.ModuleList([Block(width, heads, qkv_bias=True, drop_path=rate, norm_layer=partial(
-        nn.LayerNorm, eps=1e-6)) for rate in rates])
+    return nn.ModuleList([_Block(width, heads, rate) for rate in rates])
 
 
 class Trunk(nn.Module):
@@ -136,22 +171,8 @@ class MAE(Trunk):
         *others, last = self.decoder_blocks
         for block in others:
             tokens = block(tokens)
-        tokens = _of_some(last, tokens, first) if self.training else last(tokens)[:, 1:]
+        tokens = last(tokens, first if self.training else 1)
         return self.decoder_pred(self.decoder_norm(tokens))
-
-
-def _of_some(block: Block, tokens: Tensor, first: int) -> Tensor:
-    """What a block of timm's gives of the tokens from `first` on: all are looked at, but only these
-    look, and only they pass the MLP."""
-    attn, asked = block.attn, block.norm1(tokens)
-    width, heads = tokens.shape[-1], attn.num_heads
-    query_weight, other_weight = attn.qkv.weight.split([width, 2 * width])
-    query_bias, other_bias = attn.qkv.bias.split([width, 2 * width])
-    query = F.linear(asked[:, first:], query_weight, query_bias).unflatten(-1, (heads, -1))
-    key, value = F.linear(asked, other_weight, other_bias).unflatten(-1, (2, heads, -1)).unbind(2)
-    mixed = F.scaled_dot_product_attention(*(one.transpose(1, 2) for one in (query, key, value)))
-    kept = tokens[:, first:] + attn.proj(mixed.transpose(1, 2).flatten(2))
-    return kept + block.mlp(block.norm2(kept))
 
 
 def create_mae(name: str, norm_pix_loss: bool = False, input_size: int = 224,
