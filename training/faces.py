@@ -246,7 +246,7 @@ def train_epoch(opt: argparse.Namespace, job: Job, epoch: int, within: dict,
                 said = said if isinstance(said, tuple) else (said, None)
                 total, values = batch_loss(opt, job, said, target, kept, everyone, weights,
                                            list(means)[2:])
-                epochs.check_loss(values, epoch, step, f"{epochs.KEPT} {opt.learning_rate:g}")
+                epochs.check_loss(values, epoch, step, epochs.kept(opt))
                 job.precision.scaler.scale(total / len(group)).backward()
             means.add(values.tolist(), int(everyone.sum()))
             if opt.relabel_epoch and epoch >= opt.relabel_epoch:
