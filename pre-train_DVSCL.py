@@ -180,7 +180,7 @@ def train(epoch, opt, pool, normalization, networks, optimizer, precision, withi
             losses[0].detach(), criterion.positive_probability(out_rgb),
             losses[1].detach(), criterion.positive_probability(out_depth)]), len(mine))
         means.add(values.tolist(), len(index))
-        epochs.check_loss(values, epoch, step, f"{epochs.KEPT} {opt.learning_rate:g}")
+        epochs.check_loss(values, epoch, step, epochs.kept(opt))
         optimizer.zero_grad(set_to_none=True)
         # gradients are averaged over ranks, whose slices may differ by one clip
         share = len(mine) * distributed.size() / len(index)

@@ -110,13 +110,14 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 class Options(argparse.Namespace):
-    """Parsed options; `free`: the names of those that may differ when a run goes on."""
-    __slots__ = ("free",)
+    """Parsed options; `free`: the names of those that may differ when a run goes on; `flags`: name
+    → the flag that sets it."""
+    __slots__ = ("flags", "free")
 
     def changed(self, **values) -> "Options":
         """A copy with other values."""
         copy = Options(**{**vars(self), **values})
-        copy.free = self.free
+        copy.flags, copy.free = self.flags, self.free
         return copy
 
 
@@ -147,11 +148,18 @@ class ArgumentParser(_Declared, argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None,
                    namespace: Options | None = None) -> Options:
         opt = super().parse_args(args, namespace or Options())
+        opt.flags = {action.dest: action.option_strings[0] for action in reversed(self._actions)
+                     if action.option_strings}
         opt.free = {action.dest for action in self._actions if getattr(action, "free", False)}
         return opt
 
     def error(self, message: str) -> None:
         self.exit(2, f"error: {message}; see --help\n")
+
+
+def flag(opt: argparse.Namespace, name: str) -> str:
+    """The flag that sets an option."""
+    return getattr(opt, "flags", {}).get(name, f"--{name}")
 
 
 def parse_set(sets: dict, description: str, argv: Sequence[str] | None = None) -> Options:

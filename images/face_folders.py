@@ -96,23 +96,44 @@ def subfolders(folder: Path) -> list[str]:
 
 def images_below(found: Found, start: str) -> list[str]:
     """Sorted paths of the images below a class folder; other files are noted, hidden ones not."""
-    images, pending = [], [start]
+    images, pending = [], [(start, ())]
     while pending:
-        at = pending.pop()
+        at, above = pending.pop()
+        above = (*above, _identity(found.folder / at))
         with os.scandir(found.folder / at) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
                 path = f"{at}/{entry.name}"
-                if entry.name.lower().endswith(SUFFIXES):
+                if not _is_utf8(entry.name):
+                    found.notes["names that are no UTF-8, left out"].append(ascii(path))
+                elif entry.name.lower().endswith(SUFFIXES):
                     images.append(path)
                 elif entry.is_dir():
-                    pending.append(path)
+                    if entry.is_symlink() and _identity(entry) in above:
+                        found.notes["links to a folder they lie in, left out"].append(path)
+                    else:
+                        pending.append((path, above))
                 else:
                     found.notes["files that are no images, left out"].append(path)
     if not images:
         found.notes["empty class folders"].append(start)
     return sorted(images)
+
+
+def _identity(place):
+    """What tells a folder from all others, by whatever links it is reached."""
+    status = os.stat(place)
+    return status.st_dev, status.st_ino
+
+
+def _is_utf8(name):
+    """Whether a name can be printed and kept: the system gives its other bytes as surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_class_folders(found: Found, splits: dict[str, tuple],

@@ -160,9 +160,10 @@ def read_unlabelled(folder: str | Path) -> FaceSet:
     if not paths:
         raise BadInput(f"{folder}: no image below it ({', '.join(face_folders.SUFFIXES)}); name "
                        f"the folder that holds them")
-    others = len(found.notes["files that are no images, left out"])
+    others = len(found.notes.pop("files that are no images, left out", ()))
     print(f"{len(paths):,} images below {folder}" + f"; {others:,} other files left out" *
           bool(others))
+    _say(found.notes)
     rendered = any((place / "rendered.json").exists() for place in (
         folder, *folder.resolve().parents[:3]))
     return FaceSet("folder", folder, ("",), paths, np.zeros(len(paths), np.int64),
@@ -200,7 +201,12 @@ def report(splits: dict[str, FaceSet], notes: dict[str, list[str]] | None = None
     for name, n in zip(train.classes, counts.get("train", ())):
         if not n:
             print(f"  warning: no training image of {name}")
-    for kind, places in (notes or {}).items():
+    _say(notes or {})
+
+
+def _say(notes: dict[str, list[str]]) -> None:
+    """Prints what is irregular: kind → the images or lines concerned."""
+    for kind, places in notes.items():
         if places:
             shown = places[:3 if "missing" in kind else 1]
             print(f"  {kind}: {len(places):,} ({', '.join(shown)}"

@@ -94,10 +94,14 @@ def load_public(model: nn.Module, path: str | Path) -> Loaded:
     missing, unexpected = sorted(ours.keys() - state.keys()), sorted(state.keys() - ours.keys())
     shapes = sorted(name for name in ours.keys() & state.keys()
                     if ours[name].shape != state[name].shape)
+    # a decoder, a norm, a head is there as a whole or not at all
+    halved = tuple(prefix for prefix in model.may_lack if any(
+        name.startswith(prefix) for name in ours.keys() & state.keys()))
     wrong = [f"{name} is missing" for name in missing if not name.startswith(model.may_lack)] \
         + [f"{name} is unknown" for name in unexpected if not name.startswith(model.may_hold)] \
         + [f"{name} has the shape {list(state[name].shape)}, not {list(ours[name].shape)}"
-           for name in shapes]
+           for name in shapes] \
+        + [f"{name} is missing" for name in missing if name.startswith(halved)]
     if wrong:
         raise BadInput(f"{path}: not of this network: {wrong[0]}"
                        + f", and {len(wrong) - 1} more" * (len(wrong) > 1)

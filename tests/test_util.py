@@ -136,3 +136,12 @@ def test_what_is_written_whole_is_on_the_disk_before_it_has_its_name(tmp_path, m
     assert order == ["flushed", "named"] * 2
     util.write_bytes(tmp_path / "a.png", b"made again in no time")
     assert order[4:] == ["named"] and not list(tmp_path.glob(".*"))
+
+
+def test_options_know_their_flags():
+    parser = util.ArgumentParser()
+    parser.add_argument_group("one").add_argument("--lr", "--rate", dest="learning_rate")
+    opt = parser.parse_args(["--lr", "1"])
+    for each in (opt, opt.changed(learning_rate=2)):
+        assert util.flag(each, "learning_rate") == "--lr"
+    assert util.flag(SimpleNamespace(), "learning_rate") == "--learning_rate"

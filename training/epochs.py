@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from training import distributed
 from training.record import Log
-from util import BadInput, RunFailed, Stopped, handled
+from util import BadInput, RunFailed, Stopped, flag, handled
 
 SAVED = "stopped and saved; go on with --resume auto"
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt (malloc.h)
@@ -288,7 +288,10 @@ class Meters(dict):
         return {name: meter.avg for name, meter in self.items()}
 
 
-KEPT = "the last checkpoint is kept; lower --learning_rate, now"
+def kept(opt: argparse.Namespace) -> str:
+    """What is said of a loss that is not finite."""
+    return f"the last checkpoint is kept; lower {flag(opt, 'learning_rate')}, now " \
+           f"{opt.learning_rate:g}"
 
 
 def check_loss(loss: Tensor, epoch: int, step: int, fix: str) -> None:

@@ -246,7 +246,7 @@ def train_epoch(opt: argparse.Namespace, job: Job, epoch: int, within: dict,
                 said = said if isinstance(said, tuple) else (said, None)
                 total, values = batch_loss(opt, job, said, target, kept, everyone, weights,
                                            list(means)[2:])
-                epochs.check_loss(values, epoch, step, f"{epochs.KEPT} {opt.learning_rate:g}")
+                epochs.check_loss(values, epoch, step, epochs.kept(opt))
                 job.precision.scaler.scale(total / len(group)).backward()
             means.add(values.tolist(), int(everyone.sum()))
             if opt.relabel_epoch and epoch >= opt.relabel_epoch:
@@ -254,7 +254,9 @@ def train_epoch(opt: argparse.Namespace, job: Job, epoch: int, within: dict,
                         everyone, epoch)
         epochs.descend(opt, job.network, job.optimizer, job.precision.scaler)
         if job.ema is not None:
-            job.ema.update(job.network, (epoch - 1) * len(groups) + step)
+            # told the number of the step, timm's takes the weights after the first one as they are
+            job.ema.update(job.network, (epoch - 1) * len(groups) + step
+                           if job.ema.use_warmup else None)
         on_step({"step": step, "meters": means.state(), "labels": began})
     if opt.relabel_epoch:
         return means.means() | {"relabelled": sum(row[-1] == epoch for row in job.relabelled)}

@@ -53,7 +53,7 @@ def train_epoch(opt: argparse.Namespace, job: Job, epoch: int, within: dict,
             total += loss.detach() * kept / len(group)
             read += share * len(index)
         total = distributed.mean(total[None], 1)
-        epochs.check_loss(total, epoch, step, f"{epochs.KEPT} {opt.learning_rate:g}")
+        epochs.check_loss(total, epoch, step, epochs.kept(opt))
         means.add(total.tolist(), round(read))
         epochs.descend(opt, job.network, job.optimizer, job.precision.scaler)
         on_step({"step": step, "meters": means.state()})

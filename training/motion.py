@@ -146,7 +146,7 @@ def train_epoch(opt: argparse.Namespace, job: Job, stage: str, epoch: int, numbe
             of_units = F.binary_cross_entropy_with_logits(units.float(), wanted)
             loss = of_units if stage == "units" else loss + opt.au_loss * of_units
             values += (of_units.detach(),)
-        epochs.check_loss(loss, epoch, step, f"{epochs.KEPT} {opt.learning_rate:g}")
+        epochs.check_loss(loss, epoch, step, epochs.kept(opt))
         means.add(values, len(piece))
         job.precision.scaler.scale(loss * len(piece) / whole).backward()
         if place + 1 < len(pieces) and pieces[place + 1][0] == step:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from training import checkpoint
-from util import BadInput, remove_leftovers, write_text
+from util import BadInput, flag, remove_leftovers, write_text
 
 # what runs did from before there was an option for it
 BEFORE = {"lr_schedule": "step", "warmup_epochs": 0, "size": 224, "contrast": "bank",
@@ -102,7 +102,7 @@ class Run:
         """
         new, free = vars(self.opt), self.opt.free | ({"epochs"} if grow else set())
         before = BEFORE | old["opt"]
-        differing = [f"--{k} {before[k]} there, {new[k]} here" for k in sorted(new)
+        differing = [f"{flag(self.opt, k)} {before[k]} there, {new[k]} here" for k in sorted(new)
                      if k in before and before[k] != new[k] and k not in free]
         if grow and before.get("epochs", 0) > new["epochs"]:
             differing.append(f"--epochs {before['epochs']} there, {new['epochs']} here: it may "

@@ -62,7 +62,7 @@ def train_epoch(opt: argparse.Namespace, job: Training, epoch: int, within: dict
         with autocast():
             logits = classifier(batch).float()  # [B, C]
         loss = classification_loss(logits, target, opt.loss, weights).mean()
-        epochs.check_loss(loss, epoch, step, f"{epochs.KEPT} {opt.learning_rate:g}, or "
+        epochs.check_loss(loss, epoch, step, f"{epochs.kept(opt)}, or "
                                              f"--encoder_lr, now {opt.encoder_lr:g}")
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()

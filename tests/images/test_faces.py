@@ -1,7 +1,9 @@
 """Sets of faces: every layout in small, what is irregular in them, decoding, landmarks."""
 import csv
+import os
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -730,3 +732,17 @@ def test_a_bare_name_of_two_splits_is_refused(tmp_path):
         faces.read_landmarks(tmp_path / "marks.csv", splits["train"], every)
     points = faces.read_landmarks(tmp_path / "marks.csv", splits["train"])
     assert np.isnan(points[:, 0, 0]).tolist() == [False, True]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take no such names")
+def test_links_in_a_circle_and_names_that_cannot_be_printed_are_left_out(tmp_path, capsys):
+    draw(tmp_path / "d/1/a", "1.png")
+    draw(tmp_path / "other", "2.png")
+    (tmp_path / "d/1/a/up").symlink_to("../..")
+    (tmp_path / "d/2").symlink_to(tmp_path / "other")  # no circle
+    (tmp_path / "d/1" / os.fsdecode(b"na\xffme.png")).touch()
+    images = faces.read_unlabelled(tmp_path / "d")
+    printed = capsys.readouterr().out
+    assert images.paths == ["1/a/1.png", "2/2.png"] and len(faces.fingerprints(images)) == 2
+    assert "lie in, left out: 1 (./1/a/up)" in printed
+    assert "no UTF-8, left out: 1 ('./1/na\\udcffme.png')" in printed

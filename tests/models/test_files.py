@@ -310,3 +310,15 @@ def test_files_that_are_none_are_refused_by_their_names(tmp_path):
         load_public(classifier(), path)
     with pytest.raises(BadInput, match=r"nowhere\.pth: no such checkpoint"):
         files.read(tmp_path / "nowhere.pth")
+
+
+def test_half_a_decoder_or_a_head_is_refused(tmp_path):
+    state = autoencoder().state_dict()
+    part = {name: value for name, value in state.items() if name != "decoder_pred.weight"}
+    with pytest.raises(BadInput, match=r"decoder_pred\.weight is missing;"):
+        load_public(autoencoder(), kept(tmp_path / "mae.pth", part))
+    load_public(classifier(), kept(tmp_path / "mae.pth", part))  # of which it takes nothing
+    state = classifier().state_dict()
+    del state["head.bias"]
+    with pytest.raises(BadInput, match=r"head\.bias is missing;"):
+        load_public(classifier(), kept(tmp_path / "vit.pth", state))

@@ -278,6 +278,8 @@ def test_a_finished_run_has_nothing_left_to_do(before, tree, capsys):
                    for path in (*run.glob("*.pth"), run / "log.jsonl")}
     said = refused(capsys, VIT, *pretraining_flags(tree), "--output_dir", run, "--mask_ratio", .5)
     assert "--mask_ratio 0.75 there, 0.5 here" in said
+    said = refused(capsys, VIT, *pretraining_flags(tree), "--output_dir", run, "--input_size", 32)
+    assert "--input_size 64 there, 32 here" in said
     said = refused(capsys, VIT, *pretraining_flags(tree), "--output_dir", run, "--auto_resume",
                    "False")
     assert "--output_dir" in said and "exists" in said

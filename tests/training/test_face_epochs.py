@@ -6,6 +6,7 @@ import pytest
 import torch
 import torchvision
 from face_tree import CLASSES, face_points, picture
+from timm.utils import ModelEmaV3
 
 from evaluation import photographs
 from images import cache, regions
@@ -82,6 +83,16 @@ def targets_of(monkeypatch):
         return loss(logits, labels, *rest)
     monkeypatch.setattr(losses, "classification_loss", noted)
     return seen
+
+
+def test_an_average_holds_of_each_step_what_its_decay_says():
+    job = job_of(source_of(face_set(7)), ema=None)
+    before = [part.detach().clone() for part in job.network.parameters()]
+    average = ModelEmaV3(job.network, .75)
+    run_epoch(options(), job._replace(ema=average))  # of one step
+    for old, new, mean in zip(before, job.network.parameters(), average.module.parameters()):
+        assert torch.allclose(mean, .75 * old + .25 * new, atol=1e-7)
+    assert not torch.equal(before[0], next(job.network.parameters()))
 
 
 # ---------------------------------------------------------------- relabelling
