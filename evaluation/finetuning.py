@@ -1,5 +1,7 @@
 """A pre-trained ViT or ConvNeXt V2 fine-tuned on labelled faces: flags, network, run."""
 import argparse
+import re
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,11 +16,11 @@ from images import faces as sets
 from models import files, load_public
 from models.convnextv2 import CONVNEXT_NAMES, create_convnextv2
 from models.mae import MAE_NAMES, PATCH, VIT_NAMES, create_vit
-from training import distributed, epochs, faces, masked, masked_options, options, record
+from training import checkpoint, distributed, epochs, faces, masked, masked_options, options, record
 from util import ArgumentParser, BadInput, number
 
 BICUBIC = Image.Resampling.BICUBIC
-LOW = 0.08  # least area of the random resized crop
+HEAD = re.compile(r"(^|\.)head\.(fc\.)?(weight|bias)$")  # of other classes, or in another order
 SHARE = 0.009  # of the initial weights in the average at the end, with --model_ema_decay auto
 # what train_FER.py has flags for, and fine-tuning leaves out
 WITHOUT = {"noise": 0.0, "rank_margin": 0.0, "region_margin": 0.0, "relabel_epoch": 0,
@@ -100,6 +102,9 @@ def add_augmentation_options(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("augmentation")
     group.add_argument("--aa", metavar="POLICY", default="rand-m9-mstd0.5-inc1",
                        help="RandAugment in timm's words, or none")
+    group.add_argument("--crop_low", type=number(float, 0, 1, low_open=True), default=0.08,
+                       help="least area of the random resized crop, as a share; nearer to 1 where "
+                            "images and epochs are few")
     group.add_argument("--reprob", type=number(float, 0, 1), default=0.25,
                        help="probability of random erasing")
     group.add_argument("--remode", choices=("pixel", "rand", "const"), default="pixel",
@@ -138,6 +143,17 @@ def parse_option(doc: str, argv: list[str], data_set: str,
     add_options(parser, data_set, path)
     parser.set_defaults(**WITHOUT)
     opt = parser.parse_args(argv)
+    if opt.eval and opt.resume in (None, "auto"):
+        parser.error("--eval goes with --resume FILE")
+    if opt.eval:  # what the checkpoint was trained with need not be said again
+        state = checkpoint.load(opt.resume)
+        if state.get("system") != "MAE":
+            raise BadInput(f"--resume {opt.resume}: not a checkpoint of this script")
+        old = state["opt"]
+        follows = opt.free | ({"learning_rate"} if old.get("blr") is not None else set())
+        parser.set_defaults(**{name: value for name, value in old.items()
+                               if hasattr(opt, name) and name not in follows})
+        opt = parser.parse_args(argv)
     convnext = masked_options.is_convnext(opt.model)
     masked_options.settle(parser, opt, masked_options.FINETUNE[convnext])
     for name, ours in (("drop_path", (0.1, 0.0)), ("layer_decay", (0.75, 1.0))):
@@ -156,10 +172,10 @@ def parse_option(doc: str, argv: list[str], data_set: str,
         parser.error(f"--loss {opt.loss} takes labels, which --mixup and --cutmix mix")
     if opt.model_ema_eval and not opt.model_ema:
         parser.error("--model_ema_eval goes with --model_ema")
-    if opt.eval and opt.resume in (None, "auto"):
-        parser.error("--eval goes with --resume FILE")
-    if opt.tricks and any(str(word).partition("=")[0] == "--aa" for word in argv):
-        parser.error("--tricks and --aa exclude each other")
+    words = [str(word).partition("=")[0] for word in argv]
+    for flag in ("--aa", "--crop_low"):
+        if opt.tricks and flag in words:
+            parser.error(f"--tricks and {flag} exclude each other")
     try:
         recipe_of(opt).draw(1, torch.Generator())
     except ValueError as error:
@@ -174,7 +190,8 @@ def mixes(opt: argparse.Namespace) -> bool:
 
 def recipe_of(opt: argparse.Namespace) -> crops.Recipe:
     """What training changes in an image, and how it is seen without that."""
-    return crops.Recipe(opt.size, LOW, True, "" if opt.tricks or opt.aa == "none" else opt.aa,
+    policy = "" if opt.tricks or opt.aa == "none" else opt.aa
+    return crops.Recipe(opt.size, opt.crop_low, True, policy,
                         (opt.reprob, opt.remode, opt.recount), opt.tricks)
 
 
@@ -187,12 +204,18 @@ def create_network(opt: argparse.Namespace, n_label: int) -> nn.Module:
     return create_vit(opt.model, n_label, opt.global_pool, opt.drop_path, opt.size)
 
 
-def set_model(opt: argparse.Namespace, n_label: int, device: torch.device) -> nn.Module:
-    """The network on its device, started from --finetune; raises BadInput."""
+def set_model(opt: argparse.Namespace, n_label: int, device: torch.device,
+              resumed: bool = False) -> nn.Module:
+    """The network on its device, started from --finetune, with a new head, unless it is `resumed`;
+    raises BadInput."""
     torch.manual_seed(opt.seed)
     network = create_network(opt, n_label)
-    if opt.finetune:
-        loaded, missing, unexpected = load_public(network, opt.finetune)
+    if opt.finetune and not resumed:
+        state = files.read(opt.finetune)
+        own = isinstance(state, dict) and state.get("system") == "MAE"
+        weights = faces.predicting(state)[1] if own else files.load_weights(opt.finetune)
+        loaded, missing, unexpected = load_public(network, opt.finetune, {
+            name: value for name, value in weights.items() if not HEAD.search(name)})
         others = sorted({name.split(".")[0] for name in unexpected})
         print(f"--finetune {opt.finetune}: {len(loaded)} of {len(loaded) + len(missing)} tensors "
               f"loaded" + f", not {', '.join(missing)}" * bool(missing)
@@ -255,7 +278,8 @@ def saw_test(path: str, test: sets.FaceSet) -> bool | None:
     their files' names and lengths; None where the checkpoint does not say."""
     if not path:
         return False
-    seen = files.read(path).get("seen_images")
+    state = files.read(path) if Path(path).exists() else None  # it may be gone by now
+    seen = state.get("seen_images") if isinstance(state, dict) else None
     if seen is None:
         return None
     count = int(np.isin(sets.fingerprints(test), seen.numpy()).sum())
@@ -273,7 +297,7 @@ def finetune(opt: argparse.Namespace, argv: list[str], script: str) -> dict | No
         sources = set_loader(opt)
         fit = fitting.Fit(record.Run(opt.save_path, "", opt), sources, "MAE")
         n_label = fit.faces.n_label
-        network = set_model(opt, n_label, device)
+        network = set_model(opt, n_label, device, fit.resume is not None)
         fit.begin(network, set_optimizer(opt, network), mixup=set_mixup(opt, n_label),
                   average=set_average(opt, network, len(fit.members)))
         header = fit.read_only(argv, script) if opt.eval else fit.run_epochs(argv, script)

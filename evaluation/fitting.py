@@ -222,6 +222,8 @@ class Fit:
         files = {"checkpoint": "last.pth", "results": "results.json",
                  "predictions": "predictions.csv", "confusion": "confusion.png",
                  "mistakes": "mistakes.png", "curves": "curves.png", "log": "log.jsonl"}
+        if getattr(opt, "eval", False):
+            del files["checkpoint"]
         if opt.relabel_epoch:
             details["relabelling"] = photographs.relabelling(self.labels, job)
             photographs.write_relabelled(run.folder / "relabelled.csv", self.faces,

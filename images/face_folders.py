@@ -107,7 +107,7 @@ def images_below(found: Found, start: str) -> list[str]:
                 path = f"{at}/{entry.name}"
                 if not _is_utf8(entry.name):
                     found.notes["names that are no UTF-8, left out"].append(ascii(path))
-                elif entry.name.lower().endswith(SUFFIXES):
+                elif entry.name.lower().endswith(SUFFIXES) and not entry.is_dir():
                     images.append(path)
                 elif entry.is_dir():
                     if entry.is_symlink() and _identity(entry) in above:

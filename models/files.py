@@ -71,14 +71,17 @@ class Loaded(NamedTuple):
     unexpected: list[str]
 
 
-def load_public(model: nn.Module, path: str | Path) -> Loaded:
+def load_public(model: nn.Module, path: str | Path,
+                state: dict[str, Tensor] | None = None) -> Loaded:
     """Loads what a file holds of an autoencoder, or of a classifier made from one.
 
-    Public files of MAE, MAE-SFER, FCMAE (dense and sparse) and timm, and these scripts'. Positions
-    of another grid are interpolated; a last layer for other classes is passed over. Raises BadInput
-    for any name missing or unknown beyond the decoder's and the last layers'.
+    Public files of MAE, MAE-SFER, FCMAE (dense and sparse) and timm, and these scripts'; state: the
+    file's tensors, where they are read already, or some of them. Positions of another grid are
+    interpolated; a last layer for other classes is passed over. Raises BadInput for any name
+    missing or unknown beyond the decoder's and the last layers'.
     """
-    state = {name.removeprefix("module."): value for name, value in load_weights(path).items()}
+    state = {name.removeprefix("module."): value for name, value in
+             (load_weights(path) if state is None else state).items()}
     ours = model.state_dict()
     if hasattr(model, "pos_embed"):
         for name in ("pos_embed", "decoder_pos_embed"):

@@ -146,6 +146,7 @@ def settle(parser: ArgumentParser, opt: argparse.Namespace, default: Defaults) -
             setattr(opt, name, getattr(default, name))
     if opt.warmup_epochs is None:
         opt.warmup_epochs = min(float(default.warmup_epochs), opt.epochs / 4)
+        opt.free.add("warmup_epochs")  # it follows from --epochs, which may grow
     if opt.warmup_epochs >= opt.epochs:
         parser.error(f"argument --warmup_epochs: {opt.warmup_epochs:g}, of {opt.epochs} --epochs")
     if opt.learning_rate is None:

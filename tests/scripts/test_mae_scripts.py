@@ -206,7 +206,7 @@ def test_flags_of_pretraining(parsed, kind, flags, expected):
     (["--oversample", "False"], {"oversample": False}), (["--tta_flip"], {"tta_flip": True}),
     (["--cutmix_minmax", .2, .8], {"cutmix_minmax": [.2, .8]}),
     (["--model_ema", "--model_ema_decay", "auto"], {"model_ema_decay": "auto"}),
-    (["--eval", "True", "--resume", "x.pth"], {"eval": True}), (["--aa", "none"], {"aa": "none"})])
+    (["--aa", "none"], {"aa": "none"})])
 def test_flags_of_fine_tuning(parsed, flags, expected):
     opt = parsed(TUNE, "--data_path", "d", *flags)
     for name, value in expected.items():
@@ -408,7 +408,9 @@ def test_a_fine_tuned_convnext_leaves_its_results(tuned):
 def test_evaluation_repeats_the_predictions(tuned, kind, tmp_path):
     flags, run = tuned[kind]
     old = {path.name: path.read_bytes() for path in run.glob("*.pth")}
-    call(TUNE, *flags, "--eval", "--resume", run / "last.pth", "--output_dir", tmp_path / "again")
+    data = flags[flags.index("--data_path") + 1]  # all else stands in the checkpoint
+    call(TUNE, "--data_path", data, "--cache", "off", "--eval", "--resume", run / "last.pth",
+         "--output_dir", tmp_path / "again")
     assert (tmp_path / "again/predictions.csv").read_bytes() == (
         run / "predictions.csv").read_bytes()
     again, first = results(tmp_path / "again"), results(run)
@@ -510,7 +512,8 @@ def test_bad_flags_of_pretraining_are_refused_in_one_line(tree, tmp_path, capsys
     (NEXT, ["--finetune", "VIT"], "not of this network"),
     (VIT, ["--model", "mae_vit_small_patch16", "--finetune", "VIT"], "not of this network"),
     (VIT, ["--select", "val", "--val_fraction", 0], "--val_fraction above 0"),
-    (VIT, ["--eval", "--resume", "VIT"], "other options or data"),
+    (VIT, ["--eval", "--resume", "VIT"], "not a checkpoint of this script"),
+    (VIT, ["--eval", "--resume", "none.pth"], "none.pth: no such checkpoint"),
     (VIT, ["--batch_size", 100], "a step takes 100 images")])
 def test_bad_flags_of_fine_tuning_are_refused_in_one_line(tree, before, tmp_path, capsys, kind,
                                                           more, expected):
