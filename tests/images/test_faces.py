@@ -735,6 +735,12 @@ def test_a_bare_name_of_two_splits_is_refused(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems take no such names")
+def test_a_folder_named_like_an_image_is_looked_into(tmp_path):
+    (tmp_path / "d" / "b.jpg").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "d" / "b.jpg" / "a.png")
+    assert faces.read_unlabelled(tmp_path / "d").paths == ["b.jpg/a.png"]
+
+
 def test_links_in_a_circle_and_names_that_cannot_be_printed_are_left_out(tmp_path, capsys):
     draw(tmp_path / "d/1/a", "1.png")
     draw(tmp_path / "other", "2.png")

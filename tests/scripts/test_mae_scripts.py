@@ -421,6 +421,23 @@ def test_evaluation_repeats_the_predictions(tuned, kind, tmp_path):
     assert old == {path.name: path.read_bytes() for path in run.glob("*.pth")}
 
 
+def test_a_run_is_gone_on_from_by_the_weights_that_predicted_with_a_new_head(tuned):
+    flags, run = tuned[NEXT]
+    chosen = torch.load(run / "last.pth", weights_only=True)["best"]["model"]
+    opt = finetuning.parse_option("", [str(flag) for flag in (
+        *flags, "--finetune", run / "last.pth")], "rafdb", None)
+    network = finetuning.set_model(opt, len(chosen["head.bias"]), torch.device("cpu"))
+    for name, value in network.state_dict().items():
+        # of as many classes, but perhaps others
+        assert torch.equal(value, chosen[name]) != name.startswith("head."), name
+
+
+def test_a_longer_run_of_derived_warm_up_goes_on(before, tree, tmp_path):
+    call(VIT, *pretraining_flags(tree, VIT), "--output_dir", tmp_path / "r", "--epochs", 1)
+    call(VIT, *pretraining_flags(tree, VIT), "--output_dir", tmp_path / "r", "--epochs", 2)
+    assert [line["epoch"] for line in record.read_log(tmp_path / "r")[1:]] == [1, 2]
+
+
 def test_fine_tuning_that_was_stopped_goes_on_to_the_same(tuned, tmp_path, monkeypatch):
     flags, run = tuned[VIT]
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
