@@ -30,11 +30,11 @@ from evaluation import finetuning
 from images import faces
 
 LABELS = (100, 300, 1000, 0)  # 0: all
-FEWEST, MOST, SEEN = 6, 40, 6000  # epochs of fine-tuning, and the images seen that they aim at
+FEWEST, MOST, SEEN = 8, 30, 5000  # epochs of fine-tuning, and the images seen that they aim at
 LIST = "EmoLabel/list_patition_label.txt"  # RAF-DB's spelling
-# of each: model, side in pixels, script of its pre-training, --blr of that
+# of each: model, side in pixels, script of its pre-training, rate of fine-tuning
 NETWORKS = {
-    "ViT": ("vit_tiny_patch16", 112, "main_pretrain.py", "1e-3"),
+    "ViT": ("vit_tiny_patch16", 112, "main_pretrain.py", "5e-4"),
     "ConvNeXt V2": ("convnextv2_atto", 128, "main_pretrain_convnextv2.py", "1e-3")}
 
 
@@ -49,7 +49,7 @@ def parse_option(argv):
     parser.add_argument("--test", type=util.number(int, 100), default=600, help="test images")
     parser.add_argument("--pool", type=util.number(int, 100), default=3000,
                         help="images more to pre-train on")
-    parser.add_argument("--epochs", type=util.positive_int, default=30,
+    parser.add_argument("--epochs", type=util.positive_int, default=20,
                         help="of pre-training")
     parser.add_argument("--seeds", type=util.positive_int, default=3, help="of everything else")
     parser.add_argument("--processes", type=util.positive_int, default=os.cpu_count(),
@@ -112,29 +112,29 @@ class Bench(Rows):
 
     def pretrain(self, network):
         """The checkpoint of a network's pre-training."""
-        model, size, script, rate = NETWORKS[network]
+        model, size, script, _ = NETWORKS[network]
         root, last = self.work / "pretrained" / model, self.opt.epochs - 1
         if not (root / f"checkpoint-{last}.pth").exists():
             self.run(script, root, "--model", f"mae_{model}" if network == "ViT" else model,
-                     "--input_size", size, "--decoder_embed_dim", 128, "--batch_size", 64,
-                     "--blr", rate, "--epochs", self.opt.epochs, "--data_path", self.images,
+                     "--input_size", size, "--decoder_embed_dim", 128, "--batch_size", 32,
+                     "--lr", "1e-3", "--epochs", self.opt.epochs, "--data_path", self.images,
                      "--norm_pix_loss", "--cache", self.work / "cache", *(
                          ("--decoder_depth", 2) if network == "ViT" else ()))
         return root / f"checkpoint-{last}.pth"
 
     def finetune(self, network, started, n, seed):
         """The folder of one run; started: its pre-training, or None: from scratch."""
-        model, size, *_ = NETWORKS[network]
+        model, size, _, rate = NETWORKS[network]
         kind = "pretrained" if started else "scratch"
         root = self.work / "results" / f"{model}_{kind}" / f"{n or 'all'}_{seed}"
         many = n or self.opt.train
         if not (root / "results.json").exists():
             self.run("main_finetune.py", root, "--model", model, "--input_size", size,
                      "--data_set", "rafdb", "--data_path", self.subset(n, seed), "--cache", "off",
-                     "--batch_size", 16, "--lr", "1e-3", "--epochs",
-                     min(MOST, max(FEWEST, SEEN // many)), "--val_fraction", 0, "--tricks",
-                     "--reprob", 0, "--seed", seed, *(
-                         ("--finetune", started.result(), "--layer_decay", 0.75) if started
+                     "--batch_size", 16, "--lr", rate, "--epochs",
+                     min(MOST, max(FEWEST, SEEN // many)), "--val_fraction", 0, "--aa", "none",
+                     "--crop_low", 0.7, "--reprob", 0, "--head_init_scale", 1, "--seed", seed, *(
+                         ("--finetune", started.result(), "--layer_decay", 0.9) if started
                          else ("--layer_decay", 1)))
         return root
 

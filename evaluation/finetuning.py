@@ -94,6 +94,10 @@ def add_model_options(parser: ArgumentParser) -> None:
                               help="ViT: classify the mean of the patches' tokens")
     model.add_argument("--cls_token", action="store_false", dest="global_pool",
                        help="ViT: classify the class token")
+    model.add_argument("--head_init_scale", type=number(float, 0, 1, low_open=True), default=0.001,
+                       help="of the new head's weights, normal with deviation .02; as published, "
+                            "they leave the network without a gradient for hundreds of steps: 1 "
+                            "where images and epochs are few")
     model.add_argument("--drop_path", type=number(float, 0, 0.9),
                        help="share of dropped blocks, rising from 0 to this [0.1; 0 ConvNeXt V2]")
 
@@ -210,6 +214,8 @@ def set_model(opt: argparse.Namespace, n_label: int, device: torch.device,
     raises BadInput."""
     torch.manual_seed(opt.seed)
     network = create_network(opt, n_label)
+    with torch.no_grad():
+        network.head.weight *= opt.head_init_scale / 0.001  # which it has as published
     if opt.finetune and not resumed:
         state = files.read(opt.finetune)
         own = isinstance(state, dict) and state.get("system") == "MAE"
