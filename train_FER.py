@@ -17,7 +17,7 @@ from images import faces as sets
 from images import regions
 from models.ran import NETWORKS, create_network
 from models.scn import ARCHITECTURES
-from training import checkpoint, distributed, epochs, faces, losses, options, record
+from training import checkpoint, distributed, epochs, faces, losses, options, pretrained, record
 from util import BadInput, number, positive_int, read_table
 
 RATES = {"adamw": 2e-4, "adam": 1e-3, "sgd": 1e-2, "rmsprop": 1e-3}
@@ -287,11 +287,11 @@ def set_model(opt, n_label, device, start=None):
     network = create_network(opt.model, n_label, opt.arch, opt.drop_rate, opt.gaussian,
                              opt.bn_per_view)
     if start:
-        which, weights = faces.predicting(start)
+        which, weights = pretrained.predicting(start)
         checkpoint.load_model(network, start | {"model": weights}, opt.model_path, opt.model)
         print(f"--model_path {opt.model_path}: all {len(weights)} tensors loaded, {which} weights")
     else:
-        faces.load_backbone(network, opt.pretrained, opt.arch)
+        pretrained.load_backbone(network, opt.pretrained, opt.arch)
     network.features.requires_grad_(not opt.freeze_backbone)
     return network.to(device, memory_format=torch.channels_last)
 

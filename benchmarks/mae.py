@@ -215,11 +215,9 @@ def set_job(opt, part, count, *flags):
         "--data_path", os.devnull, "--output_dir", os.devnull, "--input_size", opt.size, *flags)])
     torch.manual_seed(0)
     network = SCRIPTS[part].set_model(run).to(opt.device, memory_format=torch.channels_last)
-    groups = [{**group, "base": run.learning_rate} for group in masked.decay_groups(
-        network, run.weight_decay)]
-    optimizer = torch.optim.AdamW(groups, run.learning_rate, betas=(0.9, 0.95), fused=True)
     return run, masked.Job(network, network, stand_in(count, opt.size),
-                           crops.Recipe(opt.size, pretraining.LOW), optimizer,
+                           crops.Recipe(opt.size, pretraining.LOW),
+                           masked.set_optimizer(run, network),
                            epochs.mixed_precision(False, opt.device))
 
 

@@ -16,7 +16,17 @@ from images import faces as sets
 from models import files, load_public
 from models.convnextv2 import CONVNEXT_NAMES, create_convnextv2
 from models.mae import MAE_NAMES, PATCH, VIT_NAMES, create_vit
-from training import checkpoint, distributed, epochs, faces, masked, masked_options, options, record
+from training import (
+    checkpoint,
+    distributed,
+    epochs,
+    faces,
+    masked,
+    masked_options,
+    options,
+    pretrained,
+    record,
+)
 from util import ArgumentParser, BadInput, number
 
 BICUBIC = Image.Resampling.BICUBIC
@@ -219,7 +229,7 @@ def set_model(opt: argparse.Namespace, n_label: int, device: torch.device,
     if opt.finetune and not resumed:
         state = files.read(opt.finetune)
         own = isinstance(state, dict) and state.get("system") == "MAE"
-        weights = faces.predicting(state)[1] if own else files.load_weights(opt.finetune)
+        weights = pretrained.predicting(state)[1] if own else files.load_weights(opt.finetune)
         loaded, missing, unexpected = load_public(network, opt.finetune, {
             name: value for name, value in weights.items() if not HEAD.search(name)})
         others = sorted({name.split(".")[0] for name in unexpected})

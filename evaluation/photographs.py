@@ -218,7 +218,7 @@ def draw_importance(path: Path, source: faces.Source, kept: np.ndarray, labels: 
         rows.append((caption, np.stack([source.images[int(i)] for i in kept[chosen]]),
                      [f"{importance[k]:.3f}\n{source.faces.classes[labels[kept[k]]]}"
                       for k in chosen]))
-    pictures.draw_importance(path, rows, f"importance of {n} training images, with the label given"
+    pictures.draw_rows(path, rows, f"importance of {n} training images, with the label given"
                              + "; rendered stand-in data" * source.faces.rendered)
 
 

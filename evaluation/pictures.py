@@ -255,8 +255,8 @@ def face_panels(faces: np.ndarray, maps: list) -> list[list[Panel]]:
             for face, own in zip(faces.transpose(0, 2, 3, 1), maps)]
 
 
-def draw_importance(path: Path, rows: list[tuple], title: str = "") -> None:
-    """Images laid out in rows by their importance: rows: (caption, images uint8 `[M, 3, S, S]`,
+def draw_rows(path: Path, rows: list[tuple], title: str = "") -> None:
+    """Images laid out in rows: rows: (caption, images uint8 `[M, 3, S, S]`,
     texts of each)."""
     across = max((len(images) for _, images, _ in rows), default=1)
     size = across * (PANEL + GAP) + 0.4, len(rows) * (PANEL + 0.75) + 0.5

@@ -82,12 +82,9 @@ def pretrain(opt: argparse.Namespace, argv: list[str], script: str, create: Call
         images, stored = load_images(opt)
         torch.manual_seed(opt.seed)
         network = create(opt).to(device, memory_format=torch.channels_last)
-        groups = [{**group, "base": opt.learning_rate} for group in masked.decay_groups(
-            network, opt.weight_decay)]
-        optimizer = torch.optim.AdamW(groups, opt.learning_rate, betas=(0.9, 0.95), fused=True)
         precision = epochs.mixed_precision(opt.amp, device)
         job = masked.Job(network, distributed.wrap(network, device, precision.autocast), stored,
-                         crops.Recipe(opt.size, LOW), optimizer, precision)
+                         crops.Recipe(opt.size, LOW), masked.set_optimizer(opt, network), precision)
         Pretraining(run, job, images).run_epochs(argv, script, resume)
 
 
@@ -187,6 +184,6 @@ def _pixels(patches, side):
 
 def draw(path: Path, rows: dict[str, np.ndarray], names: list[str], title: str) -> None:
     """The rows of `reconstructions` below one another, with the names of the images."""
-    pictures.draw_importance(path, [
+    pictures.draw_rows(path, [
         (caption, images, names if caption == "image" else [""] * len(names))
         for caption, images in rows.items()], title)

@@ -21,7 +21,7 @@ from images.faces import FaceSet
 from models.ran import create_network
 from prediction.clips import table
 from preparation import detection, photographs, registration
-from training import epochs, faces
+from training import epochs, faces, pretrained
 from util import BadInput, write_table
 
 AT_ONCE = 256  # faces that are held in memory
@@ -43,7 +43,7 @@ def load(path: str | Path, state: dict) -> nn.Module:
         n_label = len(state["classes"])
         network = create_network(opt["model"], n_label, opt["arch"], 0, opt["gaussian"]) \
             if of_fer else finetuning.create_network(argparse.Namespace(**opt), n_label)
-        network.load_state_dict(faces.predicting(state)[1])
+        network.load_state_dict(pretrained.predicting(state)[1])
         util.ensure(opt["size"] >= 32 and isinstance(opt["tta_flip"], bool))
         util.ensure(opt["views"] if of_fer else opt["model"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):

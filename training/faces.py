@@ -1,14 +1,11 @@
-"""One supervised epoch of a network on face images, what it predicts, and what it starts from."""
+"""One supervised epoch of a network on face images, and what it predicts."""
 import argparse
-import pickle
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torchvision
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -16,8 +13,6 @@ from torch import Tensor, nn
 from images import cache, photos, regions
 from images.crops import Recipe
 from images.faces import FaceSet
-from models import files
-from models.scn import PARTS
 from training import distributed, epochs, losses
 from training.supervised import draw_order
 from util import BadInput
@@ -313,72 +308,3 @@ def predict(network: nn.Module, source: Source, members: np.ndarray, autocast: C
         raise BadInput(f"{source.faces.folder}: no image of {len(members)} can be read")
     return (np.concatenate(kept), np.concatenate(probabilities),
             np.concatenate(importances) if importances else None)
-
-
-# ---------------------------------------------------------------- what a network starts from
-
-def canonical(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under the names of `models.scn`, whose ever they were: torchvision's, MS1M's and
-    RAN's (`conv1`, `layer1`…), with or without `module.`."""
-    numbers = {name: f"features.{i}" for i, name in enumerate(PARTS)}
-    plain = {name.removeprefix("module."): value for name, value in state.items()}
-    return {".".join([numbers.get(name.split(".")[0], name.split(".")[0]),
-                      *name.split(".")[1:]]): value for name, value in plain.items()}
-
-
-def imagenet_weights(arch: str) -> dict[str, Tensor]:
-    """torchvision's weights of ImageNet; raises BadInput where they cannot be had."""
-    weights = torchvision.models.get_model_weights(arch).IMAGENET1K_V1
-    place = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-    try:
-        return weights.get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        reason = (str(error) or "the file is empty").splitlines()[0]
-        raise BadInput(f"--pretrained imagenet: {weights.url} cannot be had ({reason}); put it at "
-                       f"{place}, or give --pretrained none to train from scratch") from None
-
-
-def predicting(state: dict) -> tuple[str, dict[str, Tensor]]:
-    """(what they are, the weights) that predicted the test split of a run of these scripts, of its
-    checkpoint: the chosen epoch's, the average, or those of the last step."""
-    if state["opt"]["select"] == "val" and state["best"]["model"]:
-        return "the chosen epoch's", state["best"]["model"]
-    if state["ema"] and not state.get("beside"):
-        return "the average's", {name.removeprefix("module."): value
-                                 for name, value in state["ema"].items()}
-    return "the last step's", state["model"]
-
-
-def load_backbone(network: nn.Module, pretrained: str, arch: str) -> None:
-    """Starts the backbone from `pretrained`: none, imagenet, or a file of torchvision's, MS1M's,
-    SCN's, RAN's or these scripts' naming. Prints what was loaded; raises BadInput where nothing
-    was, or where it is another network."""
-    if pretrained == "none":
-        return
-    if pretrained == "imagenet":
-        state = imagenet_weights(arch)
-    else:
-        state = files.load_weights(pretrained)
-        own = files.read(pretrained)
-        if own.get("system") == "FER":
-            which, state = predicting(own)
-            print(f"{pretrained}: {which} weights")
-    state = canonical(state)
-    ours = {name: value for name, value in network.state_dict().items()
-            if name.startswith("features.")}
-    wrong = sorted(name for name in ours.keys() & state.keys()
-                   if ours[name].shape != state[name].shape)
-    found = ours.keys() & state.keys()
-    if wrong or not found:
-        raise BadInput(f"--pretrained {pretrained}: "
-                       + (f"not of {arch}: {wrong[0]} has the shape {list(state[wrong[0]].shape)}"
-                          if wrong else f"none of its {len(state)} tensors belongs to a ResNet "
-                          f"({next(iter(state), 'it is empty')} the first)")
-                       + "; name another file, or give --pretrained none")
-    network.load_state_dict({name: state[name] for name in found}, strict=False)
-    counted = {name for name in ours if not name.endswith("num_batches_tracked")}
-    missing = sorted(counted - found)
-    others = sorted({name.split(".")[0] for name in state.keys() - ours.keys()})
-    print(f"--pretrained {pretrained}: {len(counted & found)} of {len(counted)} tensors of the "
-          f"backbone loaded" + f", not {', '.join(missing[:3])}" * bool(missing)
-          + f"; not taken: {', '.join(others[:6])}" * bool(others))

@@ -142,3 +142,10 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     parts = [part for part in model.parameters() if part.requires_grad]
     return [{"params": [part for part in parts if part.ndim <= 1], "weight_decay": 0.0},
             {"params": [part for part in parts if part.ndim > 1], "weight_decay": weight_decay}]
+
+
+def set_optimizer(opt: argparse.Namespace, network: nn.Module) -> torch.optim.AdamW:
+    """AdamW of pre-training, in one pass over all weights."""
+    groups = [{**group, "base": opt.learning_rate}
+              for group in decay_groups(network, opt.weight_decay)]
+    return torch.optim.AdamW(groups, opt.learning_rate, betas=(0.9, 0.95), fused=True)

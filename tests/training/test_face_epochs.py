@@ -13,7 +13,7 @@ from images import cache, regions
 from images.faces import FaceSet
 from models.ran import RAN
 from models.scn import SCN, Baseline
-from training import checkpoint, epochs, faces, losses
+from training import checkpoint, epochs, faces, losses, pretrained
 from util import BadInput
 
 SIDE = 32
@@ -294,7 +294,7 @@ def named_as(kind, source):
                                       "module.fc.weight": torch.zeros(8, 1024)}}
     ours = SCN(7)
     ours.features.load_state_dict({
-        k.removeprefix("features."): v for k, v in faces.canonical(state).items()
+        k.removeprefix("features."): v for k, v in pretrained.canonical(state).items()
         if k.startswith("features.")})
     if kind == "scn":
         return {"model_state_dict": ours.state_dict()}
@@ -309,7 +309,7 @@ def test_every_kind_of_checkpoint_starts_the_backbone(kind, tmp_path, capsys):
     whole = torchvision.models.resnet18()
     torch.save(named_as(kind, whole), tmp_path / "start.pth")
     network = RAN(7)
-    faces.load_backbone(network, str(tmp_path / "start.pth"), "resnet18")
+    pretrained.load_backbone(network, str(tmp_path / "start.pth"), "resnet18")
     said = capsys.readouterr().out
     assert "100 of 100 tensors of the backbone loaded" in said
     assert torch.equal(network.features[0].weight, whole.conv1.weight)
@@ -323,12 +323,12 @@ def test_what_is_no_such_backbone_is_refused_by_name(tmp_path, capsys):
     for name, said in (("fifty", "not of resnet18"), ("other", "none of its 1 tensors"),
                        ("missing", "no such checkpoint")):
         with pytest.raises(BadInput, match=said) as error:
-            faces.load_backbone(Baseline(7), str(tmp_path / f"{name}.pth"), "resnet18")
+            pretrained.load_backbone(Baseline(7), str(tmp_path / f"{name}.pth"), "resnet18")
         assert f"{name}.pth" in str(error.value)
     partly = {k: v for k, v in torchvision.models.resnet18().state_dict().items()
               if not k.startswith("layer4")}
     torch.save(partly, tmp_path / "part.pth")
-    faces.load_backbone(Baseline(7), str(tmp_path / "part.pth"), "resnet18")
+    pretrained.load_backbone(Baseline(7), str(tmp_path / "part.pth"), "resnet18")
     assert "75 of 100" in capsys.readouterr().out
 
 
@@ -339,7 +339,7 @@ def test_a_damaged_file_of_imagenets_weights_is_told_so(content, tmp_path, monke
     place.parent.mkdir(parents=True)
     place.write_bytes(content)
     with pytest.raises(BadInput, match="--pretrained none"):
-        faces.load_backbone(Baseline(7), "imagenet", "resnet18")
+        pretrained.load_backbone(Baseline(7), "imagenet", "resnet18")
 
 
 def test_weights_of_imagenet_that_cannot_be_had_are_told_where_to_get(monkeypatch):
@@ -347,7 +347,7 @@ def test_weights_of_imagenet_that_cannot_be_had_are_told_where_to_get(monkeypatc
         raise OSError("no route to host")
     monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", offline)
     with pytest.raises(BadInput, match=r"download.pytorch.org.*--pretrained none"):
-        faces.load_backbone(Baseline(7), "imagenet", "resnet18")
+        pretrained.load_backbone(Baseline(7), "imagenet", "resnet18")
 
 
 # ---------------------------------------------------------------- what is held out

@@ -398,5 +398,6 @@ def test_two_ranks_pretrain_to_the_weights_of_one(tmp_path):
         change = value - before[name]
         moved += bool(change.norm() > 0)
         # no loss depends on the keys' biases: AdamW makes steps of what their gradients are off 0
-        assert (two["model"][name] - value).norm() <= 1e-2 * change.norm(), name
+        limit = 1e-2 if name.endswith("qkv.bias") else 1e-3
+        assert (two["model"][name] - value).norm() <= limit * change.norm(), name
     assert moved == len(one["model"]) - 2
