@@ -103,7 +103,7 @@ def add_model_options(parser: ArgumentParser) -> None:
     masked_options.add_switch(model, "--global_pool", default=True,
                               help="ViT: classify the mean of the patches' tokens")
     model.add_argument("--cls_token", action="store_false", dest="global_pool",
-                       help="ViT: classify the class token")
+                       default=argparse.SUPPRESS, help="ViT: classify the class token")
     model.add_argument("--head_init_scale", type=number(float, 0, 1, low_open=True), default=0.001,
                        help="of the new head's weights, normal with deviation .02; as published, "
                             "they leave the network without a gradient for hundreds of steps: 1 "

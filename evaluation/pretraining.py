@@ -43,7 +43,7 @@ def add_options(parser: ArgumentParser, names: tuple[str, ...], default: masked_
                               help="predict the pixels of a patch normalised by their own mean and "
                                    "deviation")
     method.add_argument("--no_norm_pix_loss", action="store_false", dest="norm_pix_loss",
-                        help="predict them as they are")
+                        default=argparse.SUPPRESS, help="predict them as they are")
     masked_options.add_optimisation_options(parser, default)
     masked_options.add_running_options(parser, "on with a GPU")
     masked_options.add_output_options(parser, default)
