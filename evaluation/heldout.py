@@ -191,6 +191,10 @@ class HeldOut:
             self.encoders.check(self.groups[0].path)  # a wrong one leaves no run folder behind
         distributed.barrier()
         names = {group.name for group in everyone} or {None}
+        if folds and distributed.first():  # killed between its results and this, it would stay
+            for group in self._groups([p for p in wanted if p not in todo]):
+                if group.name not in names:
+                    run.finished(group.name)
         self.states = checked_states(run, self.header, self.encoders, names, self.besides) \
             if folds else {}
         self.log = open_log(run, self.header, names, {

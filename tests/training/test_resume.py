@@ -362,6 +362,25 @@ def test_pretraining_that_was_killed_goes_on_bit_for_bit(drawn, quick, tmp_path,
     same_run(only(tmp_path / "whole"), only(tmp_path / "part"))
 
 
+def test_a_kill_between_results_and_checkpoint_leaves_the_checkpoint_of_the_last(
+        drawn, quick, pretrained, tmp_path, monkeypatch):
+    flags = ["--data_folder", drawn, *quick, "--epochs", 1, "--model_path", pretrained,
+             "--subject", "s1", "s2", "--save_path", tmp_path]
+    keep = record.Run.finished
+
+    def killed_after_the_second(run, name):
+        if name == "s2":
+            raise KeyboardInterrupt
+        keep(run, name)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(record.Run, "finished", killed_after_the_second)
+        finetune(*flags)
+    assert load(only(tmp_path) / "last.pth")["unit"] == "s1"
+    finetune(*flags, "--resume", "auto")
+    assert load(only(tmp_path) / "last.pth")["unit"] == "s2"
+    assert not list(tmp_path.glob("*/last_*.pth"))
+
+
 @pytest.mark.parametrize("kills, epochs", [
     (2, 4), pytest.param(5, 12, marks=pytest.mark.slow)])
 def test_fine_tuning_that_was_killed_goes_on_bit_for_bit(drawn, quick, pretrained, tmp_path, kills,
