@@ -211,8 +211,8 @@ def evaluate(opt, argv, device, data, folds):
         out = data.clips.members(group.out)
         classifier, said, history = tune(opt, held, group.path, group.name, out, start, device)
         weight = classifier.head.plain_weight().detach()
-        held.keep(group, out, said, lambda mine, of=history: {"history": of[mine].tolist()})
-        held.keep_maps(group, classifier, out, said, lambda _, c, of=weight: of[c])
+        held.keep(group, out, said, lambda mine, of=history: {"history": of[mine].tolist()},
+                  held.maps_of_mistakes(classifier, out, said, lambda _, c, of=weight: of[c]))
         run.finished(group.name)
     return run.folder, held.finish(protocol=opt.protocol)
 

@@ -295,8 +295,7 @@ def evaluate(opt, argv, device, data, units, folds):
         out = data.clips.members(group.out)
         job, notes = tune(opt, held, group, units, device)
         said, maps, _ = motion.predict(job, out)
-        held.keep(group, out, said, notes)
-        held.keep_attention(group, out, said, maps)
+        held.keep(group, out, said, notes, held.attention_of_mistakes(out, said, maps))
         run.finished(group.name)
     return run.folder, held.finish(protocol=opt.protocol)
 

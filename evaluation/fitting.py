@@ -133,7 +133,11 @@ class Fit:
 
     def read_only(self, argv: list[str], script: str) -> dict:
         """Restores the checkpoint of --resume and trains nothing; returns the log's header."""
-        self._restore()
+        epoch, _ = self._restore()
+        if self.run.opt.select == "val":
+            best = self.validation.state["epoch"]
+            print(f"--select val: predicted by the weights of epoch {best}, the best of the "
+                  f"{epoch} until this checkpoint")
         header = record.header(script, self.run.opt, argv, data_digest=self.digest)
         self.run.log(header, lambda line: True, writes=distributed.first())
         return header

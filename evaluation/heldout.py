@@ -221,16 +221,18 @@ class HeldOut:
         return None if everybody else record.name_of([self.names[p] for p in people])
 
     def keep(self, group: Group, members: np.ndarray, probabilities: np.ndarray,
-             notes: Callable) -> None:
+             notes: Callable, maps: dict[int, list]) -> None:
         """Keeps the predictions `[len(members), C]` for each person of a Group.
 
         members: clips, all that the group holds out; notes(places in members) → what is kept
-        besides, as a dict.
+        besides, as a dict; maps: of where the model looked, clip → one of each view, rows of
+        0..255 or None. In one file, so that who is finished lacks nothing.
         """
         clips, encoders, subjects = self.data.clips, self.encoders, {}
         made_by = {name: self.header[name] for name in ("command", "versions")}
         for person in group.people:
             mine = np.flatnonzero(np.isin(members, clips.by_person[person]))
+            own = {clips.clips[i].key: maps[i] for i in clips.by_person[person] if i in maps}
             if not np.isfinite(probabilities[mine]).all():
                 raise RunFailed(f"the predictions for {self.names[person]} are not finite; lower "
                                 f"--learning_rate")
@@ -239,24 +241,17 @@ class HeldOut:
                 "checkpoint": None if group.path == RANDOM else group.path,
                 "sha256": encoders.sha256[group.path], "made_by": made_by, **notes(mine),
                 "rows": result_files.rows_of([clips.clips[i] for i in members[mine]],
-                                             probabilities[mine])}
+                                             probabilities[mine]),
+                **({"maps": own} if own else {})}
         result_files.write_subjects(self.run.folder, subjects)
 
-    def keep_maps(self, group: Group, classifier: Classifier, members: np.ndarray,
-                  probabilities: np.ndarray, weights_of: Callable) -> None:
-        """Adds maps of where the model looked in the clips of `members` that it is most confidently
-        wrong about (gradcam.maps_of_mistakes), for the people of a Group. Reads their labels,
-        hence after `keep`."""
-        self.add_maps(group, gradcam.maps_of_mistakes(
+    def maps_of_mistakes(self, classifier: Classifier, members: np.ndarray,
+                         probabilities: np.ndarray, weights_of: Callable) -> dict[int, list]:
+        """Maps of where the model looked in the clips of `members` that it is most confidently
+        wrong about, for `keep`: see gradcam.maps_of_mistakes. Reads their labels."""
+        return gradcam.maps_of_mistakes(
             classifier, self.data.images, members, self.data.clips.labels[members], probabilities,
-            weights_of))
-
-    def add_maps(self, group: Group, maps: dict[int, list]) -> None:
-        """Adds maps, clip → one of each view, to what is kept of the people of a Group."""
-        clips = self.data.clips
-        own = {self.names[person]: {clips.clips[i].key: maps[i] for i in clips.by_person[person]
-                                    if i in maps} for person in group.people}
-        result_files.add_maps(self.run.folder, {name: kept for name, kept in own.items() if kept})
+            weights_of)
 
     def finish(self, **details: object) -> dict | None:
         """Merges everything finished into the result files and pictures, and prints figures and
@@ -367,8 +362,8 @@ def keep_frozen(held: HeldOut, group: Group, classifier: Classifier,
     """Keeps the predictions of heads trained in one pass, and the maps of their mistakes."""
     members = held.data.clips.members(group.people)
     probabilities = trained.probabilities[members]
-    held.keep(group, members, probabilities, lambda mine: trained.notes(members[mine]))
-    held.keep_maps(group, classifier, members, probabilities, trained.weights_of)
+    held.keep(group, members, probabilities, lambda mine: trained.notes(members[mine]),
+              held.maps_of_mistakes(classifier, members, probabilities, trained.weights_of))
     held.run.finished(group.name)
 
 

@@ -27,14 +27,6 @@ def write_subjects(folder: Path, subjects: dict[str, dict]) -> None:
         write_json(place / f"{name}.json", content)
 
 
-def add_maps(folder: Path, maps: dict[str, dict]) -> None:
-    """Adds the maps of mistakes to what is kept: name → key → a map of each view, a list of rows
-    of 0..255, or None."""
-    for name, own in maps.items():
-        path = Path(folder) / "subjects" / f"{name}.json"
-        write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"maps": own})
-
-
 def read_subject(path: Path) -> tuple[dict, list[dict]]:
     """(everything kept of a subject, its prediction rows); raises BadInput."""
     try:

@@ -120,15 +120,13 @@ class HeldOutVideos(heldout.HeldOut):
         heldout.draw_mistakes(path, self.data.clips, self.data.images, mistakes, counts,
                               pictures.motion_panels, "the blocks' maps of attention over time")
 
-    def keep_attention(self, group: heldout.Group, members: np.ndarray, probabilities: np.ndarray,
-                       maps: list) -> None:
-        """Adds the maps of attention, `[M, h, w]` of each block, of the clips of `members` that
-        are most confidently wrong."""
+    def attention_of_mistakes(self, members: np.ndarray, probabilities: np.ndarray,
+                              maps: list) -> dict[int, list]:
+        """The maps of attention, `[M, h, w]` of each block, of the clips of `members` that are
+        most confidently wrong, for `keep`."""
         worst = measures.most_wrong(self.data.clips.labels[members], probabilities)
-        if len(worst):
-            blocks = [gradcam.levels(block[worst]) for block in maps]
-            self.add_maps(group, {int(members[i]): list(own)
-                                  for i, *own in zip(worst, *blocks)})
+        blocks = [gradcam.levels(block[worst]) for block in maps] if len(worst) else []
+        return {int(members[i]): list(own) for i, *own in zip(worst, *blocks)}
 
 
 def seen_by(path: str) -> Seen:

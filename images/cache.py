@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -142,7 +143,7 @@ class OnDemand:
             return self.decode(i)
         except BadInput as error:
             if not self.lost[i]:
-                tqdm.write(f"left out: {error}")
+                tqdm.write(f"left out: {error}", sys.stderr)  # of every rank
             self.lost[i] = True
             return np.zeros(self.shape, self.dtype)
 

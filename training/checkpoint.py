@@ -26,7 +26,7 @@ def save(path: str | Path, state: dict, weights: Iterable[str] = WEIGHTS) -> Non
     for part in weights:
         if not all(value.isfinite().all() for value in state.get(part, {}).values()):
             raise RunFailed(f"{path}: the weights are not finite after epoch {state['epoch']}; the "
-                            f"last checkpoint is kept; lower --learning_rate")
+                            f"last checkpoint is kept; lower the learning rate")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part, open(part, "wb") as file:

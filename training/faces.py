@@ -165,7 +165,8 @@ def augmented(job: Job, index: np.ndarray, rows: np.ndarray, batch: Tensor,
     if kept.any():  # batch norm and mixup see another image in place of one that cannot be read
         batch[~kept], target[~kept] = batch[kept][0], target[kept][0]
     inputs, target = source.training_inputs(index, rows, batch, rng), target.to(device)
-    torch.manual_seed(rng.initial_seed() % 2 ** 63)  # of dropout
+    # of dropout, and of dropped paths: each rank its own
+    torch.manual_seed((rng.initial_seed() + distributed.rank()[0]) % 2 ** 63)
     if job.mixup is not None:
         np.random.seed(rng.initial_seed() % 2 ** 32)  # noqa: NPY002 - what timm's Mixup draws from
         inputs, target = job.mixup(inputs, target)

@@ -128,9 +128,8 @@ def test_groups_that_keep_their_own_mistakes_hold_those_of_all(tmp_path):
             result_files.write_subjects(tmp_path, {f"s{person}": {"rows": [
                 {"database": "casme3", "subject": f"s{person}", "key": f"k{i:03}",
                  "label": int(labels[i]), "prediction": int(p[i].argmax()),
-                 "probabilities": p[i].tolist()} for i in mine]}})
-            result_files.add_maps(tmp_path, {f"s{person}": {
-                f"k{i:03}": maps[i] for i in mine if i in maps}})
+                 "probabilities": p[i].tolist()} for i in mine],
+                "maps": {f"k{i:03}": maps[i] for i in mine if i in maps}}})
     actual, (wrong, n) = result_files.read_mistakes(tmp_path)
     assert n == 150 and wrong == int((p.argmax(1) != labels).sum())
     expected = [i for i in clips if p[i].argmax() != labels[i]]

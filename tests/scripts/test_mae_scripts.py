@@ -325,9 +325,9 @@ def test_images_of_train_alone_are_read_and_what_cannot_be_is_named(tmp_path, ca
     (tmp_path / "d/train/0_broken.png").write_bytes(b"nothing")
     call(VIT, *pretraining_flags(tmp_path / "d"), "--epochs", 2, "--batch_size", 3, "--output_dir",
          tmp_path / "r", "--cache", tmp_path / "cache")
-    printed = capsys.readouterr().out
-    assert "18 images below" in printed and printed.count("left out: ") == 1
-    assert "0_broken.png" in printed and "reconstructions.png" in printed
+    printed = capsys.readouterr()
+    assert "18 images below" in printed.out and "reconstructions.png" in printed.out
+    assert printed.err.count("left out: ") == 1 and "0_broken.png" in printed.err
     state = checkpoint.load(tmp_path / "r/last.pth")
     assert state["lost"].tolist() == [0] and len(state["seen_images"]) == 18
     assert len(list((tmp_path / "cache").glob("*.ready.npy"))) == 1
@@ -405,12 +405,16 @@ def test_a_fine_tuned_convnext_leaves_its_results(tuned):
 
 
 @pytest.mark.parametrize("kind", [VIT, NEXT])
-def test_evaluation_repeats_the_predictions(tuned, kind, tmp_path):
+def test_evaluation_repeats_the_predictions(tuned, kind, tmp_path, capsys):
     flags, run = tuned[kind]
     old = {path.name: path.read_bytes() for path in run.glob("*.pth")}
     data = flags[flags.index("--data_path") + 1]  # all else stands in the checkpoint
     call(TUNE, "--data_path", data, "--cache", "off", "--eval", "--resume", run / "last.pth",
          "--output_dir", tmp_path / "again")
+    state = checkpoint.load(run / "last.pth")
+    chosen = f"weights of epoch {state['best']['epoch']}, the best of the {state['epoch']} until"
+    assert (chosen in capsys.readouterr().out) == (state["opt"]["select"] == "val") == (
+        kind == NEXT)
     assert (tmp_path / "again/predictions.csv").read_bytes() == (
         run / "predictions.csv").read_bytes()
     again, first = results(tmp_path / "again"), results(run)

@@ -177,9 +177,9 @@ def test_images_that_cannot_be_read_are_named_and_left_out(flags, tmp_path, caps
     content = results(only(tmp_path))
     assert content["n"] == 19 and {name: len(left) for name, left in content["left_out"].items()} \
         == {"train": 1, "test": 2}
-    printed = capsys.readouterr().out
-    assert printed.count("left out: ") == 3
-    assert "2 images of the test split could not be read" in printed
+    printed = capsys.readouterr()
+    assert printed.err.count("left out: ") == 3
+    assert "2 images of the test split could not be read" in printed.out
 
 
 def test_class_folders_without_a_test_split_are_split(tmp_path, capsys):

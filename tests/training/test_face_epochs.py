@@ -221,7 +221,7 @@ def test_images_that_cannot_be_read_are_left_out_of_training_and_prediction(monk
     assert len(torch.cat(seen)) == 19
     kept, probabilities, _ = faces.predict(Small(), source, np.arange(21), torch.no_grad)
     assert len(probabilities) == 19 and not {3, 4} & set(kept.tolist())
-    assert capsys.readouterr().out.count("cannot be decoded") == 2
+    assert capsys.readouterr().err.count("cannot be decoded") == 2
     with pytest.raises(BadInput, match="no image of 2"):
         faces.predict(Small(), source, np.array([3, 4]), torch.no_grad)
 
@@ -235,6 +235,17 @@ def test_dropout_is_off_in_prediction_and_the_mirror_image_counts():
         a, b = (faces.predict(model, source, np.arange(4), torch.no_grad)[1]
                 for _ in range(2))
         assert np.array_equal(a, b)
+
+
+def test_every_rank_drops_out_by_draws_of_its_own(monkeypatch):
+    """Of the same images, that its draws may be told from the images' own."""
+    job, index, draws = job_of(source_of(face_set())), np.arange(7), []
+    for rank in ("0", "1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        batch = torch.from_numpy(job.source.images[index])
+        faces.augmented(job, index, index, batch, epochs.generator(0, 1, 1))
+        draws.append(torch.rand(8))
+    assert torch.equal(draws[0], draws[2]) and not torch.isclose(draws[0], draws[1]).any()
 
 
 def test_prediction_does_not_depend_on_the_batch():

@@ -320,7 +320,7 @@ def test_an_image_that_cannot_be_read_is_left_out(kind, capsys):
     recipe, images = crops.Recipe(SIDE, .2), pictures(8, lost=(2, 6))
     job = job_of(small(kind), images, recipe)
     run_epoch(opt, job)
-    assert capsys.readouterr().out.count("left out: ") == 2 == images.lost.sum()
+    assert capsys.readouterr().err.count("left out: ") == 2 == images.lost.sum()
 
     network = small(kind).train()
     optimizer = optimizer_of(network, opt.learning_rate)
