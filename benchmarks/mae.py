@@ -3,11 +3,11 @@
   python benchmarks/mae.py                                        # about 15 minutes, two CPU cores
   python benchmarks/mae.py --quick                                # a look: small images, few steps
 
-The usual way is own code in the textbook manner, contiguous float32 on input in memory, AdamW
-parameter by parameter. ViT: every patch is embedded, then those that stay are gathered; attention
-is a softmax between two products; the decoder computes all tokens, put back in place. FCMAE: every
-position is computed, and multiplied by the mask. Loading: two loader workers crop PIL images. What
-is here runs as its scripts do, from stored images to the optimizer's step. Before anything is
+The usual way is own code in the textbook manner, contiguous float32, AdamW parameter by parameter.
+ViT: two loader workers open and crop PIL images; every patch is embedded, then those that stay are
+gathered; attention is a softmax between two products; the decoder computes all tokens, put back in
+place. FCMAE: of images in memory every position is computed, and multiplied by the mask. What is
+here runs as its scripts do, from stored images to the optimizer's step. Before anything is
 timed, both ways have to give the same loss and gradients. Rounds take the ways in turn; printed are
 medians of the rates, and of the ratios within a round. Wanted: ViT 1.15 times the usual way, twice
 with --amp; FCMAE 1.6 and 2.2 times; stored images as fast as a step takes them in; the first step
@@ -15,6 +15,7 @@ of 280,000 files within 30 seconds.
 """
 import contextlib
 import copy
+import itertools
 import os
 import platform
 import statistics
@@ -165,18 +166,19 @@ def usual_descent(network, run):
                              weight_decay=run.weight_decay, foreach=False, fused=False)
 
 
-def usual_steps(loss_of, network, optimizer, images, steps, mask_ratio):
+def usual_steps(loss_of, network, optimizer, batches, steps, mask_ratio):
+    device = next(network.parameters()).device
     epochs.keep_memory(False)
     network.train()
-    cells = (images.shape[-1] // network.cell) ** 2
-    for _ in range(steps):
-        noise = torch.rand(len(images), cells, device=images.device)
+    for images in itertools.islice(batches, steps):
+        images = images.to(device)
+        noise = torch.rand(len(images), (images.shape[-1] // network.cell) ** 2, device=device)
         loss = loss_of(network, images, noise, mask_ratio)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         loss.item()
-    epochs.keep_memory(images.device.type == "cpu")
+    epochs.keep_memory(device.type == "cpu")
 
 
 class TextbookSet(torch.utils.data.Dataset):
@@ -196,6 +198,18 @@ class TextbookSet(torch.utils.data.Dataset):
     def __getitem__(self, i):
         with Image.open(self.paths[i]) as image:
             return self.transform(image.convert("RGB"))
+
+
+def usual_loader(folder, opt):
+    """Batches of the images below a folder, by two processes that load the next ones meanwhile."""
+    return torch.utils.data.DataLoader(
+        TextbookSet(sorted(folder.iterdir()), opt.size), opt.batch_size, shuffle=True,
+        drop_last=True, num_workers=WORKERS)
+
+
+def endless(loader):
+    while True:
+        yield from loader
 
 
 # ---------------------------------------------------------------- this code
@@ -247,8 +261,9 @@ def check_same(part, network, images, mask_ratio):
     print(f"the same loss within {off:.0e}, gradients within {worst:.0e}", flush=True)
 
 
-def ways_of(opt, part, batch, *flags):
-    """(way → an epoch, images of an epoch)"""
+def ways_of(opt, part, batch, batches, *flags):
+    """(way → an epoch, images of an epoch); batches: what the usual way takes, None: the same one
+    again and again."""
     count = batch * opt.steps
     run, job = set_job(opt, part, count, "--batch_size", batch, *flags)
     images = torch.randn(batch, 3, opt.size, opt.size, device=opt.device)
@@ -256,8 +271,8 @@ def ways_of(opt, part, batch, *flags):
     descent = usual_descent(usual, run)
     check_same(part, job.network, images, run.mask_ratio)
     amp = job._replace(precision=epochs.mixed_precision(True, opt.device))
-    return {"usual way": partial(usual_steps, USUAL[part], usual, descent, images, opt.steps,
-                                 run.mask_ratio),
+    return {"usual way": partial(usual_steps, USUAL[part], usual, descent,
+                                 batches or itertools.repeat(images), opt.steps, run.mask_ratio),
             "here, float32": partial(our_epoch, run, job),
             "here, --amp": partial(our_epoch, run, amp)}, count
 
@@ -268,11 +283,22 @@ def verdict(holds):
     return "reached" if holds else "NOT REACHED"
 
 
-def step(part, opt, _):
-    batch, name = {"vit": (opt.batch_size, "mae_vit_tiny_patch16"),
-                   "fcmae": (max(2, opt.batch_size // 2), "convnextv2_atto")}[part]
+def rendered(opt, work):
+    """The folder of the rendered images to load."""
+    folder = work / f"faces_{opt.images}_{opt.size}"
+    measuring.quietly(render.main, "faces", "--data_folder", folder, "--train", opt.images,
+                      "--test", 14, "--subjects", 40, "--size", opt.size)
+    return folder / "Image" / "aligned"
+
+
+def step(part, opt, work):
+    batch, name, batches = opt.batch_size, "mae_vit_tiny_patch16", None
+    if part == "vit":
+        batches = endless(usual_loader(rendered(opt, work), opt))
+    else:
+        batch, name = max(2, batch // 2), "convnextv2_atto"
     print(f"training, {name} at {opt.size} pixels, batch {batch}, {opt.steps} steps a round")
-    ways, count = ways_of(opt, part, batch, "--model", name)
+    ways, count = ways_of(opt, part, batch, batches, "--model", name)
     rates = measuring.warm_rounds(opt.repeats, count, opt.device, ways)
     for way, wanted in zip(rates, (None, *WANTED[part])):
         ratio = statistics.median(a / b for a, b in zip(rates[way], rates["usual way"]))
@@ -292,23 +318,19 @@ def usual_loading(loader, device):
 
 
 def loading(opt, work):
-    folder, batch = work / f"faces_{opt.images}_{opt.size}", opt.batch_size
-    measuring.quietly(render.main, "faces", "--data_folder", folder, "--train", opt.images,
-                      "--test", 14, "--subjects", 40, "--size", opt.size)
+    folder, batch = rendered(opt, work), opt.batch_size
     run = main_pretrain.parse_option([
-        "--data_path", str(folder / "Image" / "aligned"), "--output_dir", os.devnull,
+        "--data_path", str(folder), "--output_dir", os.devnull,
         "--input_size", str(opt.size), "--cache", str(work / "cache")])
     with contextlib.redirect_stdout(None):
         (images, stored), (_, anew) = (pretraining.load_images(run) for _ in range(2))
-        model, count = ways_of(opt, "vit", batch, "--model", "mae_vit_tiny_patch16")
+        model, count = ways_of(opt, "vit", batch, None, "--model", "mae_vit_tiny_patch16")
     anew.array = None  # as where it does not fit
     recipe = crops.Recipe(opt.size, pretraining.LOW)
-    loader = torch.utils.data.DataLoader(
-        TextbookSet([images.folder / path for path in images.paths], opt.size), batch,
-        shuffle=True, num_workers=WORKERS)
     ways = {"stored": partial(our_loading, stored, recipe, batch, opt.device),
             "decoded each time": partial(our_loading, anew, recipe, batch, opt.device),
-            f"usual way, {WORKERS} workers": partial(usual_loading, loader, opt.device)}
+            f"usual way, {WORKERS} workers": partial(usual_loading, usual_loader(folder, opt),
+                                                      opt.device)}
     del model["usual way"]
     rates = measuring.warm_rounds(opt.repeats, len(images), opt.device, ways)
     for way, values in measuring.warm_rounds(opt.repeats, count, opt.device, model).items():
@@ -345,8 +367,8 @@ def step_memory(opt, way):
         network = usual_network(job.network)
         del job
         images = torch.randn(opt.memory_batch, 3, opt.size, opt.size, device=device)
-        epoch = partial(usual_steps, usual_vit, network, usual_descent(network, run), images, 1,
-                        run.mask_ratio)
+        epoch = partial(usual_steps, usual_vit, network, usual_descent(network, run),
+                        itertools.repeat(images), 1, run.mask_ratio)
     else:
         precision = epochs.mixed_precision(way == "here, --amp", device)
         epoch = partial(our_epoch, run, job._replace(precision=precision))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from timm.layers import PatchEmbed, trunc_normal_
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from models import masking
 
@@ -31,6 +32,46 @@ def sincos_positions(dim: int, grid: int) -> Tensor:
     return torch.cat([torch.zeros(1, dim), cells.float()])[None]
 
 
+class _OneDNN(torch.autograd.Function):
+    """F.linear by oneDNN, which adds the bias in passing; its gradient by weights and bias as ever,
+    for which oneDNN is no faster."""
+    product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # not in every build
+
+    @classmethod
+    def takes(cls, tokens: Tensor) -> bool:
+        """Whether it is for training on `tokens`: float32 on a CPU."""
+        return (cls.product is not None and torch.is_grad_enabled() and tokens.device.type == "cpu"
+                and tokens.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"))
+
+    @classmethod
+    def multiply(cls, tokens: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return cls.product(tokens, weight, bias, "none", [], "")
+
+    @staticmethod
+    def forward(ctx, tokens, weight, bias):
+        ctx.save_for_backward(tokens, weight)
+        return _OneDNN.multiply(tokens, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        tokens, weight = ctx.saved_tensors
+        rows, wanted = gradient.flatten(0, -2), ctx.needs_input_grad
+        return (_OneDNN.multiply(gradient, weight.t().contiguous()) if wanted[0] else None,
+                rows.t() @ tokens.flatten(0, -2) if wanted[1] else None,
+                rows.sum(0) if wanted[2] else None)
+
+
+def _linear(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """F.linear; on AMD's CPUs the library behind that takes a tenth longer than oneDNN."""
+    product = _OneDNN.apply if _OneDNN.takes(tokens) else F.linear
+    return product(tokens, weight, bias)
+
+
+def _through(layer: nn.Linear, tokens: Tensor) -> Tensor:
+    return _linear(tokens, layer.weight, layer.bias)
+
+
 class _Attention(Attention):
     """timm's: all tokens are looked at, by those from the number `since` on."""
 
@@ -39,19 +80,19 @@ class _Attention(Attention):
             width = tokens.shape[-1]
             weights, biases = (part.split([width, 2 * width])
                                for part in (self.qkv.weight, self.qkv.bias))
-            query = F.linear(tokens[:, since:], weights[0], biases[0])
-            query, pairs = query.unflatten(-1, (self.num_heads, -1)), F.linear(
+            query = _linear(tokens[:, since:], weights[0], biases[0])
+            query, pairs = query.unflatten(-1, (self.num_heads, -1)), _linear(
                 tokens, weights[1], biases[1]).unflatten(-1, (2, self.num_heads, -1))
             each = query, *pairs.unbind(2)
         else:
-            each = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+            each = _through(self.qkv, tokens).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         query, key, value = (one.transpose(1, 2) for one in each)  # [N, heads, L, d]
         if query.requires_grad and query.dtype == torch.bfloat16 and query.device.type == "cpu":
             # the gradient of the fused product takes three times as long
             mixed = (self.scale * query @ key.transpose(2, 3)).softmax(-1) @ value
         else:
             mixed = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(mixed.transpose(1, 2).flatten(2))
+        return _through(self.proj, mixed.transpose(1, 2).flatten(2))
 
 
 class _Block(Block):
@@ -64,7 +105,8 @@ class _Block(Block):
 
     def forward(self, tokens: Tensor, since: int = 0) -> Tensor:
         kept = tokens[:, since:] + self.drop_path1(self.attn(self.norm1(tokens), since))
-        return kept + self.drop_path2(self.mlp(self.norm2(kept)))
+        wide = self.mlp.act(_through(self.mlp.fc1, self.norm2(kept)))
+        return kept + self.drop_path2(_through(self.mlp.fc2, wide))
 
 
 def _blocks(width: int, depth: int, heads: int, drop_path: float = 0) -> nn.ModuleList:
@@ -172,7 +214,7 @@ class MAE(Trunk):
         for block in others:
             tokens = block(tokens)
         tokens = last(tokens, first if self.training else 1)
-        return self.decoder_pred(self.decoder_norm(tokens))
+        return _through(self.decoder_pred, self.decoder_norm(tokens))
 
 
 def create_mae(name: str, norm_pix_loss: bool = False, input_size: int = 224,

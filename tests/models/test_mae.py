@@ -207,6 +207,36 @@ def test_bfloat16_is_near():
     assert said.dtype == torch.bfloat16 and said.isfinite().all()
 
 
+@pytest.mark.skipif(mae._OneDNN.product is None, reason="a torch without oneDNN")
+@pytest.mark.parametrize("since", [0, 2])
+@pytest.mark.parametrize("expanded", [False, True])
+def test_products_by_onednn_have_the_gradients_of_linear(since, expanded):
+    """Of tokens in part, and of gradients that one number stands for."""
+    weight, bias, tokens = normal(0, 5, 16), normal(1, 5), normal(2, 3, 7, 16)
+    out = normal(3, 3, 7 - since, 5)
+    found = []
+    for product in (mae._OneDNN.apply, F.linear):
+        parts = [part.clone().requires_grad_() for part in (tokens, weight, bias)]
+        said = product(parts[0][:, since:], *parts[1:])
+        (said.sum() if expanded else (said * out).sum()).backward()
+        found.append([said.detach(), *(part.grad for part in parts)])
+    for own, expected in zip(*found):
+        assert near(own, expected, 1e-6) and expected.any()
+
+
+def test_products_by_onednn_are_for_training_in_float32(monkeypatch):
+    tokens = normal(0, 3, 8)
+    assert mae._OneDNN.takes(tokens) == (mae._OneDNN.product is not None)
+    monkeypatch.setattr(mae._OneDNN, "product", F.linear)
+    assert mae._OneDNN.takes(tokens) and not mae._OneDNN.takes(tokens.double())
+    with torch.no_grad():
+        assert not mae._OneDNN.takes(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not mae._OneDNN.takes(tokens)
+    monkeypatch.setattr(mae._OneDNN, "product", None)
+    assert not mae._OneDNN.takes(tokens)
+
+
 @pytest.mark.parametrize("side, across", [(16, 14), (32, 7)])
 def test_patches_hold_their_pixels(side, across):
     images = normal(0, 2, 3, 224, 224)
