@@ -5,7 +5,6 @@ section 3. Maps travel as tokens `[N, L, D]`. What hides an image hides whole ce
 which neither the stem nor the down-samplings overlap: of a masked image, everything but the
 depthwise convolutions is computed on the positions of visible cells alone.
 """
-import re
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -301,37 +300,3 @@ def create_fcmae(name: str, norm_pix_loss: bool = True, decoder_depth: int = 1,
                  decoder_embed_dim: int = 512) -> FCMAE:
     """A masked autoencoder whose encoder is a size of SIZES."""
     return FCMAE(*_size(name), norm_pix_loss, decoder_depth, decoder_embed_dim)
-
-
-# ---------------------------------------------------------------- public checkpoints
-
-NAMES = (  # of the sparse encoder, and of timm; and here
-    (r"^encoder\.", ""), (r"\.(ln|linear)\.(weight|bias)$", r".\2"), (r"\.kernel$", ".weight"),
-    (r"^stem\.", "downsample_layers.0."),
-    (r"^stages\.(\d)\.downsample\.", r"downsample_layers.\1."),
-    (r"^stages\.(\d)\.blocks\.", r"stages.\1."), (r"\.conv_dw\.", ".dwconv."),
-    (r"\.mlp\.fc(\d)\.", r".pwconv\1."), (r"\.mlp\.grn\.weight$", ".grn.gamma"),
-    (r"\.mlp\.grn\.bias$", ".grn.beta"), (r"^head\.norm\.", "norm."), (r"^head\.fc\.", "head."))
-
-
-def canonical(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A public checkpoint by the names of a ConvNeXtV2: of the official dense and sparse models,
-    or of timm. What belongs to a decoder keeps its name."""
-    ours = {}
-    for public, value in state.items():
-        name = public
-        for pattern, here in NAMES:
-            name = re.sub(pattern, here, name)
-        side = round(len(value) ** 0.5) if value.dim() in (2, 3) else 0
-        if public.endswith(".kernel") and side and side * side == len(value):
-            # [k·k, (in,) out], in whose first axis the columns vary slowest
-            value = value if value.dim() == 3 else value[:, None]
-            value = value.unflatten(0, (side, side)).permute(3, 2, 1, 0).contiguous()
-        elif ".grn." in name:
-            value = value.reshape(1, 1, 1, -1)
-        elif name.endswith(".bias"):
-            value = value.flatten()
-        elif ".pwconv" in name and value.dim() > 1:
-            value = value.flatten(1)
-        ours[name] = value
-    return ours

@@ -1,6 +1,7 @@
 """Files of weights, whoever wrote them: plain types and tensors only, never code."""
 import argparse
 import pickle
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import convnextv2
 from util import BadInput
 
 
@@ -90,7 +90,7 @@ def load_public(model: nn.Module, path: str | Path,
     else:
         prefix = "encoder." if "mask_token" in ours else ""
         state = {(prefix if name.startswith(("downsample_layers.", "stages.")) else "") + name:
-                 value for name, value in convnextv2.canonical(state).items()}
+                 value for name, value in canonical(state).items()}
     for name in [name for name in state if name.startswith("head.") and name in ours]:
         if state[name].ndim and len(state[name]) != len(ours[name]):
             del state[name]
@@ -125,3 +125,35 @@ def resized_positions(positions: Tensor, length: int) -> Tensor:
     grid = F.interpolate(cells.unflatten(1, (side, side)).permute(0, 3, 1, 2).float(), (new, new),
                          mode="bicubic", align_corners=False)
     return torch.cat([positions[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], 1)
+
+
+PUBLIC_NAMES = (  # of the sparse encoder, and of timm; and here
+    (r"^encoder\.", ""), (r"\.(ln|linear)\.(weight|bias)$", r".\2"), (r"\.kernel$", ".weight"),
+    (r"^stem\.", "downsample_layers.0."),
+    (r"^stages\.(\d)\.downsample\.", r"downsample_layers.\1."),
+    (r"^stages\.(\d)\.blocks\.", r"stages.\1."), (r"\.conv_dw\.", ".dwconv."),
+    (r"\.mlp\.fc(\d)\.", r".pwconv\1."), (r"\.mlp\.grn\.weight$", ".grn.gamma"),
+    (r"\.mlp\.grn\.bias$", ".grn.beta"), (r"^head\.norm\.", "norm."), (r"^head\.fc\.", "head."))
+
+
+def canonical(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A public checkpoint by the names of a ConvNeXtV2: of the official dense and sparse models,
+    or of timm. What belongs to a decoder keeps its name."""
+    ours = {}
+    for public, value in state.items():
+        name = public
+        for pattern, here in PUBLIC_NAMES:
+            name = re.sub(pattern, here, name)
+        side = round(len(value) ** 0.5) if value.dim() in (2, 3) else 0
+        if public.endswith(".kernel") and side and side * side == len(value):
+            # [k·k, (in,) out], in whose first axis the columns vary slowest
+            value = value if value.dim() == 3 else value[:, None]
+            value = value.unflatten(0, (side, side)).permute(3, 2, 1, 0).contiguous()
+        elif ".grn." in name:
+            value = value.reshape(1, 1, 1, -1)
+        elif name.endswith(".bias"):
+            value = value.flatten()
+        elif ".pwconv" in name and value.dim() > 1:
+            value = value.flatten(1)
+        ours[name] = value
+    return ours

@@ -60,9 +60,13 @@ def test_no_circle_within_a_room():
             left = {name: needed for name, needed in left.items() if name not in free}
 
 
-def test_the_measures_need_numpy_alone():
-    code = ("import sys, evaluation.measures\n"
-            "print([name for name in ('torch', 'matplotlib', 'PIL') if name in sys.modules])")
+@pytest.mark.parametrize("module, without", [
+    ("evaluation.measures", ("torch", "matplotlib", "PIL")),
+    # two seconds that every start of DVSCL's scripts would take
+    ("fine-tune_DVSCL", ("timm", "torchvision", "sklearn"))])
+def test_what_is_not_needed_is_not_loaded(module, without):
+    code = (f"import sys, importlib; importlib.import_module({module!r})\n"
+            f"print([name for name in {without} if name in sys.modules])")
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True,
                           check=True).stdout
     assert said.strip() == "[]"

@@ -195,7 +195,7 @@ def test_items_that_cannot_be_read_are_named_once_and_marked(tmp_path, capsys):
     for _ in range(3):
         assert images[np.array([1, 2])][1].max() == 0
     assert images.lost.tolist() == [False, False, True, False, False, False]
-    assert capsys.readouterr().out.count("2.jpg: cannot be decoded") == 1
+    assert capsys.readouterr().err.count("2.jpg: cannot be decoded") == 1
     images.save()
     later, asked = on_demand(tmp_path)  # it was replaced
     assert later[2].max() == 2 and asked == [2] and not later.lost.any()
