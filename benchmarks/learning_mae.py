@@ -131,9 +131,9 @@ class Bench(Rows):
         if not (root / "results.json").exists():
             self.run("main_finetune.py", root, "--model", model, "--input_size", size,
                      "--data_set", "rafdb", "--data_path", self.subset(n, seed), "--cache", "off",
-                     "--batch_size", 16, "--lr", rate, "--epochs",
+                     "--batch_size", 8, "--lr", rate, "--epochs",
                      min(MOST, max(FEWEST, SEEN // many)), "--val_fraction", 0, "--aa", "none",
-                     "--crop_low", 0.7, "--reprob", 0, "--head_init_scale", 1, "--seed", seed, *(
+                     "--crop_low", 0.8, "--reprob", 0, "--head_init_scale", 1, "--seed", seed, *(
                          ("--finetune", started.result(), "--layer_decay", 0.9) if started
                          else ("--layer_decay", 1)))
         return root
