@@ -71,12 +71,13 @@ def rough(l2: float) -> float:
 
 
 class Solution(NamedTuple):
-    """Heads of P folds, as coefficients of the rows and as logits."""
-    alpha: Tensor  # [V N, P, C], near 0 in rows outside the fold
-    inside: Tensor  # [r, P, C], the same in the eigenbasis
-    offset: Tensor  # [V N, P, C], what the fold's own scale adds to the logits
-    logits: Tensor  # [V N, P, C], of every row, without the bias
-    bias: Tensor  # [P, C]
+    """Heads of P folds, as coefficients of the rows and as logits. Folds lie innermost: what goes
+    over the few classes then goes over all folds at once."""
+    alpha: Tensor  # [V N, C, P], near 0 in rows outside the fold
+    inside: Tensor  # [r, C, P], the same in the eigenbasis
+    offset: Tensor  # [V N, C, P], what the fold's own scale adds to the logits
+    logits: Tensor  # [V N, C, P], of every row, without the bias
+    bias: Tensor  # [C, P]
 
 
 class Regression:
@@ -100,7 +101,7 @@ class Regression:
     def _label(self, labels, n_label):
         self.n_label, self.labels = n_label, torch.as_tensor(labels)
         self.target = F.one_hot(self.labels, n_label).repeat(self.views, 1)[
-            :, None].to(self.device)  # [V N, 1, C]
+            :, :, None].to(self.device)  # [V N, C, 1]
 
     def relabelled(self, labels: np.ndarray | Tensor, n_label: int) -> "Regression":
         """The problem for other labels of the same clips, with the decomposition there is."""
@@ -125,9 +126,9 @@ class Regression:
         for chosen in near.split(PROBLEMS) if len(near) else ():
             problem = (training[:, chosen], Statistics(*(value[chosen] for value in stats)),
                        l2[chosen], None if weights is None else weights[chosen])
-            old = start and Solution(*(value[..., chosen, :] for value in start))
+            old = start and Solution(*(value[..., chosen] for value in start))
             part, done = self._together(problem, old, tolerance, most)
-            heads |= {int(fold): Solution(*(value[..., i:i + 1, :] for value in part))
+            heads |= {int(fold): Solution(*(value[..., i:i + 1] for value in part))
                       for i, fold in enumerate(chosen)}
             # passes may have run out; of few steps, those of a fold with no scales apart may have
             far[chosen[~done.cpu() & ((number[chosen] > 0) | (most == MOST_STEPS))]] = True
@@ -141,7 +142,7 @@ class Regression:
             print(f"{short} of {training.shape[1]} heads have not converged after {most} steps; "
                   f"raise --l2")
         kind = torch.float64 if tolerance < ROUGH else torch.float32
-        return Solution(*(torch.cat([value.to(kind) for value in values], -2) for values in
+        return Solution(*(torch.cat([value.to(kind) for value in values], -1) for values in
                           zip(*(heads[fold] for fold in range(training.shape[1])))))
 
     def _together(self, problem, start, tolerance, most):
@@ -165,26 +166,26 @@ class Regression:
         solution, done = own._together((everybody, stats, l2, weights), None,
                                        min(tolerance, ROUGH / 10), most)
         weight, bias = (value.double() for value in own.weights(solution, stats))
-        alpha = solution.alpha.new_zeros(self.views, len(keep), 1, self.n_label)
-        alpha[:, keep.to(self.device)] = solution.alpha.view(self.views, -1, 1, self.n_label)
+        alpha = solution.alpha.new_zeros(self.views, len(keep), self.n_label, 1)
+        alpha[:, keep.to(self.device)] = solution.alpha.view(self.views, -1, self.n_label, 1)
         alpha = alpha.flatten(0, 1)
         seen = (self.features - stats.mean) / stats.std  # [V, N, D]
-        logits = (seen.flatten(0, 1).double() @ weight[0].t()).unsqueeze(1)  # [V N, 1, C]
-        shift = (weight * ((stats.mean - self.mean) / stats.std)[:, None]).sum(2)  # [1, C]
-        inside = (self.basis[torch.float64].t() @ alpha.flatten(1)).unsqueeze(1)
+        logits = (seen.flatten(0, 1).double() @ weight[0].t()).unsqueeze(2)  # [V N, C, 1]
+        shift = (weight[0] * ((stats.mean - self.mean) / stats.std)).sum(1, keepdim=True)  # [C, 1]
+        inside = (self.basis[torch.float64].t() @ alpha.flatten(1)).unsqueeze(2)
         return Solution(alpha, inside, torch.zeros_like(logits), logits + shift,
-                        bias - shift), bool(done.all())
+                        bias.t() - shift), bool(done.all())
 
     def weights(self, solution: Solution, stats: Statistics) -> tuple[Tensor, Tensor]:
         """(weight `[P, C, D]`, bias `[P, C]`) of heads on features standardised by `stats`."""
         length = stats.varies.sum(1).clamp(min=1).view(-1, 1, 1)
         rows, alpha = self.rows[torch.float64], solution.alpha.double()
-        weight = (rows.t() @ alpha.flatten(1)).view(-1, *solution.bias.shape)  # [D, P, C]
+        weight = (rows.t() @ alpha.flatten(1)).view(-1, *solution.bias.shape)  # [D, C, P]
         # rows are in units of all clips' deviations, the head's features in the fold's own
         ratio = (self.std / stats.std) * stats.varies  # [P, D]
-        weight = weight.permute(1, 2, 0) * ratio[:, None] / length  # [P, C, D]
+        weight = weight.permute(2, 1, 0) * ratio[:, None] / length  # [P, C, D]
         shift = (stats.mean - self.mean) / stats.std  # [P, D]
-        return weight.float(), (solution.bias + (weight * shift[:, None]).sum(2)).float()
+        return weight.float(), (solution.bias.t() + (weight * shift[:, None]).sum(2)).float()
 
 
 def _eigen(rows, length):
@@ -205,19 +206,19 @@ class _Folds:
         self.rows, self.basis = regression.rows[kind], regression.basis[kind]
         self.values = regression.values.to(kind).view(-1, 1, 1)
         self.target, self.l2 = regression.target.to(kind), l2.to(device, kind)
-        self.keep = training.to(device).repeat(regression.views, 1).unsqueeze(2)  # [V N, P, 1]
+        self.keep = training.to(device).repeat(regression.views, 1).unsqueeze(1)  # [V N, 1, P]
         mask = self.keep.to(kind)
         if weights is not None:  # of the row's class
-            mask = mask * (self.target * weights.to(device, kind)).sum(2, keepdim=True)
-        self.mask, self.count = mask / mask.sum(0), self.keep.sum((0, 2))
+            mask = mask * (self.target * weights.t().to(device, kind)).sum(1, keepdim=True)
+        self.mask, self.count = mask / mask.sum(0), self.keep.sum((0, 1))
         length = stats.varies.sum(1, keepdim=True).clamp(min=1)
         own = (regression.std / stats.std).square() * stats.varies / length
         # of each feature in the fold's own kernel, less its share in the one of all folds
-        self.change = (own - 1 / regression.length).t().unsqueeze(2).to(kind)  # [D, P, 1]
-        self.shape = len(self.keep), len(l2), regression.n_label
+        self.change = (own - 1 / regression.length).t().unsqueeze(1).to(kind)  # [D, 1, P]
+        self.shape = len(self.keep), regression.n_label, len(l2)
 
     def expand(self, values: Tensor) -> Tensor:
-        """Logits `[V N, P, C]` of heads in the eigenbasis `[r, P, C]`."""
+        """Logits `[V N, C, P]` of heads in the eigenbasis `[r, C, P]`."""
         return (self.basis @ values.flatten(1)).view(self.shape)
 
     def solve(self, start: Solution | None, tolerance: float, most: int) -> tuple[Solution, Tensor]:
@@ -226,7 +227,7 @@ class _Folds:
         inside, offset, bias = (start.inside, start.offset, start.bias) if start else (
             self.basis.new_zeros(shape) for shape in (
                 (len(self.values), *self.shape[1:]), self.shape, self.shape[1:]))
-        done = torch.zeros(self.shape[1], dtype=torch.bool, device=bias.device)
+        done = torch.zeros(self.shape[2], dtype=torch.bool, device=bias.device)
         relax, last = torch.ones_like(self.l2), None
         for _ in range(MOST_PASSES):
             (inside, logits, bias), minimal = self.minimum(inside, offset, bias, done, tolerance,
@@ -236,16 +237,16 @@ class _Folds:
             own = (self.rows @ part.flatten(1)).view(self.shape)
             # rows outside the fold have no part in the minimum, only in what is predicted
             step = (own - offset).masked_fill_(~self.keep, 0)
-            done |= step.abs().amax((0, 2)) <= tolerance
+            done |= step.abs().amax((0, 1)) <= tolerance
             if done.all():
                 break
             if last is not None:  # Aitken's relaxation, for scales that differ by more
                 turn = step - last
-                size = turn.square().sum((0, 2)).clamp(min=1e-30)
-                factor = -relax * (last * turn).sum((0, 2)) / size
+                size = turn.square().sum((0, 1)).clamp(min=1e-30)
+                factor = -relax * (last * turn).sum((0, 1)) / size
                 relax = torch.where(done, relax, factor.clamp(0.05, 2))
             last = step
-            offset = torch.where(done[:, None], offset, offset + step * relax[:, None])
+            offset = torch.where(done, offset, offset + step * relax)
         return Solution(alpha, inside, own, logits + own, bias), done & minimal
 
     def minimum(self, inside: Tensor, offset: Tensor, bias: Tensor, settled: Tensor,
@@ -262,7 +263,7 @@ class _Folds:
             if done.all():
                 break
             length = self.search(point, direction, offset, slope).masked_fill_(done, 0)
-            step = [value * length[:, None] for value in direction]
+            step = [value * length for value in direction]
             point = [value + change for value, change in zip(point, step)]
             old, (gradient, inverse) = gradient, self.gradient(point, offset)
             change = [new - before for new, before in zip(gradient, old)]
@@ -270,17 +271,16 @@ class _Folds:
         return point, done
 
     def gradient(self, point: list, offset: Tensor) -> tuple[list, tuple]:
-        """The gradient (of heads `[r, P, C]`, of the bias `[P, C]`) and the approximate inverse of
+        """The gradient (of heads `[r, C, P]`, of the bias `[C, P]`) and the approximate inverse of
         the Hessian there: with the mean c over rows and classes of p (1 - p) that is
         1 / (c values / n + l2), and 1 / c of the bias."""
         inside, logits, bias = point
-        p = (logits + offset + bias).softmax(2)
-        curvature = ((p * (1 - p) * self.mask).sum((0, 2)) / self.shape[2]).clamp(min=LEAST)
+        p = (logits + offset + bias).softmax(1)
+        curvature = ((p * (1 - p) * self.mask).sum((0, 1)) / self.shape[1]).clamp(min=LEAST)
         residual = (p - self.target) * self.mask
-        inverse = 1 / (self.values * (curvature / self.count)[:, None] + self.l2[:, None])
-        return ([(self.basis.t() @ residual.flatten(1)).view(inside.shape)
-                 + inside * self.l2[:, None], residual.sum(0)],
-                (inverse, 1 / curvature[:, None]))
+        inverse = 1 / (self.values * (curvature / self.count) + self.l2)
+        return ([(self.basis.t() @ residual.flatten(1)).view(inside.shape) + inside * self.l2,
+                 residual.sum(0)], (inverse, 1 / curvature))
 
     def direction(self, gradient: list, memory: list, inverse: tuple) -> tuple:
         """The two loops of L-BFGS: a step (heads, their logits, bias) downhill."""
@@ -289,32 +289,32 @@ class _Folds:
         for step, change, product in reversed(memory):
             share = (_product((inside, bias), step) / product).masked_fill_(product <= 0, 0)
             shares.append(share)
-            inside -= share[:, None] * change[0]
-            bias -= share[:, None] * change[1]
+            inside -= share * change[0]
+            bias -= share * change[1]
         inside, bias = inside * inverse[0], bias * inverse[1]
         for (step, change, product), share in zip(memory, reversed(shares)):
             share = share - (_product(change, (inside, None, bias)) / product).masked_fill_(
                 product <= 0, 0)
-            inside += share[:, None] * step[0]
-            bias += share[:, None] * step[2]
+            inside += share * step[0]
+            bias += share * step[2]
         return -inside, -self.expand(inside), -bias
 
     def search(self, point: list, direction: tuple, offset: Tensor, slope: Tensor) -> Tensor:
         """Length of the step `[P]`: Newton's method on the line, along which the loss is convex."""
         base, move = point[1] + offset + point[2], direction[1] + direction[2]
-        told = (self.target * move * self.mask).sum((0, 2))
-        penalty = [self.l2 * (value * direction[0]).sum((0, 2))
+        told = (self.target * move * self.mask).sum((0, 1))
+        penalty = [self.l2 * (value * direction[0]).sum((0, 1))
                    for value in (point[0], direction[0])]
         low, high = torch.zeros_like(slope), torch.full_like(slope, float("inf"))
         length = torch.ones_like(slope)
         for _ in range(8):
-            p = (base + length[:, None] * move).softmax(2)
-            mean = (p * move).sum(2, keepdim=True)
-            first = (mean * self.mask).sum((0, 2)) - told + penalty[0] + length * penalty[1]
+            p = (base + length * move).softmax(1)
+            mean = (p * move).sum(1, keepdim=True)
+            first = (mean * self.mask).sum((0, 1)) - told + penalty[0] + length * penalty[1]
             enough = first.abs() <= 0.1 * slope.abs()
             if enough.all():
                 break
-            second = ((p * (move - mean).square()).sum(2, keepdim=True) * self.mask).sum((0, 2))
+            second = ((p * (move - mean).square()).sum(1, keepdim=True) * self.mask).sum((0, 1))
             low, high = torch.where(first < 0, length, low), torch.where(first > 0, length, high)
             new = length - first / (second + penalty[1]).clamp(min=1e-30)
             # outside the bracket the quadratic model is wrong
@@ -327,4 +327,4 @@ class _Folds:
 def _product(gradient, step):
     """Inner product per fold `[P]` of a gradient (of heads, of the bias) with a step (heads, their
     logits, bias)."""
-    return (gradient[0] * step[0]).sum((0, 2)) + (gradient[1] * step[2]).sum(1)
+    return (gradient[0] * step[0]).sum((0, 1)) + (gradient[1] * step[2]).sum(0)

@@ -214,7 +214,7 @@ def _inner_uf1(regression, task, groups, loss, tried):
     for l2 in PENALTIES:
         solution = regression.solve(inner, stats, torch.full((inner.shape[1],), l2), weights,
                                     solution, logistic.rough(l2), logistic.ROUGH_STEPS)
-        said = (solution.logits[:len(labels)] + solution.bias).argmax(2).cpu().numpy()
+        said = (solution.logits[:len(labels)] + solution.bias).argmax(1).cpu().numpy()
         said = said[np.arange(len(labels))[:, None], which[:, groups].T]  # [N, F]
         uf1.append([_uf1(labels[keep], said[keep, fold], task.n_label)
                     for fold, keep in enumerate(training.t().numpy())])
@@ -238,7 +238,7 @@ def _fold_weights(task, training, loss):
 def _accuracy(solution, labels, training):
     """Accuracy on the training clips, plain view, mean over folds."""
     logits = (solution.logits[:len(labels)] + solution.bias).cpu()
-    hits = logits.argmax(2) == torch.as_tensor(labels)[:, None]
+    hits = logits.argmax(1) == torch.as_tensor(labels)[:, None]
     return ((hits & training).sum(0) / training.sum(0)).mean().item()
 
 
