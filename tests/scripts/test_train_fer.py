@@ -4,15 +4,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import face_tree
 import numpy as np
 import pytest
 import runs
 import torch
-from conftest import ROOT, script
+from conftest import script
 from runs import only
 
 import train_FER
@@ -204,14 +202,10 @@ def test_two_ranks_train_the_network_of_one_process(flags, tmp_path):
     face_tree.write(folder)
     path = folder / "Image" / "aligned" / "train_00005_aligned.jpg"
     path.write_bytes(b"nothing")
-    for name, launch in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone",
-                                               "--nproc_per_node", 2])):
-        subprocess.run([str(a) for a in (
-            sys.executable, *launch, ROOT / "train_FER.py", *flags, "--data_folder", folder,
-            "--model", "scn", "--rank_margin", .1, "--relabel_epoch", 1, "--relabel_margin", 0,
-            "--epochs", 1, "--freeze_backbone", "--batch_size", 15, "--save_path",
-            tmp_path / name)], check=True, capture_output=True, timeout=300,
-            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for n, name in enumerate(("one", "two"), 1):
+        runs.ranked(n, "train_FER", *flags, "--data_folder", folder, "--model", "scn",
+                    "--rank_margin", .1, "--relabel_epoch", 1, "--relabel_margin", 0, "--epochs", 1,
+                    "--freeze_backbone", "--batch_size", 15, "--save_path", tmp_path / name)
     one, two = only(tmp_path / "one"), only(tmp_path / "two")
     a, b = (checkpoint.load(run / "last.pth") for run in (one, two))
     for name in ("fc.weight", "alpha.0.weight"):

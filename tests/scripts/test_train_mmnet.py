@@ -5,15 +5,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 
 import casme2_tree
 import numpy as np
 import pytest
 import runs
 import torch
-from conftest import ROOT, probe, script
+from conftest import probe, script
 
 import dataset
 import train_MMNet
@@ -140,12 +138,9 @@ def test_the_same_seed_gives_the_same_and_another_one_another(flags, tmp_path):
 
 
 def test_two_ranks_share_the_subjects_and_predict_as_one_process_does(flags, tmp_path):
-    for name, launch in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone",
-                                               "--nproc_per_node", 2])):
-        subprocess.run([str(a) for a in (
-            sys.executable, *launch, ROOT / "train_MMNet.py", *flags, "--part", "1,4,5", "--epochs",
-            1, "--save_path", tmp_path / name)], check=True, capture_output=True, timeout=300,
-            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for n, name in enumerate(("one", "two"), 1):
+        runs.ranked(n, "train_MMNet", *flags, "--part", "1,4,5", "--epochs", 1, "--save_path",
+                    tmp_path / name)
     one, two = only(tmp_path / "one"), only(tmp_path / "two")
     assert (one / "predictions.csv").read_bytes() == (two / "predictions.csv").read_bytes()
     assert {row["subject"] for row in runs.rows(two)} == {"sub01", "sub04", "sub05"}

@@ -1,15 +1,12 @@
 """Training of masked autoencoders: rates, groups, trajectories, what is left out, two ranks."""
 import argparse
-import os
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, save_image, script
+from conftest import save_image, script
 from parity import filled, fixtures, normal, uniform
+from runs import ranked
 
 from evaluation import finetuning
 from images import cache, crops
@@ -368,24 +365,10 @@ def test_two_ranks_pretrain_to_the_weights_of_one(tmp_path):
         "--data_path", tmp_path / "d", "--input_size", 32, "--accum_iter", 2, "--epochs", 2,
         "--warmup_epochs", 0, "--lr", 1e-3, "--device", "cpu", "--num_workers", 1, "--cache",
         tmp_path / "cache")]
-    code = ("import os, sys\n"
-            f"sys.path.insert(0, {str(ROOT)!r})\n"
-            "import main_pretrain\n"
-            "ranks = int(os.environ['WORLD_SIZE'])\n"
-            "others = 0 if ranks == 1 else os.fork()\n"
-            "os.environ['RANK'] = str(int(ranks == 2 and not others))\n"
-            "main_pretrain.main()\n"
-            "sys.exit(others and os.waitstatus_to_exitcode(os.waitpid(others, 0)[1]))\n")
     for ranks, size, name in ((1, 8, "one"), (2, 4, "two")):
-        with socket.create_server(("localhost", 0)) as server:
-            port = str(server.getsockname()[1])
-        done = subprocess.run(
-            [sys.executable, "-c", code, *flags, "--batch_size", str(size), "--output_dir",
-             tmp_path / name], check=False, capture_output=True, text=True, timeout=300,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks), "MASTER_ADDR":
-                 "localhost", "MASTER_PORT": port})
-        assert done.returncode == 0, done.stderr
-    assert "batch 4 x 2 x 2 ranks: 1 steps of 16 images" in done.stdout
+        printed = ranked(ranks, "main_pretrain", *flags, "--batch_size", size, "--output_dir",
+                         tmp_path / name)
+    assert "batch 4 x 2 x 2 ranks: 1 steps of 16 images" in printed
     one, two = (checkpoint.load(tmp_path / name / "checkpoint-1.pth") for name in ("one", "two"))
     assert one["lost"].tolist() == two["lost"].tolist() == [22]  # 7.png
     start = script("main_pretrain")
