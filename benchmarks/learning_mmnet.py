@@ -136,7 +136,7 @@ def main(argv=None):
         bench.train("V4, dis, onset, with action units", onset, "V4", opt.epochs, "--au_loss", "1")
         bench.train("control: permuted labels, V4", permuted(onset, bench.work / "permuted"), "V4",
                     max(1, opt.epochs // 2))
-        for name, data in list(sets.items())[:2]:
+        for name, data in sets.items():
             bench.train(f"V3NR, {name}", data, "V3NR", opt.epochs_v3)
     print(f"\nrendered stand-in data, {len(labels)} clips, flow at 224 pixels, networks at "
           f"{opt.size}, V4 and the original {opt.epochs} epochs, V3NR {opt.epochs_v3}, controls "
