@@ -1,6 +1,6 @@
 """Where does pre-training pay? UF1 on rendered faces of a ViT and a ConvNeXt V2, by labels.
 
-  python benchmarks/learning_mae.py --work runs/learning_mae            # 75 minutes, two CPU cores
+  python benchmarks/learning_mae.py --work runs/learning_mae            # 80 minutes, two CPU cores
   python benchmarks/learning_mae.py --work runs/quick --quick           # a tenth of that
 
 Both networks are pre-trained once, without labels, on the training images and as many more as
