@@ -143,7 +143,7 @@ class OnDemand:
             return self.decode(i)
         except BadInput as error:
             if not self.lost[i]:
-                tqdm.write(f"left out: {error}", sys.stderr)  # of every rank
+                tqdm.write(f"left out: {error}", sys.stderr)  # rank 0 alone has a stdout
             self.lost[i] = True
             return np.zeros(self.shape, self.dtype)
 

@@ -90,7 +90,7 @@ def load_public(model: nn.Module, path: str | Path,
     else:
         prefix = "encoder." if "mask_token" in ours else ""
         state = {(prefix if name.startswith(("downsample_layers.", "stages.")) else "") + name:
-                 value for name, value in canonical(state).items()}
+                 value for name, value in canonical_convnextv2(state).items()}
     for name in [name for name in state if name.startswith("head.") and name in ours]:
         if state[name].ndim and len(state[name]) != len(ours[name]):
             del state[name]
@@ -136,7 +136,7 @@ PUBLIC_NAMES = (  # of the sparse encoder, and of timm; and here
     (r"\.mlp\.grn\.bias$", ".grn.beta"), (r"^head\.norm\.", "norm."), (r"^head\.fc\.", "head."))
 
 
-def canonical(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def canonical_convnextv2(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A public checkpoint by the names of a ConvNeXtV2: of the official dense and sparse models,
     or of timm. What belongs to a decoder keeps its name."""
     ours = {}

@@ -68,7 +68,7 @@ def _linear(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return product(tokens, weight, bias)
 
 
-def _through(layer: nn.Linear, tokens: Tensor) -> Tensor:
+def _apply(layer: nn.Linear, tokens: Tensor) -> Tensor:
     return _linear(tokens, layer.weight, layer.bias)
 
 
@@ -85,14 +85,14 @@ class _Attention(Attention):
                 tokens, weights[1], biases[1]).unflatten(-1, (2, self.num_heads, -1))
             each = query, *pairs.unbind(2)
         else:
-            each = _through(self.qkv, tokens).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+            each = _apply(self.qkv, tokens).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         query, key, value = (one.transpose(1, 2) for one in each)  # [N, heads, L, d]
         if query.requires_grad and query.dtype == torch.bfloat16 and query.device.type == "cpu":
             # the gradient of the fused product takes three times as long
             mixed = (self.scale * query @ key.transpose(2, 3)).softmax(-1) @ value
         else:
             mixed = F.scaled_dot_product_attention(query, key, value)
-        return _through(self.proj, mixed.transpose(1, 2).flatten(2))
+        return _apply(self.proj, mixed.transpose(1, 2).flatten(2))
 
 
 class _Block(Block):
@@ -105,8 +105,8 @@ class _Block(Block):
 
     def forward(self, tokens: Tensor, since: int = 0) -> Tensor:
         kept = tokens[:, since:] + self.drop_path1(self.attn(self.norm1(tokens), since))
-        wide = self.mlp.act(_through(self.mlp.fc1, self.norm2(kept)))
-        return kept + self.drop_path2(_through(self.mlp.fc2, wide))
+        wide = self.mlp.act(_apply(self.mlp.fc1, self.norm2(kept)))
+        return kept + self.drop_path2(_apply(self.mlp.fc2, wide))
 
 
 def _blocks(width: int, depth: int, heads: int, drop_path: float = 0) -> nn.ModuleList:
@@ -214,7 +214,7 @@ class MAE(Trunk):
         for block in others:
             tokens = block(tokens)
         tokens = last(tokens, first if self.training else 1)
-        return _through(self.decoder_pred, self.decoder_norm(tokens))
+        return _apply(self.decoder_pred, self.decoder_norm(tokens))
 
 
 def create_mae(name: str, norm_pix_loss: bool = False, input_size: int = 224,

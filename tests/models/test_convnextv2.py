@@ -267,19 +267,19 @@ def test_sparse_files_are_read(small):
     assert {"encoder.stages.0.0.norm.ln.weight", "encoder.stages.0.0.pwconv1.linear.bias",
             "encoder.downsample_layers.0.0.weight"} <= state.keys()
     expected = {key.removeprefix("encoder."): value for key, value in model.state_dict().items()}
-    same(files.canonical(state), expected)
+    same(files.canonical_convnextv2(state), expected)
 
 
 def test_dense_files_are_read():
     expected = filled(convnextv2.ConvNeXtV2(5, *SMALL)).state_dict()
-    same(files.canonical(dict(expected)), expected)
+    same(files.canonical_convnextv2(dict(expected)), expected)
 
 
 def test_timm_has_the_same_network():
     theirs = timm.create_model("convnextv2_atto", num_classes=7).eval()
     filled(theirs)
     ours = convnextv2.create_convnextv2("convnextv2_atto", 7).eval()
-    ours.load_state_dict(files.canonical(theirs.state_dict()))
+    ours.load_state_dict(files.canonical_convnextv2(theirs.state_dict()))
     images = normal(4, 2, 3, 96, 80)
     with torch.no_grad():
         assert near(ours(images), theirs(images), 2e-5)
