@@ -256,8 +256,7 @@ def face_panels(faces: np.ndarray, maps: list) -> list[list[Panel]]:
 
 
 def draw_rows(path: Path, rows: list[tuple], title: str = "") -> None:
-    """Images laid out in rows: rows: (caption, images uint8 `[M, 3, S, S]`,
-    texts of each)."""
+    """Images laid out in rows, each (caption, images uint8 `[M, 3, S, S]`, texts of each)."""
     across = max((len(images) for _, images, _ in rows), default=1)
     size = across * (PANEL + GAP) + 0.4, len(rows) * (PANEL + 0.75) + 0.5
     figure = Figure(figsize=size)
