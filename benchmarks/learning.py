@@ -5,12 +5,14 @@
 
 60 subjects x 10 rendered clips, ten folds of subjects, for each seed (of rendering, pre-training
 and heads) another set; unlabelled pairs of other people, and of the same people without those held
-out; encoders that saw as many pairs in pre-training, whatever the size of the pool. Beside them
-what can be had without any encoder, untrained encoders, the same network trained from scratch,
-controls that must come out at chance, and a ceiling: the pool with its labels. Reports whatever
-comes out, and draws UF1 against the size of the pool.
+out, which takes a pre-training a fold; encoders that saw as many pairs in pre-training, whatever
+the size of the pool (those of a fold a fifth of that, with a row of other people to hold against
+them). Beside them what can be had without any encoder, untrained encoders, the same network trained
+from scratch, controls that must come out at chance, and a ceiling: the pool with its labels.
+Reports whatever comes out, and draws UF1 against the size of the pool.
 """
 import importlib
+import os
 import shutil
 import sys
 import time
@@ -18,7 +20,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,14 +27,17 @@ sys.path.insert(0, str(ROOT))
 
 import util  # first: it settles how threads wait before torch is imported
 import dataset
-from benchmarks.rows import Rows, line, regression
+import torch
+from benchmarks.rows import Jobs, Rows, line, read, regression
 from evaluation import pictures
 from images import lists
 from prediction import clips as prediction
 from rendering import expression
 from training import checkpoint, epochs, supervised
 
-PEOPLE = 250  # in the unlabelled pool
+PEOPLE, POOL = 250, 5000  # in the unlabelled pool, and its pairs
+STRONGEST = 2000  # pairs that intensity chooses
+SHARE = 0.2  # of the pairs seen, where each of ten folds has a pre-training of its own
 SIZES = {"resnet18v1": 56, "alexnet": 112}  # crops, pixels, that two cores can do
 # whose maps have about the 7 x 7 cells there that the usual layer 5 has for crops of 224 pixels
 LAYERS = {"resnet18v1": 3, "alexnet": 4}
@@ -49,23 +53,26 @@ def parse_option(argv):
     parser.add_argument("--seeds", type=util.number(int, 1), default=3, help="how many")
     parser.add_argument("--seen", type=util.positive_int, default=20_000,
                         help="pairs seen in a pre-training, repetitions counted")
-    parser.add_argument("--pools", nargs="+", type=util.positive_int, default=[500, 2000, 5000],
-                        metavar="N", help="sizes of the pool of other people")
+    parser.add_argument("--pools", nargs="+", type=util.number(int, 1, POOL), metavar="N",
+                        default=[500, 2000, POOL], help="sizes of the pool")
     parser.add_argument("--epochs_finetune", type=util.positive_int, default=3,
                         help="fine-tuning epochs; from scratch four times as many")
+    parser.add_argument("--processes", type=util.positive_int, default=os.cpu_count(),
+                        help="runs at a time, one thread each [one a core]")
     opt = parser.parse_args(argv)
     if opt.quick:
-        opt.seeds, opt.seen, opt.pools = 1, opt.seen // 3, opt.pools[1:2]
+        opt.seeds, opt.seen = 1, opt.seen // 3
+        opt.pools = opt.pools[len(opt.pools) // 2:][:1]
         opt.epochs_finetune = min(opt.epochs_finetune, 2)
     return opt
 
 
 class Bench(Rows):
-    """The runs of one call: each method calls a script and returns what it measured."""
+    """The runs of one call: each method calls a script and returns what it made or measured."""
 
-    def __init__(self, opt):
+    def __init__(self, opt, jobs):
         super().__init__(Path(opt.work), 4)
-        self.opt = opt
+        self.opt, self.jobs = opt, jobs
 
     def render(self, name, seed, *flags):
         folder = self.work / name
@@ -74,38 +81,46 @@ class Bench(Rows):
             "--size", 128, "--seed", seed, *flags])
         return folder
 
-    def shared(self, model, seed):
+    def shared(self, model, seed, root):
         return ["--model", model, "--size", SIZES[model], "--seed", seed, "--resume", "auto",
-                "--cache", self.work / "cache", "--print_freq", 1000,
-                "--tb_path", self.work / "tensorboard"]
+                "--cache", self.work / "cache", "--print_freq", 1000, "--tb_path",
+                root / "tensorboard"]
 
-    def pretrain(self, name, model, seed, data, pairs, *flags, share=1):
-        """The checkpoint of a pre-training run on `pairs` (a file, None: the labelled clips) that
-        sees `share` of --seen pairs."""
-        root = self.work / "runs" / f"{name}_{model}_{seed}"
-        count = 600
+    def pretrain(self, name, model, seed, data, pairs, share=1, fold=None):
+        """The checkpoint of a pre-training on `pairs` (a file, None: the labelled clips) that sees
+        `share` of --seen pairs; fold: one of ten, whose people are left out."""
+        root, flags, count = self.work / "runs" / f"{name}_{model}_{seed}", [], 600
         if pairs:
             count = len(pairs.read_text().splitlines()) - 1
-            flags = ["--pairs", pairs, "--pool", "unlabelled", *flags]
-        passes = max(2, round(share * self.opt.seen / count))
-        importlib.import_module("pre-train_DVSCL").main([
-            "--data_folder", data, "--model_path", root, "--epochs", passes, "--batch_size", 128,
-            "--warmup_epochs", passes / 20, "--save_freq", 1000, *self.shared(model, seed), *flags])
-        return root / next(root.glob("batch_*")).name / "last.pth"
+            flags = ["--pairs", pairs, "--pool", "unlabelled"]
+        if fold:
+            flags += ["--fold", f"{fold}/10"]
+        passes = max(1, round(share * self.opt.seen / count))
+        self.jobs.run("pre-train_DVSCL", "--data_folder", data, "--model_path", root, "--epochs",
+                      passes, "--batch_size", 128, "--warmup_epochs", passes / 20, "--save_freq",
+                      1000, *self.shared(model, seed, root), *flags)
+        return next(root.glob(f"*_fold{fold}of10*/last.pth" if fold else "*/last.pth"))
+
+    def pretrain_folds(self, *args):
+        """The checkpoints of ten pre-trainings, each without the people of a fold, as one path."""
+        started = [self.jobs.start(self.pretrain, *args, SHARE, fold) for fold in range(1, 11)]
+        first, *_ = [str(path.result()) for path in started]
+        return first.replace("fold1of10", "{fold}")
 
     def head(self, script, name, model, seed, data, path, *flags):
-        """Results of a probing or fine-tuning run."""
+        """(labels, predictions, subjects) of a probing or fine-tuning run that starts from `path`,
+        a Future."""
         root = self.work / "results" / f"{name}_{model}_{seed}"
-        importlib.import_module(script).main([
-            "--data_folder", data, "--model_path", path, "--save_path", root, "--protocol",
-            "10fold", "--layer", LAYERS[model], *self.shared(model, seed), *flags])
-        return next(root.glob("*/results.json")).parent
+        self.jobs.run(script, "--data_folder", data, "--model_path", path.result(), "--save_path",
+                      root, "--protocol", "10fold", "--layer", LAYERS[model],
+                      *self.shared(model, seed, root), *flags)
+        return read(next(root.glob("*/results.json")).parent)
 
     def probe(self, *args):
-        return self.head("LinearProbing_DVSCL_10fold", *args)
+        return self.jobs.start(self.head, "LinearProbing_DVSCL_10fold", *args)
 
     def finetune(self, *args):
-        return self.head("fine-tune_DVSCL", *args, "--save_freq", 1000)
+        return self.jobs.start(self.head, "fine-tune_DVSCL", *args, "--save_freq", 1000)
 
 
 def subset(data, name, rows):
@@ -147,15 +162,14 @@ def labelled_pool(data, folder):
     return folder
 
 
-def ceiling(bench, pool, data, lists):
+def ceiling(bench, others, data, seed, lists):
     """(labels, predictions, subjects) on the clips of `data` by a network trained from scratch on
     the whole pool's labels."""
-    root = bench.work / "results" / "ceiling"
-    importlib.import_module("fine-tune_DVSCL").main([
-        "--data_folder", pool, "--list_folder", lists, "--subject", "all", "--save_path", root,
-        "--model_path", "random", "--layer", LAYERS["resnet18v1"],
-        *bench.shared("resnet18v1", 0), *scratch(
-            max(2, round(bench.opt.seen / 5000)))])
+    root = bench.work / "results" / f"ceiling_{seed}"
+    bench.jobs.run("fine-tune_DVSCL", "--data_folder", others, "--list_folder", lists, "--subject",
+                   "all", "--save_path", root, "--model_path", "random", "--layer",
+                   LAYERS["resnet18v1"], *bench.shared("resnet18v1", seed, root),
+                   *scratch(max(2, round(bench.opt.seen / POOL))))
     (path,) = root.glob("*/last.pth")
     state, clips = checkpoint.load(path), dataset.read_clips(data)
     device = torch.device("cpu")
@@ -202,91 +216,96 @@ def draw(path, rows, pools):
     util.write_figure(path, figure)
 
 
-def main_rows(bench, sets, pools):
-    """Baselines, pools of other people, each view, thresholds, fine-tuning: all seeds."""
-    opt, model, seeds = bench.opt, "resnet18v1", range(bench.opt.seeds)
-    everything = [dataset.read_clips(data) for data in sets]
-    bench.baselines(np.concatenate([c.labels for c in everything]))
-    images = [dataset.load_images(c, bench.work / "cache", 4, 112)[0] for c in everything]
-    bench.add("logistic regression on pixels", [
-        (c.labels, regression(c, torch.from_numpy(x)), [clip.subject for clip in c.clips])
-        for c, x in zip(everything, images)])
-    bench.row("untrained, probe",
-              [bench.probe("untrained", model, s, sets[s], "random") for s in seeds])
-    paths = {}
-    for name, file in pools.items():
-        for seed in seeds:
-            paths[name, seed] = bench.pretrain(name, model, seed, sets[0], file)
-        title = f"pre-trained on {name} pairs of others" if name.isdigit() else \
-            f"pre-trained on the 2000 strongest of {max(opt.pools)}"
-        bench.row(f"{title}, probe", [bench.probe(name, model, s, sets[s], paths[name, s])
-                                      for s in seeds])
+def main_rows(bench, sets, others, pools):
+    """(title, a job a seed) of pools of other people, each view, thresholds, fine-tuning."""
+    opt, model, seeds, start = bench.opt, "resnet18v1", range(bench.opt.seeds), bench.jobs.start
+    random = start(str, "random")
+    paths = {(name, seed): start(bench.pretrain, name, model, seed, others, file)
+             for name, file in pools.items() for seed in seeds}
+
+    def row(title, job, name, path, *flags):
+        return title, [job(name, model, s, sets[s], path or paths[middle, s], *flags)
+                       for s in seeds]
+    yield row("untrained, probe", bench.probe, "untrained", random)
+    for name in pools:
+        title = f"{name} pairs" if name.isdigit() else f"the {STRONGEST} strongest of {POOL}"
+        yield f"pre-trained on {title} of others, probe", [
+            bench.probe(name, model, s, sets[s], paths[name, s]) for s in seeds]
     middle = str(sorted(opt.pools)[len(opt.pools) // 2])
-    for title, of in (("untrained", "random"), (f"pre-trained on {middle}", None)):
-        bench.row(f"{title}, probe of layer 6", [
-            bench.probe(f"{title.split()[0]}_layer6", model, s, sets[s], of or paths[middle, s],
-                        "--layer", 6) for s in seeds])
+    for title, path in (("untrained", random), (f"pre-trained on {middle}", None)):
+        yield row(f"{title}, probe of layer 6", bench.probe, f"{title.split()[0]}_layer6", path,
+                  "--layer", 6)
     for view in ("rgb", "depth"):
-        bench.row(f"the same, {middle} pairs, {view} alone", [
-            bench.probe(f"{middle}_{view}", model, s, sets[s], paths[middle, s], "--encoder", view)
-            for s in seeds])
-    bench.row("control: permuted labels, probe", [
+        yield row(f"the same, {middle} pairs, {view} alone", bench.probe, f"{middle}_{view}", None,
+                  "--encoder", view)
+    yield "control: permuted labels, probe", [
         bench.probe("permuted", model, s, sets[s], paths[middle, s], "--list_folder",
-                    permuted_lists(sets[s], bench.work / f"permuted_{s}", s)) for s in seeds])
-    bench.row(f"pre-trained on {middle}, fine-tuned", [
-        bench.finetune("finetuned", model, s, sets[s], paths[middle, s], "--epochs",
-                       opt.epochs_finetune, "--batch_size", 64, "--encoder_lr", 0.001)
-        for s in seeds])
-    for title, name, of in (("the same network from scratch", "scratch", "random"),
-                            (f"the same recipe, pre-trained on {middle}", "retrained", None)):
-        bench.row(title, [bench.finetune(name, model, s, sets[s], of or paths[middle, s],
-                                         *scratch(4 * opt.epochs_finetune)) for s in seeds])
+                    permuted_lists(sets[s], bench.work / f"permuted_{s}", s)) for s in seeds]
+    yield row(f"pre-trained on {middle}, fine-tuned", bench.finetune, "finetuned", None, "--epochs",
+              opt.epochs_finetune, "--batch_size", 64, "--encoder_lr", 0.001)
+    for title, name, path in (("the same network from scratch", "scratch", random),
+                              (f"the same recipe, pre-trained on {middle}", "retrained", None)):
+        yield row(title, bench.finetune, name, path, *scratch(4 * opt.epochs_finetune))
 
 
-def more_rows(bench, sets):
-    """What is run for one seed: other encoders, the same people, the last control, the ceiling."""
-    model, data = "resnet18v1", sets[0]
-    lists = labelled_pool(data, bench.work / "labelled_pool")
-    bench.add("ceiling: 5000 labelled clips of others", [ceiling(bench, data, data, lists)])
-    flat = bench.render("flat", 0, "--amplitude", 0, "--unlabelled", 2000,
-                        "--unlabelled_subjects", PEOPLE)
-    path = bench.pretrain("flat", model, 0, flat, flat / "pairs.tsv")
-    bench.row("control: no expression, probe", [bench.probe("flat", model, 0, flat, path)])
-    bench.row("alexnet untrained, probe",
-              [bench.probe("untrained", "alexnet", 0, data, "random")])
-    path = bench.pretrain("2000", "alexnet", 0, data, data / "pairs_2000.tsv")
-    bench.row("alexnet pre-trained on 2000 pairs of others, probe",
-              [bench.probe("2000", "alexnet", 0, data, path)])
-    same = bench.render("same", 0, "--unlabelled", 2000)
-    for name, folder, file in (("the labelled clips alone", data, None),
-                               ("2000 pairs of the same people", same, same / "pairs.tsv")):
-        paths = [bench.pretrain(f"fold{i}_{'same' if file else 'none'}", model, 0, folder, file,
-                                "--fold", f"{i}/10", share=0.25) for i in range(1, 11)]
-        template = str(paths[0]).replace("fold1_", "{fold}_").replace("fold1of10", "{fold}")
-        for i, path in enumerate(paths, 1):  # under the names that the folds have
-            link = Path(template.replace("{fold}", f"fold{i}of10"))
-            link.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, link)
-        bench.row(f"pre-trained on {name}, the held-out ones left out, probe",
-                  [bench.probe("same" if file else "none", model, 0, folder, template)])
+def more_rows(bench, sets, others, pools, flat):
+    """(title, a job a seed) of the ceiling, the last control, the other encoder, the same people;
+    flat: a rendered set a seed without expressions."""
+    model, seeds, start = "resnet18v1", range(bench.opt.seeds), bench.jobs.start
+    lists = labelled_pool(others, bench.work / "labelled_pool")
+    yield f"ceiling: {POOL} labelled clips of others", [
+        start(ceiling, bench, others, sets[s], s, lists) for s in seeds]
+    yield "control: no expression, probe", [
+        bench.probe("flat", model, s, flat[s], start(
+            bench.pretrain, "flat", model, s, flat[s], flat[s] / "pairs.tsv")) for s in seeds]
+    middle = str(sorted(bench.opt.pools)[len(bench.opt.pools) // 2])
+    yield "alexnet untrained, probe", [
+        bench.probe("untrained", "alexnet", s, sets[s], start(str, "random")) for s in seeds]
+    yield f"alexnet pre-trained on {middle} pairs of others, probe", [
+        bench.probe(middle, "alexnet", s, sets[s], start(
+            bench.pretrain, middle, "alexnet", s, others, pools[middle])) for s in seeds]
+    yield f"{SHARE:.0%} of the steps: {middle} pairs of others, probe", [
+        bench.probe(f"short_{middle}", model, s, sets[s], start(
+            bench.pretrain, f"short_{middle}", model, s, others, pools[middle], SHARE))
+        for s in seeds]
+    for count in (0, *bench.opt.pools):
+        title = f"{count} pairs of the same people" if count else "the labelled clips"
+        name = f"same_{count}"
+        files = [subset(data, count, range(count)) if count else None for data in sets]
+        yield f"{SHARE:.0%} of the steps: {title}, those held out left out, probe", [
+            bench.probe(name, model, s, sets[s], start(
+                bench.pretrain_folds, name, model, s, sets[s], files[s])) for s in seeds]
 
 
 @util.command_line
 def main(argv=None):
     opt, began = parse_option(argv), time.time()
-    bench = Bench(opt)
-    sets = [bench.render("data_0", 0, "--unlabelled", 5000, "--unlabelled_subjects", PEOPLE),
-            *(bench.render(f"data_{seed}", seed) for seed in range(1, opt.seeds))]
-    pools = {str(n): subset(sets[0], n, range(n)) for n in opt.pools}
-    strongest = np.argsort(-intensities(sets[0]), kind="stable")[:2000]
-    pools["strongest"] = subset(sets[0], "strongest", sorted(strongest))
-    main_rows(bench, sets, pools)
-    if not opt.quick:
-        more_rows(bench, sets)
+    with Jobs(opt.processes) as jobs:
+        bench, seeds = Bench(opt, jobs), range(opt.seeds)
+        others = bench.render("others", 1000, "--unlabelled", POOL, "--unlabelled_subjects", PEOPLE)
+        more = () if opt.quick else ("--unlabelled", POOL)
+        sets = [bench.render(f"data_{seed}", seed, *more) for seed in seeds]
+        pools = {str(n): subset(others, n, range(n)) for n in opt.pools}
+        strongest = np.argsort(-intensities(others), kind="stable")[:STRONGEST]
+        pools["strongest"] = subset(others, "strongest", sorted(strongest))
+        started = list(main_rows(bench, sets, others, pools))
+        if not opt.quick:
+            flat = [bench.render(f"flat_{seed}", seed, "--amplitude", 0, "--unlabelled", STRONGEST,
+                                 "--unlabelled_subjects", PEOPLE) for seed in seeds]
+            started += more_rows(bench, sets, others, pools, flat)
+        clips = [dataset.read_clips(data) for data in sets]
+        bench.baselines(np.concatenate([c.labels for c in clips]))
+        images = [dataset.load_images(c, bench.work / "cache", 4, 112)[0] for c in clips]
+        bench.add("logistic regression on pixels", [
+            (c.labels, regression(c, torch.from_numpy(x)), [clip.subject for clip in c.clips])
+            for c, x in zip(clips, images)])
+        for title, parts in started:
+            bench.add(title, [part.result() for part in parts])
     draw(bench.work / "learning.png", bench.rows, opt.pools)
     print(f"\nrendered stand-in data, 60 subjects x 10 clips, {opt.seeds} seeds, {opt.seen} pairs "
           f"seen in pre-training, torch {torch.__version__}, {(time.time() - began) / 60:.0f} "
           f"minutes\n\n| | UF1 | 95 % interval | seeds |\n|---|---|---|---|")
+    bench.baselines(np.concatenate([c.labels for c in clips]))
     print("\n".join(map(line, bench.rows)))
     print(f"\ntable    {bench.work / 'rows.json'}\npicture  {bench.work / 'learning.png'}")
 

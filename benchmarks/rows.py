@@ -1,8 +1,14 @@
 """Rows of the tables that the learning benchmarks print."""
+import importlib
+import multiprocessing
+import os
+import sys
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch.nn.functional as F
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 from sklearn.pipeline import make_pipeline
@@ -49,6 +55,40 @@ class Rows:
             print(f"| {name.replace('_', ' ')} | {scores['uf1']:.3f} | | |")
 
 
+class Jobs:
+    """Runs of scripts, so many at a time, in processes of one thread that import them once; what a
+    script prints is left out."""
+
+    def __init__(self, processes: int):
+        # read when a worker imports torch and tqdm: two bars on one line tell nothing
+        os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+        self.workers = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _mute)
+        self.waiting = ThreadPoolExecutor(10_000)  # threads, most of which wait
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for pool in (self.waiting, self.workers):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def run(self, script: str, *flags) -> None:
+        """Runs a script in a worker."""
+        self.workers.submit(_main, script, list(map(str, flags))).result()
+
+    def start(self, function, *args, **named) -> Future:
+        """Calls a function, which runs scripts, in the background."""
+        return self.waiting.submit(function, *args, **named)
+
+
+def _mute():
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _main(script, flags):
+    importlib.import_module(script).main(flags)
+
+
 def read(folder: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """(labels, predictions, subjects) of a run folder."""
     rows = [row for _, row in util.read_table(folder / "predictions.csv", fix="remove --work")[0]]
@@ -68,12 +108,18 @@ def regress(x: dict[str, np.ndarray], labels: np.ndarray, train: FaceSet, seed: 
     penalty chosen on held-out people of the training split; labels: `[N]`."""
     rest, out = photographs.hold_out(train, 0.2, seed)
 
-    def fit(c, index):
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000))
-        return model.fit(x["train"][index], labels[index])
-    best = max(PENALTIES, key=lambda c: f1_score(
-        labels[out], fit(c, rest).predict(x["train"][out]), average="macro"))
-    return fit(best, np.arange(len(train))).predict(x["test"])
+    def predictions(index, of, penalties):
+        """{C: classes of the features `of`} of models fitted to the rows `index`; each starts from
+        the one before, on coordinates in the span of its rows, where the solution lies."""
+        turned = make_pipeline(StandardScaler(), PCA(svd_solver="full")).fit(x["train"][index])
+        model, said = LogisticRegression(max_iter=2000, warm_start=True), {}
+        for c in penalties:
+            model.set_params(C=c).fit(turned.transform(x["train"][index]), labels[index])
+            said[c] = model.predict(turned.transform(of))
+        return said
+    tried = predictions(rest, x["train"][out], PENALTIES)
+    best = max(PENALTIES, key=lambda c: f1_score(labels[out], tried[c], average="macro"))
+    return predictions(np.arange(len(train)), x["test"], [c for c in PENALTIES if c <= best])[best]
 
 
 def grey_pixels(faces: FaceSet) -> np.ndarray:
