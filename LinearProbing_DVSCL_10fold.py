@@ -7,9 +7,9 @@ Each image is encoded once per augmented view; the heads of all folds, logistic 
 standardised features, are then solved together, and each clip is predicted by the head that never
 saw its subject. With --learning_rate or --epochs the heads are trained by SGD instead. How well
 the same features tell the subject, and find the other view of a clip, is printed beside it.
-Writes results.json, predictions.csv, confusion.png, mistakes.png and curves.png. Expect about a
-minute for the 943 clips of CAS(ME)^3 on two CPU cores, and with --protocol loso some minutes more
-where --l2 is left to the inner folds.
+Writes results.json, predictions.csv, confusion.png, mistakes.png and curves.png. Expect half a
+minute for the 943 clips of CAS(ME)^3 on two CPU cores, and with --protocol loso two minutes where
+--l2 is left to the inner folds.
 """
 import util  # first: it settles how threads wait before torch is imported
 

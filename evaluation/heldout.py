@@ -235,7 +235,7 @@ class HeldOut:
             own = {clips.clips[i].key: maps[i] for i in clips.by_person[person] if i in maps}
             if not np.isfinite(probabilities[mine]).all():
                 raise RunFailed(f"the predictions for {self.names[person]} are not finite; lower "
-                                f"--learning_rate")
+                                f"--learning_rate, or start from another encoder")
             subjects[self.names[person]] = {
                 "transductive": encoders.transductive(group.path, person),
                 "checkpoint": None if group.path == RANDOM else group.path,

@@ -10,11 +10,11 @@ any number of clips; scikit-learn calls C what is 1 / (l2 D' rows) here.
 
 The minimum lies in the span of the training features (Kimeldorf and Wahba 1971). Folds differ in
 which rows count, and in the scale of each feature. With one scale for all of them, heads are
-vectors in the eigenbasis of one kernel, N dimensions at most, and all are minimised together by
-L-BFGS (Nocedal and Wright, "Numerical Optimization", alg. 7.4), preconditioned with the curvature
-of the logistic loss on its eigenvalues. What a fold's own scale changes in its logits is then
-added as an offset and the minimum found again, until neither moves: a matter of a few passes, as
-scales differ by some per cent. A fold in which they differ by more, because features live in the
+vectors in the eigenbasis of one kernel, no more dimensions than rows, and all are minimised
+together by L-BFGS (Nocedal and Wright, "Numerical Optimization", alg. 7.4), preconditioned with the
+curvature of the logistic loss on its eigenvalues. What a fold's own scale changes in its logits is
+then added as an offset and the minimum found again, until neither moves: a matter of a few passes,
+as scales differ by some per cent. A fold in which they differ by more, because features live in the
 clips that it holds out, is solved in a kernel of its own, unless those features are so few that
 they hardly count in the kernel: passes mend these as well, in far less time.
 """

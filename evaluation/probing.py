@@ -3,7 +3,7 @@
 A frozen encoder gives the same features in every epoch and for every held-out subject, so each
 image is encoded once per augmented view. Every head sees them centred and scaled with the
 statistics of its own training clips: most of an encoder's feature is what all clips have in
-common. `solve_heads` finds the heads of all folds as logistic regressions; `train_heads` trains
+common. `solve_heads` finds the heads of all folds as logistic regressions; `descend` trains
 them by SGD, as one weight tensor `[F, C, D]` over shared batches: a fold's loss is the mean over
 the batch's clips that it does not hold out, and a batch with none of those leaves it untouched.
 """

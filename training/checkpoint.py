@@ -44,7 +44,8 @@ def _reason(error: Exception, path: Path) -> str:
     said = (cause and cause.strerror) or str(cause or error).partition("\n")[0]
     if not cause or cause.errno not in (errno.ENOSPC, errno.EDQUOT):
         return f"{said}; put that right"
-    return f"{said} ({shutil.disk_usage(path.parent).free / 2 ** 20:.0f} MiB free); make room"
+    there = next(folder for folder in path.absolute().parents if folder.is_dir())
+    return f"{said} ({shutil.disk_usage(there).free / 2 ** 20:.0f} MiB free); make room"
 
 
 def save_epoch(last: Path, state: dict, name: str = "ckpt_epoch_{epoch}.pth") -> None:

@@ -111,6 +111,13 @@ def test_a_runtime_error_of_its_own_is_said_in_its_first_line(tmp_path, monkeypa
     assert "the device is gone" in said and ROOM not in said and "0x1" not in said
 
 
+def test_a_full_disk_is_named_where_the_folder_cannot_be_made(tmp_path, monkeypatch):
+    path = tmp_path / "run" / "deep" / "last.pth"
+    monkeypatch.setattr(os, "mkdir", failing(errno.ENOSPC))
+    said = refused(path, save(path), state())
+    assert os.strerror(errno.ENOSPC) in said and "MiB free" in said and ROOM in said
+
+
 def test_a_folder_below_a_file_is_named(tmp_path):
     (tmp_path / "file").write_text("x")
     path = tmp_path / "file" / "run" / "last.pth"
