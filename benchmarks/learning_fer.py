@@ -12,10 +12,8 @@ whatever comes out.
 import importlib
 import json
 import os
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import util  # first: it settles how threads wait before torch is imported
 import torch
 
-from benchmarks.rows import Rows, grey_pixels, line, regress
+from benchmarks.rows import Jobs, Rows, grey_pixels, line, regress
 from evaluation import photographs
 from images import faces
 
@@ -58,30 +56,25 @@ def parse_option(argv):
 class Bench(Rows):
     """The runs of one call."""
 
-    def __init__(self, opt):
+    def __init__(self, opt, jobs):
         super().__init__(Path(opt.work), len(faces.CLASSES["rafdb"]))
-        self.opt, self.data = opt, Path(opt.work) / "faces"
-        self.pool = ThreadPoolExecutor(opt.processes)
+        self.opt, self.jobs, self.data = opt, jobs, Path(opt.work) / "faces"
 
     def start(self, name, seeds, *flags):
         """Starts the runs of a row: (its name, what they will be finished with)."""
-        return name, [self.pool.submit(self.train, name, seed, flags) for seed in range(seeds)]
+        return name, [self.jobs.start(self.train, name, seed, flags) for seed in range(seeds)]
 
     def train(self, name, seed, flags):
         """The folder of one run."""
         opt = self.opt
         root = self.work / "results" / name.replace(" ", "_").replace(",", "") / str(seed)
         if not list(root.glob("*/results.json")):
-            subprocess.run([
-                sys.executable, str(ROOT / "train_FER.py"), "--dataset", "rafdb", "--data_folder",
-                str(self.data), "--save_path", str(root), "--tb_path",
-                str(self.work / "tensorboard"), "--cache", str(self.work / "cache"),
-                "--pretrained", "none", "--size", str(opt.size), "--epochs", str(opt.epochs),
-                "--batch_size", "16", "--learning_rate", "0.001", "--val_fraction", "0", "--amp",
-                "--augment", "flip",
-                "--device", "cpu", "--seed", str(seed), "--resume", "auto", "--print_freq", "1000",
-                *map(str, flags)], check=True, stdout=subprocess.DEVNULL,
-                env={**os.environ, "OMP_NUM_THREADS": "1"})
+            self.jobs.run(
+                "train_FER", "--dataset", "rafdb", "--data_folder", self.data, "--save_path", root,
+                "--tb_path", self.work / "tensorboard", "--cache", self.work / "cache",
+                "--pretrained", "none", "--size", opt.size, "--epochs", opt.epochs, "--batch_size",
+                16, "--learning_rate", 0.001, "--val_fraction", 0, "--amp", "--augment", "flip",
+                "--device", "cpu", "--seed", seed, "--resume", "auto", "--print_freq", 1000, *flags)
         return next(root.glob("*/results.json")).parent
 
     def regress(self, noise):
@@ -138,17 +131,18 @@ def relabelled(folders):
 @util.command_line
 def main(argv=None):
     opt, began = parse_option(argv), time.time()
-    bench, notes = Bench(opt), []
-    importlib.import_module("render").main([
-        "faces", "--data_folder", str(bench.data), "--train", opt.train, "--test", opt.test])
-    started = [bench.start(name, seeds, *flags) for name, seeds, flags in systems(opt)]
-    for name, runs in started:
-        folders = [run.result() for run in runs]
-        bench.row(name, folders)
-        said = relabelled(folders)
-        if said:
-            notes.append(f"{name}: {said}")
-            print(notes[-1], flush=True)
+    with Jobs(opt.processes) as jobs:
+        bench, notes = Bench(opt, jobs), []
+        importlib.import_module("render").main([
+            "faces", "--data_folder", str(bench.data), "--train", opt.train, "--test", opt.test])
+        started = [bench.start(name, seeds, *flags) for name, seeds, flags in systems(opt)]
+        for name, runs in started:
+            folders = [run.result() for run in runs]
+            bench.row(name, folders)
+            said = relabelled(folders)
+            if said:
+                notes.append(f"{name}: {said}")
+                print(notes[-1], flush=True)
     for noise in NOISE[::2] if opt.quick else NOISE:
         labels = bench.regress(noise)
     print(f"\nrendered stand-in data, {opt.train} training images, {opt.test} of other people to "

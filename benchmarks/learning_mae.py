@@ -1,6 +1,6 @@
 """Where does pre-training pay? UF1 on rendered faces of a ViT and a ConvNeXt V2, by labels.
 
-  python benchmarks/learning_mae.py --work runs/learning_mae            # 80 minutes, two CPU cores
+  python benchmarks/learning_mae.py --work runs/learning_mae            # 75 minutes, two CPU cores
   python benchmarks/learning_mae.py --work runs/quick --quick           # a tenth of that
 
 Both networks are pre-trained once, without labels, on the training images and as many more as
@@ -12,10 +12,8 @@ comes out.
 import importlib
 import os
 import shutil
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,7 +23,7 @@ import util  # first: it settles how threads wait before torch is imported
 import numpy as np
 import torch
 
-from benchmarks.rows import Rows, grey_pixels, line, regress
+from benchmarks.rows import Jobs, Rows, grey_pixels, line, regress
 from evaluation import finetuning
 from images import faces
 
@@ -34,8 +32,8 @@ FEWEST, MOST, SEEN = 8, 30, 5000  # epochs of fine-tuning, and the images seen t
 LIST = "EmoLabel/list_patition_label.txt"  # RAF-DB's spelling
 # of each: model, side in pixels, script of its pre-training, rate of fine-tuning
 NETWORKS = {
-    "ViT": ("vit_tiny_patch16", 112, "main_pretrain.py", "5e-4"),
-    "ConvNeXt V2": ("convnextv2_atto", 128, "main_pretrain_convnextv2.py", "1e-3")}
+    "ViT": ("vit_tiny_patch16", 112, "main_pretrain", "5e-4"),
+    "ConvNeXt V2": ("convnextv2_atto", 128, "main_pretrain_convnextv2", "1e-3")}
 
 
 def parse_option(argv):
@@ -63,11 +61,11 @@ def parse_option(argv):
 class Bench(Rows):
     """The runs of one call."""
 
-    def __init__(self, opt):
+    def __init__(self, opt, jobs):
         super().__init__(Path(opt.work), len(faces.CLASSES["rafdb"]))
-        self.opt, self.data, self.images = opt, self.work / "faces", self.work / "pool"
+        self.opt, self.jobs = opt, jobs
+        self.data, self.images = self.work / "faces", self.work / "pool"
         self.labels = LABELS[:2] if opt.quick else [n for n in LABELS if n < opt.train]
-        self.pool = ThreadPoolExecutor(opt.processes)
 
     def render(self):
         """The labelled set, more images of other people, and links to all to pre-train on."""
@@ -102,13 +100,10 @@ class Bench(Rows):
         return folder
 
     def run(self, script, root, *flags):
-        """Runs a script in a process with one thread."""
+        """Runs a script."""
         root.mkdir(parents=True, exist_ok=True)
-        subprocess.run([
-            sys.executable, str(ROOT / script), "--output_dir", str(root), "--device", "cpu",
-            "--amp", "--num_workers", "1", "--print_freq", "1000", *map(str, flags)], check=True,
-            stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        return root
+        self.jobs.run(script, "--output_dir", root, "--device", "cpu", "--amp", "--num_workers", 1,
+                      "--print_freq", 1000, *flags)
 
     def pretrain(self, network):
         """The checkpoint of a network's pre-training."""
@@ -129,7 +124,7 @@ class Bench(Rows):
         root = self.work / "results" / f"{model}_{kind}" / f"{n or 'all'}_{seed}"
         many = n or self.opt.train
         if not (root / "results.json").exists():
-            self.run("main_finetune.py", root, "--model", model, "--input_size", size,
+            self.run("main_finetune", root, "--model", model, "--input_size", size,
                      "--data_set", "rafdb", "--data_path", self.subset(n, seed), "--cache", "off",
                      "--batch_size", 8, "--lr", rate, "--epochs",
                      min(MOST, max(FEWEST, SEEN // many)), "--val_fraction", 0, "--aa", "none",
@@ -152,7 +147,8 @@ class Bench(Rows):
                     np.arange(len(images)), -(-len(images) // 64))]).numpy()
 
     def regressions(self, started):
-        """Rows of logistic regressions on pixels and on both networks' features."""
+        """(title, a job a seed) of logistic regressions on pixels and on both networks'
+        features."""
         whole = faces.read_faces("rafdb", self.data)
         named = {"pixels": {name: grey_pixels(one) for name, one in whole.items()}}
         for network, checkpoint in started.items():
@@ -166,11 +162,10 @@ class Bench(Rows):
                 for seed in range(self.opt.seeds):
                     train = faces.read_faces("rafdb", self.subset(n, seed))["train"]
                     rows = [place[path] for path in train.paths]
-                    parts.append((whole["test"].labels, regress(
-                        {"train": x["train"][rows], "test": x["test"]}, train.labels, train, seed),
-                        whole["test"].subjects))
-                self.add(f"{name}, logistic regression{told(n)}", parts)
-        return whole["test"].labels
+                    parts.append(self.jobs.workers.submit(
+                        regress, {"train": x["train"][rows], "test": x["test"]}, train.labels,
+                        train, seed))
+                yield f"{name}, logistic regression{told(n)}", parts
 
 
 def told(n):
@@ -180,22 +175,26 @@ def told(n):
 @util.command_line
 def main(argv=None):
     opt, began = parse_option(argv), time.time()
-    bench = Bench(opt)
-    bench.render()
-    started = {network: bench.pool.submit(bench.pretrain, network) for network in NETWORKS}
-    runs = {(network, kind, n): [bench.pool.submit(
-        bench.finetune, network, started[network] if kind else None, n, seed)
-        for seed in range(opt.seeds)]
-        for kind in (False, True) for network in NETWORKS for n in bench.labels}
-    for (network, kind, n), folders in runs.items():
-        bench.row(f"{network}, {'pre-trained' if kind else 'from scratch'}{told(n)}",
-                  [folder.result() for folder in folders])
-    labels = bench.regressions(started)
+    with Jobs(opt.processes) as jobs:
+        bench = Bench(opt, jobs)
+        bench.render()
+        started = {network: jobs.start(bench.pretrain, network) for network in NETWORKS}
+        runs = {(network, kind, n): [jobs.start(
+            bench.finetune, network, started[network] if kind else None, n, seed)
+            for seed in range(opt.seeds)]
+            for kind in (False, True) for network in NETWORKS for n in bench.labels}
+        regressions = list(bench.regressions(started))
+        for (network, kind, n), folders in runs.items():
+            bench.row(f"{network}, {'pre-trained' if kind else 'from scratch'}{told(n)}",
+                      [folder.result() for folder in folders])
+        test = faces.read_faces("rafdb", bench.data)["test"]
+        for title, parts in regressions:
+            bench.add(title, [(test.labels, part.result(), test.subjects) for part in parts])
     print(f"\nrendered stand-in data, {opt.train} training images, {opt.test} of other people to "
           f"test, {opt.pool} more to pre-train on, {opt.epochs} epochs of that, torch "
           f"{torch.__version__}, {(time.time() - began) / 60:.0f} minutes\n\n| | UF1 | 95 % "
           "interval | |\n|---|---|---|---|")
-    bench.baselines(labels)
+    bench.baselines(test.labels)
     print("\n".join(map(line, bench.rows)))
     print(f"\ntable    {bench.work / 'rows.json'}")
 

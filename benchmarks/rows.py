@@ -3,6 +3,7 @@ import importlib
 import multiprocessing
 import os
 import sys
+from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,8 +57,8 @@ class Rows:
 
 
 class Jobs:
-    """Runs of scripts, so many at a time, in processes of one thread that import them once; what a
-    script prints is left out."""
+    """Runs of scripts, so many at a time, in processes of one thread that import them once; what
+    they print is left out."""
 
     def __init__(self, processes: int):
         # read when a worker imports torch and tqdm: two bars on one line tell nothing
@@ -76,9 +77,9 @@ class Jobs:
         """Runs a script in a worker."""
         self.workers.submit(_main, script, list(map(str, flags))).result()
 
-    def start(self, function, *args, **named) -> Future:
+    def start(self, function: Callable, *args) -> Future:
         """Calls a function, which runs scripts, in the background."""
-        return self.waiting.submit(function, *args, **named)
+        return self.waiting.submit(function, *args)
 
 
 def _mute():
