@@ -20,8 +20,8 @@ DEFAULT = masked_options.PRETRAIN[0]
 
 def parse_option(argv):
     parser = util.ArgumentParser(description=__doc__)
-    pretraining.add_options(parser, MAE_NAMES, DEFAULT, mask_ratio=0.75, norm_pix_loss=False,
-                            decoder_depth=8, cell=PATCH)
+    pretraining.add_options(parser, MAE_NAMES, "mae_vit_base_patch16", DEFAULT, mask_ratio=0.75,
+                            norm_pix_loss=False, decoder_depth=8, cell=PATCH)
     return pretraining.parse_option(parser, DEFAULT, PATCH, argv)
 
 

@@ -21,8 +21,8 @@ DEFAULT = masked_options.PRETRAIN[1]
 
 def parse_option(argv):
     parser = util.ArgumentParser(description=__doc__)
-    pretraining.add_options(parser, CONVNEXT_NAMES, DEFAULT, mask_ratio=0.6, norm_pix_loss=True,
-                            decoder_depth=1, cell=CELL)
+    pretraining.add_options(parser, CONVNEXT_NAMES, "convnextv2_base", DEFAULT, mask_ratio=0.6,
+                            norm_pix_loss=True, decoder_depth=1, cell=CELL)
     return pretraining.parse_option(parser, DEFAULT, CELL, argv)
 
 

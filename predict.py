@@ -114,6 +114,9 @@ def main(argv: list[str] | None = None) -> None:
     if state.get("system") == "MAE pre-training":
         raise BadInput(f"{opt.model_path}: an autoencoder, which knows no classes; start "
                        f"main_finetune.py --finetune from it, and name what that writes")
+    if state.get("system") == "MMNet":
+        raise BadInput(f"{opt.model_path}: sees the flow of five frames, which prepare.py casme2 "
+                       f"makes; what it predicts stands in the predictions.csv of its run")
     of_photos = state.get("system") in ("FER", "MAE")
     if bool(opt.photos) != of_photos:
         raise BadInput(f"{opt.model_path}: a model of "

@@ -77,7 +77,10 @@ def check_options(parser, opt, words):
             parser.error(f"{flag} goes with {what}")
     for flag, holds, what in (
             ("--votes", opt.dataset == "ferplus", "--dataset ferplus"),
-            ("--rank_beta", opt.model == "scn", "--model scn"),
+            ("--rank_beta", opt.model == "scn" and (opt.rank_margin or opt.relabel_epoch),
+             "--model scn, and --rank_margin or --relabel_epoch"),
+            ("--backbone_lr", not opt.freeze_backbone, "a backbone that moves, not "
+             "--freeze_backbone"),
             ("--relabel_margin", opt.relabel_epoch, "--relabel_epoch"),
             ("--relabel_group", opt.relabel_epoch, "--relabel_epoch"),
             ("--wloss_norm", opt.wloss_alpha, "--wloss_alpha"),
@@ -193,7 +196,8 @@ def add_model_options(parser):
                              "batch_size times as large")
     method.add_argument("--wloss_distance", metavar="valence_arousal|uniform|FILE.csv",
                         default="valence_arousal",
-                        help="between emotions; a file: a row per class, its name first")
+                        help="between emotions; a file: a header class,NAME,NAME..., then a row "
+                             "per class, its name first")
     method.add_argument("--wloss_norm", choices=("l1", "frobenius"), default="l1",
                         help="l1: rows of distances sum to 1; frobenius: divided by the norm")
     method.add_argument("--wloss_update", type=number(int, 0), default=0, metavar="EPOCHS",

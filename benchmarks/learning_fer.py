@@ -1,4 +1,4 @@
-"""Does FER learn? UF1 on rendered faces of baseline, SCN and RAN, of each loss, under label noise.
+"""Does FER learn? UF1 on rendered faces of baseline, SCN and RAN under label noise, and each loss.
 
   python benchmarks/learning_fer.py --work runs/learning_fer             # 75 minutes, two CPU cores
   python benchmarks/learning_fer.py --work runs/quick --quick            # a tenth of that

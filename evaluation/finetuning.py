@@ -102,8 +102,8 @@ def add_model_options(parser: ArgumentParser) -> None:
                             "[none: from scratch]")
     masked_options.add_switch(model, "--global_pool", default=True,
                               help="ViT: classify the mean of the patches' tokens")
-    model.add_argument("--cls_token", action="store_false", dest="global_pool",
-                       default=argparse.SUPPRESS, help="ViT: classify the class token")
+    masked_options.add_opposite(model, "--cls_token", "global_pool",
+                                help="ViT: classify the class token")
     model.add_argument("--head_init_scale", type=number(float, 0, 1, low_open=True), default=0.001,
                        help="of the new head's weights, normal with deviation .02; as published, "
                             "they leave the network without a gradient for hundreds of steps: 1 "
@@ -170,6 +170,8 @@ def parse_option(doc: str, argv: list[str], data_set: str,
         opt = parser.parse_args(argv)
     convnext = masked_options.is_convnext(opt.model)
     masked_options.settle(parser, opt, masked_options.FINETUNE[convnext])
+    if opt.eval:  # as it was on so many ranks as trained it
+        opt.learning_rate = old["learning_rate"]
     for name, ours in (("drop_path", (0.1, 0.0)), ("layer_decay", (0.75, 1.0))):
         if getattr(opt, name) is None:
             setattr(opt, name, ours[convnext])

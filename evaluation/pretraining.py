@@ -23,14 +23,16 @@ LOW = 0.2  # least area of the random resized crop
 
 # ---------------------------------------------------------------- options
 
-def add_options(parser: ArgumentParser, names: tuple[str, ...], default: masked_options.Defaults,
-                mask_ratio: float, norm_pix_loss: bool, decoder_depth: int, cell: int) -> None:
-    """Adds all flags of a script that pre-trains; names: its models; cell: pixels of a patch."""
+def add_options(parser: ArgumentParser, names: tuple[str, ...], usual: str,
+                default: masked_options.Defaults, mask_ratio: float, norm_pix_loss: bool,
+                decoder_depth: int, cell: int) -> None:
+    """Adds all flags of a script that pre-trains; names: its models; usual: the one by default;
+    cell: pixels of a patch."""
     masked_options.add_data_options(
         parser, "folder of images, however deep they lie; its train/, where there is one", None,
         cell)
     model = parser.add_argument_group("model")
-    model.add_argument("--model", choices=names, default=names[-1], metavar="NAME",
+    model.add_argument("--model", choices=names, default=usual, metavar="NAME",
                        help="encoder: " + ", ".join(names))
     model.add_argument("--decoder_depth", type=number(int, 1), default=decoder_depth,
                        help="blocks of the decoder")
@@ -42,8 +44,8 @@ def add_options(parser: ArgumentParser, names: tuple[str, ...], default: masked_
     masked_options.add_switch(method, "--norm_pix_loss", default=norm_pix_loss,
                               help="predict the pixels of a patch normalised by their own mean and "
                                    "deviation")
-    method.add_argument("--no_norm_pix_loss", action="store_false", dest="norm_pix_loss",
-                        default=argparse.SUPPRESS, help="predict them as they are")
+    masked_options.add_opposite(method, "--no_norm_pix_loss", "norm_pix_loss",
+                                help="predict them as they are")
     masked_options.add_optimisation_options(parser, default)
     masked_options.add_running_options(parser, "on with a GPU")
     masked_options.add_output_options(parser, default)

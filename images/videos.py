@@ -251,8 +251,8 @@ def unit_names(clips: Iterable[frozenset]) -> list[str]:
     """The units that occur in clips, by number, then side; raises BadInput where there is none."""
     names = set().union(*clips)
     if not names:
-        raise BadInput("clips.csv: no training clip names an action unit, which V6 and V6c learn; "
-                       "fill its column units, or take V5NR")
+        raise BadInput("clips.csv: no training clip names an action unit, which V6, V6c and "
+                       "--au_loss learn; fill its column units, or take V5NR without --au_loss")
     return sorted(names, key=lambda name: (int(re.sub(r"\D", "", name)), name))
 
 

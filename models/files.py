@@ -14,9 +14,15 @@ from util import BadInput
 
 def read(path: str | Path) -> object:
     """What a file holds, with weights_only: one that carries code, or any class but the option
-    namespace of old checkpoints, is refused."""
+    namespace of old checkpoints, is refused. Also .safetensors, as timm's are handed out."""
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such checkpoint")
+    if Path(path).suffix == ".safetensors":
+        import safetensors.torch  # of timm's, which not every system needs
+        try:
+            return safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, OSError, ValueError):
+            raise BadInput(f"{path}: not a file of safetensors, or truncated") from None
     # old checkpoints pickle the option namespace; it is data, and nothing else is let in
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
@@ -26,7 +32,7 @@ def read(path: str | Path) -> object:
             if "GLOBAL" in str(error) or "Unsupported" in str(error):
                 raise BadInput(f"{path}: refused: it carries code or classes, which are never run; "
                                f"save plain types and tensors only") from None
-            raise BadInput(f"{path}: not a checkpoint; name a .pth that these scripts wrote") \
+            raise BadInput(f"{path}: not a checkpoint of torch; name a .pth or .safetensors") \
                 from None
         except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError,
                 AttributeError):

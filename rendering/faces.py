@@ -4,7 +4,7 @@
 
 The folder holds EmoLabel/list_patition_label.txt, Image/aligned/, Annotation/manual/ (five points),
 landmarks.csv (68 points), subjects.csv and truth.csv (what each image shows): 4,000 images here, in
-about two minutes on two cores. Nobody in the test split is in the training split.
+a minute or two on two cores. Nobody in the test split is in the training split.
 """
 import argparse
 from dataclasses import dataclass, replace

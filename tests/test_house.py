@@ -19,7 +19,9 @@ from preparation import outputs
 from training import checkpoint, distributed
 
 SCRIPTS = ("pre-train_DVSCL", "LinearProbing_DVSCL_10fold", "fine-tune_DVSCL", "train_MMNet",
-           "predict", "compare_results", "prepare", "render", "detect_faces")
+           "train_FER", "main_pretrain", "main_pretrain_convnextv2", "main_finetune",
+           "main_finetune_affectnet", "predict", "compare_results", "prepare", "render",
+           "detect_faces")
 
 
 def run(code, *flags, **environment):

@@ -262,7 +262,7 @@ def train_epoch(opt: argparse.Namespace, job: Job, epoch: int, within: dict,
 def relabel(opt: argparse.Namespace, job: Job, rows: Tensor, logits: Tensor,
             importance: Tensor | None, everyone: Tensor, epoch: int) -> None:
     """Gives images of this rank's part `rows` of a batch the class that the network is surer of,
-    from the next epoch on, for all ranks; everyone: bool `[B]`, those that could be read."""
+    from when it is drawn next, for all ranks; everyone: bool `[B]`, those that could be read."""
     rows = distributed.gather(rows)[everyone]
     probabilities = distributed.gather(logits.float().softmax(1))[everyone]
     if importance is not None:

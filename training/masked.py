@@ -58,7 +58,8 @@ def train_epoch(opt: argparse.Namespace, job: Job, epoch: int, within: dict,
         epochs.descend(opt, job.network, job.optimizer, job.precision.scaler)
         on_step({"step": step, "meters": means.state()})
     if not means["train_loss"].count:
-        raise BadInput(f"--data_path: none of the {len(job.images)} images can be read")
+        raise BadInput(f"{opt.data_folder}: none of its {len(job.images)} images can be read; give "
+                       f"another --data_path")
     count = sum(len(index) for _, group in steps for index in group)
     return means.means() | {"learning_rate": epochs.rate_now(job.optimizer), "images_per_second":
                             count / (time.perf_counter() - began)}

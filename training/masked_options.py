@@ -43,6 +43,12 @@ def add_switch(group: argparse._ArgumentGroup, *flags: str, default: bool | None
                        metavar="True|False", **more)
 
 
+def add_opposite(group: argparse._ArgumentGroup, flag: str, dest: str, **more: object) -> None:
+    """Adds a flag like that of `add_switch`, which sets `dest` to the opposite."""
+    group.add_argument(flag, type=lambda text: not switch(text), nargs="?", const=False, dest=dest,
+                       default=argparse.SUPPRESS, metavar="True|False", **more)
+
+
 def add_data_options(parser: ArgumentParser, path_help: str, path: str | None,
                      side: int) -> argparse._ArgumentGroup:
     """Adds the data group; path: the default of --data_path, None where it must be given; side: of

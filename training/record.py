@@ -66,6 +66,8 @@ class Run:
         self.opt, self.folder = opt, Path(root) / name
         self.all_curves = Path(opt.tb_path or Path(root) / "tensorboard")
         self.curves = self.all_curves / name
+        # what names a folder of its own
+        self._elsewhere = "--tag" if hasattr(opt, "tag") else "--output_dir"
 
     def last(self, name: str | None = None) -> Path:
         """The checkpoint of a training; last.pth is that of everybody, and of the one that was
@@ -86,8 +88,7 @@ class Run:
         if resume in (None, "auto"):
             if resume is None and self.folder.exists() and any(self.folder.iterdir()):
                 raise BadInput(f"{self.folder}: exists; go on with --resume auto, give another "
-                               f"{'--tag' if hasattr(self.opt, 'tag') else '--output_dir'}, or "
-                               f"remove it")
+                               f"{self._elsewhere}, or remove it")
             return self.last() if resume and self.last().exists() else None
         if not Path(resume).is_file():
             raise BadInput(f"--resume {resume}: no such checkpoint")
@@ -108,12 +109,12 @@ class Run:
             differing.append(f"--epochs {before['epochs']} there, {new['epochs']} here: it may "
                              f"only grow")
         elif not grow and before.get("epochs") != new["epochs"]:
-            differing.append("held-out subjects train for a fixed number: give another --tag")
+            differing.append("held-out subjects train for a fixed number")
         differing += [f"{k.replace('_', ' ')} differs" for k, v in identity.items()
                       if old.get(k) != v]
         if differing:
             raise BadInput(f"{path}: cannot be resumed with other options or data: "
-                           + "; ".join(differing))
+                           + "; ".join(differing) + f"; give another {self._elsewhere}")
 
     def restore(self, path: Path, states: dict, **identity: object) -> dict:
         """Restores `states` (`model` and other names → module, optimizer or scaler) from a

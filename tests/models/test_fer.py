@@ -11,7 +11,7 @@ from conftest import PARITY
 from images import regions
 from models.ran import RAN
 from models.scn import SCN, Baseline
-from training import losses
+from training import losses, supervised
 
 FIXTURES = PARITY / "fer.json"
 
@@ -199,14 +199,15 @@ def test_region_margin_has_a_limit(fer):
         assert losses.region_loss(own, losses.region_limit(views)) == pytest.approx(0, abs=1e-6)
 
 
-def test_sampler_and_weights(fer):
-    case = fer["sampler"]
+def test_sampler_and_weights(fer, monkeypatch):
+    case, drawn = fer["sampler"], []
     labels = np.array(case["labels"])
     counts = np.bincount(labels)
     assert counts.tolist() == case["counts"]
     close(losses.class_weights(labels, 4), case["inverse_frequency_ce_weights_n_over_C_nc"], 1e-6)
-    share = 1 / counts[labels]
-    close(share / share.sum(), case["sampling_probabilities"], 1e-6)
+    monkeypatch.setattr(torch, "multinomial", lambda weights, *_, **__: drawn.append(weights))
+    supervised.draw_order(labels, True, torch.Generator())
+    close(drawn[0] / drawn[0].sum(), case["sampling_probabilities"], 1e-6)
 
 
 def test_logit_adjustment_and_smoothing_by_hand():

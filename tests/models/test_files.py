@@ -6,6 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 from parity import filled, near, normal
@@ -219,6 +220,20 @@ def test_timms_convnext_starts_a_classifier(tmp_path):
     with torch.no_grad():
         assert near(model.embed(images), theirs.forward_head(theirs.forward_features(images),
                                                              pre_logits=True), 2e-5)
+
+
+def test_timms_safetensors_are_read_as_they_are_handed_out(tmp_path):
+    theirs = timm.create_model("convnextv2_atto", num_classes=1000).state_dict()
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(theirs, path)
+    model = convnextv2.create_convnextv2("convnextv2_atto", 7)
+    found = load_public(model, path)
+    assert found.missing == HEAD and found.unexpected == []
+    assert torch.equal(model.state_dict()["stages.0.0.dwconv.weight"],
+                       theirs["stages.0.blocks.0.conv_dw.weight"])
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(BadInput, match=r"model\.safetensors: not a file of safetensors"):
+        load_public(model, path)
 
 
 # ---------------------------------------------------------------- refusals

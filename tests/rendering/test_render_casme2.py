@@ -66,6 +66,32 @@ def rendered(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("year", ["2014", "2019"])
+def test_both_workbooks_are_prepared_from(rendered, year, tmp_path):
+    pytest.importorskip("cv2")
+    folder, name = rendered, "CASME2-coding-20190701.xlsx"
+    if year == "2014":
+        folder, name = tmp_path / "raw", "CASME2-coding-20140508.xlsx"
+        render("--data_folder", folder, *SMALL, "--workbook", year)
+    script("prepare").main(["casme2", "--raw", folder, "--annotation", folder / name,
+                            "--data_folder", tmp_path / "set", "--size", 32, "--register", "none",
+                            "--num_workers", 0])
+    rows = workbook(folder, name)
+    columns = {key.lower().replace(" ", ""): key for key in rows[0]}
+
+    def told(row, key):
+        return str(row[columns[key]])
+    kept = [row for row in rows if told(row, "estimatedemotion").lower() in casme2.CLASSES]
+    clips = table(tmp_path / "set" / "clips.csv")
+    assert Counter(clip["emotion"] for clip in clips) == Counter(
+        told(row, "estimatedemotion").lower() for row in kept)
+    content = json.loads((tmp_path / "set" / "flow.json").read_text())
+    assert len(content["dropped"]) == len(rows) - len(kept)
+    of_apex = {rule: keys for rule, keys in content["repairs"].items() if rule.startswith("apex")}
+    assert [(rule.partition(":")[0], len(keys)) for rule, keys in sorted(of_apex.items())] == (
+        [("apex equal to onset", 1), ("apex is no frame number", 1)] if year == "2019" else [])
+
+
 @pytest.fixture(scope="module")
 def resting(tmp_path_factory):
     """The same clips without expressions."""

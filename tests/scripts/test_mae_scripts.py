@@ -4,6 +4,9 @@ import json
 import os
 import shlex
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import face_tree
 import numpy as np
@@ -13,14 +16,16 @@ import torch
 from conftest import save_image, script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from evaluation import finetuning, pretraining
+from evaluation import finetuning, measures, pretraining
 from images import faces
 from models import convnextv2, mae
 from training import checkpoint, epochs, record
+from training import faces as training_faces
 
 VIT, NEXT = "main_pretrain", "main_pretrain_convnextv2"
 TUNE, AFFECTNET = "main_finetune", "main_finetune_affectnet"
 N_TRAIN, N_TEST = 42, 14
+ROOT = Path(__file__).parents[2]
 
 
 def call(name, *argv):
@@ -162,10 +167,12 @@ FINETUNE = {"min_lr": 1e-6, "label_smoothing": .1, "reprob": .25, "remode": "pix
 
 
 @pytest.mark.parametrize("name, more, expected", [
-    (VIT, ["--data_path", "d"], {**PRETRAIN, "epochs": 400, "mask_ratio": .75, "decoder_depth": 8,
-                                 "norm_pix_loss": False, "blr": 1e-3, "learning_rate": 2.5e-4}),
-    (NEXT, ["--data_path", "d"], {**PRETRAIN, "epochs": 800, "mask_ratio": .6, "decoder_depth": 1,
-                                  "norm_pix_loss": True, "blr": 1.5e-4, "learning_rate": 3.75e-5}),
+    (VIT, ["--data_path", "d"], {**PRETRAIN, "model": "mae_vit_base_patch16", "epochs": 400,
+                                 "mask_ratio": .75, "decoder_depth": 8, "norm_pix_loss": False,
+                                 "blr": 1e-3, "learning_rate": 2.5e-4}),
+    (NEXT, ["--data_path", "d"], {**PRETRAIN, "model": "convnextv2_base", "epochs": 800,
+                                  "mask_ratio": .6, "decoder_depth": 1, "norm_pix_loss": True,
+                                  "blr": 1.5e-4, "learning_rate": 3.75e-5}),
     (TUNE, ["--data_path", "d"], {
         **FINETUNE, "dataset": "rafdb", "epochs": 50, "blr": 1e-3, "warmup_epochs": 5,
         "layer_decay": .75, "drop_path": .1}),
@@ -186,6 +193,8 @@ def test_defaults_are_the_published_ones(parsed, name, more, expected):
     (["--norm_pix_loss"], {"norm_pix_loss": True}),
     (["--norm_pix_loss", "False"], {"norm_pix_loss": False}),
     (["--no_norm_pix_loss"], {"norm_pix_loss": False}),
+    (["--no_norm_pix_loss", "True"], {"norm_pix_loss": False}),
+    (["--no_norm_pix_loss", "False"], {"norm_pix_loss": True}),
     (["--amp", "False"], {"amp": False}), (["--use_amp", "true"], {"amp": True}),
     (["--auto_resume", "False"], {"resume": None}),
     (["--auto_resume", "False", "--resume", "x.pth"], {"resume": "x.pth"}),
@@ -201,7 +210,8 @@ def test_flags_of_pretraining(parsed, kind, flags, expected):
 @pytest.mark.parametrize("flags, expected", [
     (["--model_ema"], {"model_ema": True}), (["--model_ema", "0"], {"model_ema": False}),
     (["--model_ema", "--model_ema_eval", "on"], {"model_ema_eval": True}),
-    (["--cls_token"], {"global_pool": False}), (["--global_pool"], {"global_pool": True}),
+    (["--cls_token"], {"global_pool": False}), (["--cls_token", "False"], {"global_pool": True}),
+    (["--cls_token", "True"], {"global_pool": False}), (["--global_pool"], {"global_pool": True}),
     (["--global_pool", "False"], {"global_pool": False}), (["--tricks", "True"], {"tricks": True}),
     (["--oversample", "False"], {"oversample": False}), (["--tta_flip"], {"tta_flip": True}),
     (["--cutmix_minmax", .2, .8], {"cutmix_minmax": [.2, .8]}),
@@ -277,7 +287,7 @@ def test_a_finished_run_has_nothing_left_to_do(before, tree, capsys):
     assert old == {path.name: path.read_bytes()
                    for path in (*run.glob("*.pth"), run / "log.jsonl")}
     said = refused(capsys, VIT, *pretraining_flags(tree), "--output_dir", run, "--mask_ratio", .5)
-    assert "--mask_ratio 0.75 there, 0.5 here" in said
+    assert "--mask_ratio 0.75 there, 0.5 here; give another --output_dir" in said
     said = refused(capsys, VIT, *pretraining_flags(tree), "--output_dir", run, "--input_size", 32)
     assert "--input_size 64 there, 32 here" in said
     said = refused(capsys, VIT, *pretraining_flags(tree), "--output_dir", run, "--auto_resume",
@@ -338,7 +348,8 @@ def test_images_of_which_none_can_be_read_are_refused(tmp_path, capsys):
         (tmp_path / "d").mkdir(exist_ok=True)
         (tmp_path / f"d/{i}.png").write_bytes(b"nothing")
     said = refused(capsys, VIT, *pretraining_flags(tmp_path / "d"), "--output_dir", tmp_path / "r")
-    assert said == "error: --data_path: none of the 16 images can be read"
+    assert said == (f"error: {tmp_path / 'd'}: none of its 16 images can be read; give another "
+                    f"--data_path")
     assert not list((tmp_path / "r").glob("*.pth"))
 
 
@@ -378,6 +389,29 @@ def test_a_fine_tuned_transformer_leaves_its_results(tuned, tree):
         "checkpoint-0.pth", "checkpoint-1.pth", "last.pth"}
     assert state["system"] == "MAE" and state["beside"] is True
     assert {"ema_val_uf1", "val_uf1", "train_loss"} <= runs.curves(run).keys()
+
+
+def test_the_average_is_evaluated_and_not_the_model(tuned, tree):
+    """Its figures are those of a network that has the average's weights."""
+    _, run = tuned[VIT]
+    state = checkpoint.load(run / "last.pth")
+    opt = argparse.Namespace(**state["opt"])
+    images = faces.read_faces("rafdb", tree)["test"]
+    source, said = finetuning.source_of(opt, images), []
+    for weights in (state["ema"], state["model"]):
+        network = finetuning.create_network(opt, len(face_tree.CLASSES))
+        network.load_state_dict({name.removeprefix("module."): value
+                                 for name, value in weights.items()})
+        said.append(training_faces.predict(network, source, np.arange(N_TEST),
+                                           epochs.mixed_precision(False, torch.device(
+                                               "cpu")).autocast, opt.tta_flip)[1])
+    average, model = said
+    scores = measures.evaluate(images.labels, average.argmax(1), len(face_tree.CLASSES))
+    for name in ("uf1", "uar", "accuracy"):
+        assert results(run)["average"][name] == pytest.approx(scores[name])
+    assert np.abs(average - model).max() > 1e-4
+    rows = [[float(row[f"p_{i}"]) for i in range(len(face_tree.CLASSES))] for row in runs.rows(run)]
+    assert np.abs(np.array(rows) - model).max() < 2e-5
 
 
 def test_little_of_the_initial_weights_is_left_in_an_average(tuned, capsys):
@@ -423,6 +457,17 @@ def test_evaluation_repeats_the_predictions(tuned, kind, tmp_path, capsys):
     assert again.get("average") == first.get("average")
     assert not list((tmp_path / "again").glob("*.pth"))
     assert old == {path.name: path.read_bytes() for path in run.glob("*.pth")}
+
+
+def test_evaluation_asks_for_no_rate_of_other_ranks(tmp_path, monkeypatch):
+    """A rate that followed from --blr on three ranks is none of the one that evaluates."""
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "3")
+        opt = finetuning.parse_option("", ["--data_path", "d", "--blr", ".1"], "rafdb", None)
+    torch.save({"system": "MAE", "opt": vars(opt), "epoch": 1, "model": {}}, tmp_path / "m.pth")
+    again = finetuning.parse_option("", ["--data_path", "d", "--eval", "--resume", str(
+        tmp_path / "m.pth")], "rafdb", None)
+    assert again.learning_rate == opt.learning_rate == pytest.approx(.1 * 3 * 64 / 256)
 
 
 def test_a_run_is_gone_on_from_by_the_weights_that_predicted_with_a_new_head(tuned):
@@ -491,6 +536,67 @@ def test_a_result_stands_beside_one_of_another_system(tuned, tree, tmp_path, cap
     printed = capsys.readouterr().out
     assert "mae_vit_tiny_patch16" in printed and "fer, baseline" in printed
     assert f"{N_TEST}" in printed and "yes" in printed and "permutation" in printed.lower()
+
+
+# ---------------------------------------------------------------- ranks, mixed precision
+
+@pytest.mark.parametrize("flags", [
+    ["--model", "vit_tiny_patch16", "--input_size", 32],
+    ["--model", "convnextv2_atto", "--input_size", 32, "--mixup", .8]], ids=["vit", "convnext"])
+def test_two_ranks_fine_tune_to_the_weights_of_one(tmp_path, flags):
+    """Nothing dropped, which each rank draws for itself."""
+    face_tree.write(tmp_path / "set", 24, 7)
+    flags = [*flags, "--data_path", tmp_path / "set", "--cache", tmp_path / "cache", "--device",
+             "cpu", "--num_workers", 1, "--accum_iter", 2, "--epochs", 1, "--warmup_epochs", 0,
+             "--lr", 1e-3, "--drop_path", 0, "--val_fraction", 0, "--head_init_scale", 1]
+    for count, size, name in ((1, 8, "one"), (2, 4, "two")):
+        runs.ranked(count, TUNE, *flags, "--batch_size", size, "--output_dir", tmp_path / name)
+    one, two = (checkpoint.load(tmp_path / name / "last.pth")["model"] for name in ("one", "two"))
+    for name, value in one.items():
+        # AdamW's first step goes by the sign of a gradient, however near to 0 it is
+        assert ((two[name] - value).abs() > 1e-4).float().mean() < .02, name
+    said = [np.array([[float(row[f"p_{i}"]) for i in range(7)] for row in runs.rows(
+        tmp_path / name)]) for name in ("one", "two")]
+    assert np.abs(said[0] - said[1]).max() < .01
+
+
+def test_two_ranks_pretrain_a_convnext_to_the_loss_of_one(tmp_path):
+    drawn_images(tmp_path / "d", 16)
+    flags = ["--model", "convnextv2_atto", "--input_size", 64, "--data_path", tmp_path / "d",
+             "--cache", tmp_path / "cache", "--device", "cpu", "--num_workers", 1, "--epochs", 2,
+             "--warmup_epochs", 0, "--lr", 1e-4, "--decoder_embed_dim", 32]
+    for count, size, name in ((1, 8, "one"), (2, 4, "two")):
+        runs.ranked(count, NEXT, *flags, "--batch_size", size, "--output_dir", tmp_path / name)
+    one, two = ([line["train_loss"] for line in lines_of(tmp_path / name)]
+                for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-4) and one[1] < one[0]
+
+
+@pytest.mark.parametrize("kind", [VIT, NEXT])
+def test_mixed_precision_trains_and_says_so(tree, tmp_path, kind):
+    call(TUNE, *tuning_flags(tree, kind), "--use_amp", "True", "--epochs", 1, "--output_dir",
+         tmp_path)
+    header, line = record.read_log(tmp_path)
+    assert header["opt"]["amp"] is True and 0 < line["train_loss"] < 4
+    state = checkpoint.load(tmp_path / "last.pth")
+    assert {value.dtype for value in state["model"].values()} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [
+    ["torch.distributed.launch", "--nproc_per_node", "2"],
+    ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]], ids=lambda part: part[0])
+def test_launchers_start_the_scripts(tmp_path, launcher):
+    face_tree.write(tmp_path / "set", 24, 7)
+    shared = ["--input_size", "64", "--batch_size", "4", "--epochs", "1", "--lr", "1e-3",
+              "--device", "cpu", "--num_workers", "1", "--cache", str(tmp_path / "cache"),
+              "--data_path", str(tmp_path / "set")]
+    for name, more in ((NEXT, []), (TUNE, ["--finetune", tmp_path / NEXT / "checkpoint-0.pth"])):
+        subprocess.run([sys.executable, "-m", *launcher, f"{name}.py", "--model",
+                        "convnextv2_atto", *shared, *map(str, more), "--output_dir",
+                        str(tmp_path / name)], check=True, cwd=ROOT, capture_output=True,
+                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert results(tmp_path / TUNE)["n"] == 7
 
 
 # ---------------------------------------------------------------- bad input

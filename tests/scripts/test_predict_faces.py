@@ -10,6 +10,7 @@ import torch
 from conftest import script
 from PIL import Image
 
+from models import convnextv2, mae
 from preparation import detection
 from training import checkpoint
 
@@ -59,6 +60,37 @@ def test_crops_get_the_probabilities_that_the_results_hold(tree, tmp_path, capsy
     assert [row["prediction"] for row in table] == [f["prediction"] for f in said["faces"]]
     assert float(table[0]["p_fear"]) == pytest.approx(said["faces"][0]["probabilities"]["fear"],
                                                       abs=1e-6)
+
+
+@pytest.mark.parametrize("more", [
+    ["--model", "vit_tiny_patch16"], ["--model", "vit_tiny_patch16", "--tricks", "--cls_token"],
+    ["--model", "convnextv2_atto", "--tta_flip"],
+    ["--model", "convnextv2_atto", "--select", "val", "--model_ema", "--model_ema_eval"]],
+    ids=lambda m: " ".join(m[1:]))
+def test_fine_tuned_models_give_the_probabilities_that_the_results_hold(tree, tmp_path, capsys,
+                                                                        monkeypatch, more):
+    monkeypatch.setitem(mae.SIZES, "vit_tiny_patch16", (32, 2, 2))
+    monkeypatch.setitem(convnextv2.SIZES, "convnextv2_atto", ((1, 1, 2, 1), (8, 16, 24, 32)))
+    script("main_finetune").main([str(a) for a in (
+        "--data_path", tree, "--input_size", 64, "--epochs", 2, "--batch_size", 14, "--lr", 1e-2,
+        "--head_init_scale", 1, "--cache", "off", "--device", "cpu", "--output_dir", tmp_path,
+        *more)])
+    names = sorted((tree / "Image" / "aligned").glob("test_*"))
+    said = predicted(capsys, "--model_path", tmp_path / "last.pth", "--whole", *names)
+    rows = {row["key"].rpartition("/")[2]: row for row in runs.rows(tmp_path)}
+    assert len(said["faces"]) == 21
+    for face in said["faces"]:
+        row = rows[face["photo"]]
+        assert face["prediction"] == face_tree.CLASSES[int(row["prediction"])]
+        for i, name in enumerate(face_tree.CLASSES):
+            assert face["probabilities"][name] == pytest.approx(float(row[f"p_{i}"]), abs=2e-5)
+
+
+def test_an_autoencoder_knows_no_classes(tree, tmp_path, capsys):
+    torch.save({"system": "MAE pre-training", "opt": {}, "epoch": 1, "model": {}},
+               tmp_path / "last.pth")
+    said = runs.refused(capsys, predict, "--model_path", tmp_path / "last.pth", "--whole", tree)
+    assert "last.pth" in said and "knows no classes" in said
 
 
 @pytest.fixture

@@ -259,7 +259,36 @@ def plain(arrays):
     return arrays._replace(index=arrays.index[:, :1])
 
 
-@pytest.mark.parametrize("stopped_in", [1, 2, 3, 5], ids=["stage 1", "between", "stage 2", "last"])
+def test_a_run_that_was_killed_between_the_stages_begins_the_second(flags, tmp_path, monkeypatch):
+    flags += ["--model", "V6", "--au_epochs", 1, "--unfreeze_epoch", 1, "--epochs", 2, "--part",
+              "5", "--select", "inner", "--save_freq", 1]
+    train(*flags, "--save_path", tmp_path / "whole")
+    epoch_of = motion.train_epoch
+
+    def struck(opt, job, stage, *rest):
+        if stage != "units":
+            raise SystemExit(1)
+        return epoch_of(opt, job, stage, *rest)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(motion, "train_epoch", struck)
+        train(*flags, "--save_path", tmp_path / "part")
+    (path,) = (tmp_path / "part").glob("*/last*.pth")
+    state = checkpoint.load(path)
+    assert state["epoch"] == 1 and not state["within"]
+    train(*flags, "--save_path", tmp_path / "part", "--resume", "auto")
+    whole, part = only(tmp_path / "whole"), only(tmp_path / "part")
+    assert weights_differ(whole / "last.pth", part / "last.pth") == []
+    assert (whole / "predictions.csv").read_bytes() == (part / "predictions.csv").read_bytes()
+
+
+def test_predict_says_what_such_a_checkpoint_is(flags, tmp_path, capsys):
+    train(*flags, "--model", "V1", "--epochs", 1, "--part", "5", "--save_path", tmp_path)
+    said = runs.refused(capsys, script("predict").main, [
+        "--model_path", str(only(tmp_path) / "last.pth"), "face.jpg"])
+    assert "the flow of five frames" in said and "predictions.csv" in said
+
+
+@pytest.mark.parametrize("stopped_in", [1, 2, 3, 5], ids=["stage 1", "its end", "stage 2", "last"])
 def test_a_run_that_was_stopped_goes_on_to_the_same_tensors(flags, tmp_path, monkeypatch,
                                                             stopped_in):
     flags += ["--model", "V6", "--au_epochs", 2, "--unfreeze_epoch", 1, "--epochs", 3, "--part",

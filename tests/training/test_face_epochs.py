@@ -95,6 +95,21 @@ def test_an_average_holds_of_each_step_what_its_decay_says():
     assert not torch.equal(before[0], next(job.network.parameters()))
 
 
+def test_batches_of_a_step_are_one_large_batch():
+    """Where nothing is dropped or augmented."""
+    states = []
+    for size, accum in ((20, 1), (10, 2), (5, 4)):
+        job = job_of(source_of(face_set(20)))
+        job.network.features[2].p = 0
+        run_epoch(options(batch_size=size, accum_iter=accum), job)
+        states.append(job.network.state_dict())
+    for name, value in states[0].items():
+        for other in states[1:]:
+            torch.testing.assert_close(other[name], value, atol=1e-6, rtol=1e-5)
+    assert not torch.equal(states[0]["fc.weight"], job_of(
+        source_of(face_set(20))).network.state_dict()["fc.weight"])
+
+
 # ---------------------------------------------------------------- relabelling
 
 @pytest.mark.parametrize("workers", [0, 2])

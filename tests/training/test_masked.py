@@ -20,7 +20,8 @@ NEXT = (1, 1, 2, 1), (8, 16, 24, 32)
 
 def options(**more):
     return argparse.Namespace(**{
-        "seed": 3, "batch_size": 4, "accum_iter": 2, "epochs": 2, "warmup_epochs": 1, "min_lr": 0.0,
+        "seed": 3, "data_folder": "d", "weight_decay": .05, "batch_size": 4,
+        "accum_iter": 2, "epochs": 2, "warmup_epochs": 1, "min_lr": 0.0,
         "learning_rate": 2e-3, "blr": None, "lr_schedule": "iteration", "mask_ratio": .75, **more})
 
 
@@ -30,13 +31,9 @@ def small(kind="vit"):
     return filled(convnextv2.FCMAE(*NEXT, width=16))
 
 
-def optimizer_of(network, rate, weight_decay=.05):
-    return torch.optim.AdamW([{**group, "base": rate} for group in masked.decay_groups(
-        network, weight_decay)], rate, betas=(.9, .95), fused=True)
-
-
 def job_of(network, images, recipe, rate=2e-3, run=None):
-    return masked.Job(network, run or network, images, recipe, optimizer_of(network, rate),
+    return masked.Job(network, run or network, images, recipe,
+                      masked.set_optimizer(options(learning_rate=rate), network),
                       epochs.mixed_precision(False, torch.device("cpu")))
 
 
@@ -119,6 +116,23 @@ def test_layers_have_the_published_rates(fixture, number):
         assert [id(part) for part in actual["params"]] == [id(parts[name])
                                                            for name in expected["names"]]
     assert sum(len(group["params"]) for group in groups) == len(parts)
+
+
+def test_fine_tuning_gives_each_layer_its_rate():
+    opt = finetuning.parse_option("", ["--data_path", "d", "--lr", "2e-3", "--layer_decay", ".5"],
+                                  "rafdb", None)
+    with torch.device("meta"):
+        network = mae.create_vit("vit_tiny_patch16", 7)
+    optimizer = finetuning.set_optimizer(opt, network)
+    epochs.set_rates(opt, optimizer, opt.epochs, 1, 1)  # the last one's, on its way to --min_lr
+    rates = {id(part): group["lr"] for group in optimizer.param_groups for part in group["params"]}
+    parts = dict(network.named_parameters())
+    head = rates[id(parts["head.weight"])]
+    for name, share in (("patch_embed.proj.weight", .5 ** 13),
+                        ("blocks.0.mlp.fc1.weight", .5 ** 12), ("blocks.11.mlp.fc1.weight", .5)):
+        assert rates[id(parts[name])] == pytest.approx(head * share, rel=1e-6), name
+    assert 0 < head < opt.learning_rate
+    assert all(group["betas"] == (.9, .999) for group in optimizer.param_groups)
 
 
 # ---------------------------------------------------------------- the public code's steps
@@ -320,7 +334,7 @@ def test_an_image_that_cannot_be_read_is_left_out(kind, capsys):
     assert capsys.readouterr().err.count("left out: ") == 2 == images.lost.sum()
 
     network = small(kind).train()
-    optimizer = optimizer_of(network, opt.learning_rate)
+    optimizer = masked.set_optimizer(opt, network)
     (group,), _ = epochs.groups(opt, 8, epochs.generator(opt.seed, 1))
     for k, index in enumerate(group):
         rng = epochs.generator(opt.seed, 1, 1, k)
