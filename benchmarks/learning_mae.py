@@ -162,7 +162,7 @@ class Bench(Rows):
                 for seed in range(self.opt.seeds):
                     train = faces.read_faces("rafdb", self.subset(n, seed))["train"]
                     rows = [place[path] for path in train.paths]
-                    parts.append(self.jobs.workers.submit(
+                    parts.append(self.jobs.compute(
                         regress, {"train": x["train"][rows], "test": x["test"]}, train.labels,
                         train, seed))
                 yield f"{name}, logistic regression{told(n)}", parts

@@ -74,11 +74,15 @@ class Jobs:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def run(self, script: str, *flags) -> None:
-        """Runs a script in a worker."""
-        self.workers.submit(_main, script, list(map(str, flags))).result()
+        """Runs a script in one of the processes; returns when it is done."""
+        self.compute(_main, script, list(map(str, flags))).result()
+
+    def compute(self, function: Callable, *args) -> Future:
+        """Calls a function in one of the processes."""
+        return self.workers.submit(function, *args)
 
     def start(self, function: Callable, *args) -> Future:
-        """Calls a function, which runs scripts, in the background."""
+        """Calls a function, which runs scripts, in a thread."""
         return self.waiting.submit(function, *args)
 
 
