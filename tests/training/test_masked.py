@@ -352,7 +352,7 @@ def test_images_of_which_nothing_can_be_read_move_nothing():
     network = small()
     job = job_of(network, pictures(8, lost=range(8)), crops.Recipe(SIDE, .2))
     job.optimizer.param_groups[1]["weight_decay"] = 0
-    with pytest.raises(BadInput, match="none of the 8 images can be read"):
+    with pytest.raises(BadInput, match="none of its 8 images can be read"):
         run_epoch(options(warmup_epochs=0), job)
     for name, value in small().state_dict().items():
         assert torch.equal(network.state_dict()[name], value), name
