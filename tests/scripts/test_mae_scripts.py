@@ -541,7 +541,7 @@ def test_a_result_stands_beside_one_of_another_system(tuned, tree, tmp_path, cap
 # ---------------------------------------------------------------- ranks, mixed precision
 
 @pytest.mark.parametrize("flags", [
-    ["--model", "vit_tiny_patch16", "--input_size", 32],
+    pytest.param(["--model", "vit_tiny_patch16", "--input_size", 32], marks=pytest.mark.slow),
     ["--model", "convnextv2_atto", "--input_size", 32]], ids=["vit", "convnext"])
 def test_two_ranks_fine_tune_to_the_weights_of_one(tmp_path, flags):
     """Nothing dropped or mixed, which each rank does by itself."""
@@ -560,6 +560,7 @@ def test_two_ranks_fine_tune_to_the_weights_of_one(tmp_path, flags):
     assert np.abs(said[0] - said[1]).max() < .01
 
 
+@pytest.mark.slow
 def test_two_ranks_pretrain_a_convnext_to_the_loss_of_one(tmp_path):
     drawn_images(tmp_path / "d", 16)
     flags = ["--model", "convnextv2_atto", "--input_size", 64, "--data_path", tmp_path / "d",
