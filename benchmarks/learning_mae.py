@@ -81,6 +81,8 @@ class Bench(Rows):
                 if not link.exists():
                     os.link(image, link)
         shutil.copy(self.data / "rendered.json", self.images)
+        self.sets = {(n, seed): self.subset(n, seed) for n in self.labels
+                     for seed in range(opt.seeds)}
 
     def subset(self, n, seed):
         """The set with the labels of `n` training images alone, 0: of all."""
@@ -125,7 +127,7 @@ class Bench(Rows):
         many = n or self.opt.train
         if not (root / "results.json").exists():
             self.run("main_finetune", root, "--model", model, "--input_size", size,
-                     "--data_set", "rafdb", "--data_path", self.subset(n, seed), "--cache", "off",
+                     "--data_set", "rafdb", "--data_path", self.sets[n, seed], "--cache", "off",
                      "--batch_size", 8, "--lr", rate, "--epochs",
                      min(MOST, max(FEWEST, SEEN // many)), "--val_fraction", 0, "--aa", "none",
                      "--crop_low", 0.8, "--reprob", 0, "--head_init_scale", 1, "--seed", seed, *(
@@ -156,11 +158,13 @@ class Bench(Rows):
                 name: self.features(network, checkpoint.result(), one)
                 for name, one in whole.items()}
         place = {path: i for i, path in enumerate(whole["train"].paths)}
+        splits = {key: faces.read_faces("rafdb", folder)["train"]
+                  for key, folder in self.sets.items()}
         for name, x in named.items():
             for n in self.labels:
                 parts = []
                 for seed in range(self.opt.seeds):
-                    train = faces.read_faces("rafdb", self.subset(n, seed))["train"]
+                    train = splits[n, seed]
                     rows = [place[path] for path in train.paths]
                     parts.append(self.jobs.compute(
                         regress, {"train": x["train"][rows], "test": x["test"]}, train.labels,
