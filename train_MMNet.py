@@ -272,8 +272,8 @@ def tune(opt, held, group, units, device):
     def keep(epoch, within):
         checkpoint.save(held.run.last(name), {
             "system": "MMNet", "opt": vars(opt), "unit": name, "epoch": epoch, "within": within,
-            "history": history,
-            "model": job.network.state_dict(), "optimizer": job.optimizer.state_dict(),
+            "history": history, "model": job.network.state_dict(),
+            "optimizer": job.optimizer.state_dict(),
             "scaler": job.precision.scaler.state_dict(), "best": best and best.state,
             "classes": data.clips.classes, "data_digest": held.header["data_digest"],
             "encoder_sha256": None, "seen": held.seen(members), **held.besides})

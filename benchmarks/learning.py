@@ -73,6 +73,8 @@ class Bench(Rows):
     def __init__(self, opt, jobs):
         super().__init__(Path(opt.work), 4)
         self.opt, self.jobs = opt, jobs
+        self.middle = str(sorted(opt.pools)[len(opt.pools) // 2])  # the pool of most rows
+        self.untrained = jobs.start(str, "random")
 
     def render(self, name, seed, *flags):
         folder = self.work / name
@@ -218,21 +220,19 @@ def draw(path, rows, pools):
 
 def main_rows(bench, sets, others, pools):
     """(title, a job a seed) of pools of other people, each view, thresholds, fine-tuning."""
-    opt, model, seeds, start = bench.opt, "resnet18v1", range(bench.opt.seeds), bench.jobs.start
-    random = start(str, "random")
-    paths = {(name, seed): start(bench.pretrain, name, model, seed, others, file)
+    opt, model, seeds, middle = bench.opt, "resnet18v1", range(bench.opt.seeds), bench.middle
+    paths = {(name, seed): bench.jobs.start(bench.pretrain, name, model, seed, others, file)
              for name, file in pools.items() for seed in seeds}
 
     def row(title, job, name, path, *flags):
         return title, [job(name, model, s, sets[s], path or paths[middle, s], *flags)
                        for s in seeds]
-    yield row("untrained, probe", bench.probe, "untrained", random)
+    yield row("untrained, probe", bench.probe, "untrained", bench.untrained)
     for name in pools:
         title = f"{name} pairs" if name.isdigit() else f"the {STRONGEST} strongest of {POOL}"
         yield f"pre-trained on {title} of others, probe", [
             bench.probe(name, model, s, sets[s], paths[name, s]) for s in seeds]
-    middle = str(sorted(opt.pools)[len(opt.pools) // 2])
-    for title, path in (("untrained", random), (f"pre-trained on {middle}", None)):
+    for title, path in (("untrained", bench.untrained), (f"pre-trained on {middle}", None)):
         yield row(f"{title}, probe of layer 6", bench.probe, f"{title.split()[0]}_layer6", path,
                   "--layer", 6)
     for view in ("rgb", "depth"):
@@ -243,7 +243,7 @@ def main_rows(bench, sets, others, pools):
                     permuted_lists(sets[s], bench.work / f"permuted_{s}", s)) for s in seeds]
     yield row(f"pre-trained on {middle}, fine-tuned", bench.finetune, "finetuned", None, "--epochs",
               opt.epochs_finetune, "--batch_size", 64, "--encoder_lr", 0.001)
-    for title, name, path in (("the same network from scratch", "scratch", random),
+    for title, name, path in (("the same network from scratch", "scratch", bench.untrained),
                               (f"the same recipe, pre-trained on {middle}", "retrained", None)):
         yield row(title, bench.finetune, name, path, *scratch(4 * opt.epochs_finetune))
 
@@ -251,16 +251,16 @@ def main_rows(bench, sets, others, pools):
 def more_rows(bench, sets, others, pools, flat):
     """(title, a job a seed) of the ceiling, the last control, the other encoder, the same people;
     flat: a rendered set a seed without expressions."""
-    model, seeds, start = "resnet18v1", range(bench.opt.seeds), bench.jobs.start
+    model, seeds, middle = "resnet18v1", range(bench.opt.seeds), bench.middle
+    start = bench.jobs.start
     lists = labelled_pool(others, bench.work / "labelled_pool")
     yield f"ceiling: {POOL} labelled clips of others", [
         start(ceiling, bench, others, sets[s], s, lists) for s in seeds]
     yield "control: no expression, probe", [
         bench.probe("flat", model, s, flat[s], start(
             bench.pretrain, "flat", model, s, flat[s], flat[s] / "pairs.tsv")) for s in seeds]
-    middle = str(sorted(bench.opt.pools)[len(bench.opt.pools) // 2])
     yield "alexnet untrained, probe", [
-        bench.probe("untrained", "alexnet", s, sets[s], start(str, "random")) for s in seeds]
+        bench.probe("untrained", "alexnet", s, sets[s], bench.untrained) for s in seeds]
     yield f"alexnet pre-trained on {middle} pairs of others, probe", [
         bench.probe(middle, "alexnet", s, sets[s], start(
             bench.pretrain, middle, "alexnet", s, others, pools[middle])) for s in seeds]

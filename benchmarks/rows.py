@@ -1,4 +1,4 @@
-"""Rows of the tables that the learning benchmarks print."""
+"""What the learning benchmarks share: runs side by side, rows of their tables, regressions."""
 import importlib
 import multiprocessing
 import os
