@@ -107,7 +107,7 @@ def add_running_options(parser: ArgumentParser, amp: str) -> argparse._ArgumentG
                        help="auto: cuda where there is one, else cpu; or cpu, cuda, cuda:1")
     add_switch(group, "--amp", "--use_amp", default=None,
                help=f"mixed precision: bfloat16, or float16 with a loss scaler where the GPU has "
-                    f"no bfloat16 [{amp}]")
+                    f"no bfloat16; float32 as ever where the CPU has none [{amp}]")
     group.add_argument("--num_workers", free=True, type=number(int, 0), default=10,
                        help="threads that decode images")
     group.add_argument("--seed", type=number(int, 0, 2 ** 62), default=0,

@@ -126,7 +126,7 @@ def add_running_options(parser: ArgumentParser,
                        help="auto: cuda where there is one, else cpu; or cpu, cuda, cuda:1")
     group.add_argument("--amp", action="store_true",
                        help="mixed precision: bfloat16, or float16 with a loss scaler where the "
-                            "GPU has no bfloat16")
+                            "GPU has no bfloat16; float32 as ever where the CPU has none")
     if decodes:
         group.add_argument("--num_workers", free=True, type=number(int, 0), default=4,
                            help="threads that decode images")

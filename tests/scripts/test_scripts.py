@@ -206,7 +206,8 @@ def test_every_view_from_pretraining_to_fine_tuning(quick, tmp_path, view, secon
 
 
 def test_amp_changes_the_features_a_little_and_keeps_banks_in_float32(drawn, quick, pretrained,
-                                                                      tmp_path):
+                                                                      tmp_path, monkeypatch):
+    monkeypatch.setattr(epochs, "_cpu_has_bfloat16", lambda: True)
     flags = ["--data_folder", drawn, *quick, "--amp"]
     pretrain(*flags, "--model_path", tmp_path)
     run = only(tmp_path)

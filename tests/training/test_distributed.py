@@ -177,6 +177,7 @@ def test_a_batch_that_leaves_a_device_too_few_clips_is_refused_before_training(
 def test_replicas_in_threads_of_their_own_compute_in_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.nn, "DataParallel", lambda model: model)
+    monkeypatch.setattr(epochs, "_cpu_has_bfloat16", lambda: True)
     autocast, _ = epochs.mixed_precision(True, torch.device("cpu"))
     model, actual = distributed.wrap(torch.nn.Linear(3, 2), CUDA, autocast), []
     replica = threading.Thread(target=lambda: actual.append(model(torch.ones(4, 3)).dtype))
@@ -192,6 +193,20 @@ def test_a_gpu_that_only_emulates_bfloat16_gets_float16(native, dtype, monkeypat
                         lambda including_emulation=True: native or including_emulation)
     autocast, _ = epochs.mixed_precision(True, CUDA)
     assert autocast().fast_dtype == dtype
+
+
+def test_a_cpu_without_bfloat16_computes_in_float32_and_says_so_once(monkeypatch, capsys):
+    epochs._cpu_has_bfloat16.cache_clear()
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    try:
+        for _ in range(2):
+            autocast, scaler = epochs.mixed_precision(True, torch.device("cpu"))
+            with autocast():
+                assert torch.nn.Linear(3, 2)(torch.ones(4, 3)).dtype == torch.float32
+        assert not scaler.is_enabled()
+        assert capsys.readouterr().out.count("does not compute in bfloat16") == 1
+    finally:
+        epochs._cpu_has_bfloat16.cache_clear()
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
