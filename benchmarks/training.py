@@ -32,7 +32,7 @@ import dataset
 from benchmarks.measuring import quietly
 from evaluation import probing
 from images import lists, transforms
-from training import record, supervised
+from training import epochs, record, supervised
 from models import create_classifier, create_model
 from models.alexnet import ConvBlock
 from NCE.NCECriterion import NCESoftmaxLoss
@@ -121,13 +121,14 @@ def textbook_heads(opt, frozen, batch_size=128):
 def encoder_rate(opt, amp, steps=4):
     """Pairs per second of forward, backward and optimizer alone, on synthetic input."""
     model = create_model("alexnet").to(opt.device, memory_format=torch.channels_last).train()
+    autocast = epochs.mixed_precision(amp, opt.device).autocast
     x = torch.randn(BATCH, 4, 224, 224, device=opt.device).to(memory_format=torch.channels_last)
     optimizer, target = sgd(model), torch.randn(BATCH, 128, device=opt.device)
     for step in range(steps + 1):
         if step == 1:  # the first one warms up
             synchronize(opt.device)
             start = time.perf_counter()
-        with torch.autocast(opt.device.type, torch.bfloat16, enabled=amp):
+        with autocast():
             rgb, depth = model(x)
         loss = ((rgb + depth).float() * target).sum()
         optimizer.zero_grad(set_to_none=True)

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from scipy.spatial import ConvexHull
 
 from images import flow
 from util import BadInput, ensure, read_table
@@ -289,6 +288,7 @@ def read_masks(path: str | Path, keys: list[str], parts: list[str] | None, size:
     missing = [key for key in keys if key not in points]
     if missing:
         raise BadInput(f"{path}: no landmarks of {len(missing)} clips, {missing[0]} the first")
+    from scipy.spatial import ConvexHull  # a third of a second, which few runs need
     masks = np.empty((len(keys), size, size), np.uint8)
     for mask, key in zip(masks, keys):
         image = Image.new("L", (size, size), 1)
