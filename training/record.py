@@ -256,7 +256,9 @@ def versions() -> dict:
     """What a result depends on besides its options."""
     return {"commit": commit(), "python": platform.python_version(), "torch": torch.__version__,
             "numpy": np.__version__, "platform": platform.platform(),
-            "threads": torch.get_num_threads(), "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+            # whether --amp could compute in bfloat16 on a CPU follows from it
+            "cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
+            "ranks": int(os.environ.get("WORLD_SIZE", "1")),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
 

@@ -657,6 +657,7 @@ def test_curves_of_pretraining_read_back_as_logged(pretrained):
     lines = record.read_log(run)
     assert lines[0]["command"].startswith("python pre-train_DVSCL.py --data_folder")
     assert lines[0]["opt"]["epochs"] == 1 and "torch" in lines[0]["versions"]
+    assert lines[0]["versions"]["cpu"] == torch.backends.cpu.get_cpu_capability()
     actual = curves(run.parent / "tensorboard" / run.name)
     assert actual.keys() == {"rgb_loss", "rgb_prob", "depth_loss", "depth_prob", "learning_rate",
                             "pairs_per_second"}
