@@ -198,22 +198,23 @@ def draw_mistakes(path: Path, drawn: list[tuple[dict, list[Panel]]], counts: tup
     width, height = each * PANEL + (each - 1) * GAP, PANEL + TITLE + BELOW
     deep = -(-len(drawn) // blocks) or 1
     size = max(blocks * width + (blocks + 1) * 0.2, 7.0), deep * height + 1.05
-    figure = Figure(figsize=size)
+    figure, axes = _sheet(size)
     top = f"{len(drawn)} most confidently wrong of {counts[0]} mistakes in {counts[1]} {noun}" \
         if drawn else f"no mistake in {counts[1]} {noun}"
-    _write(figure, size, 0.2, 0.15, top + "; rendered stand-in data" * rendered, 11)
+    _write(axes, 0.2, 0.15, top + "; rendered stand-in data" * rendered, 11)
     if drawn:
-        _explain(figure, size, maps_are)
+        _explain(axes, maps_are)
     for number, (row, panels) in enumerate(drawn):
         left = 0.2 + number % blocks * (width + 0.2)
         above = 0.8 + number // blocks * height
-        _describe(figure, size, left, above, row, classes)
+        _describe(axes, left, above, row, classes)
         for k, panel in enumerate(panels):
-            axes = _axes(figure, size, left + k * (PANEL + GAP), above + TITLE)
-            axes.set_title(panel.title, fontsize=7, pad=2)
-            axes.imshow(panel.image)
+            place = left + k * (PANEL + GAP), above + TITLE
+            _write(axes, place[0] + PANEL / 2, place[1] - 0.03, panel.title, 7, ha="center",
+                   va="bottom")
+            _show(axes, *place, panel.image)
             if panel.lack:
-                _overlay(axes, panel.heat, panel.image.shape, panel.lack)
+                _overlay(axes, *place, panel.heat, panel.lack)
     write_figure(path, figure)
 
 
@@ -259,16 +260,15 @@ def draw_rows(path: Path, rows: list[tuple], title: str = "") -> None:
     """Images laid out in rows, each (caption, images uint8 `[M, 3, S, S]`, texts of each)."""
     across = max((len(images) for _, images, _ in rows), default=1)
     size = across * (PANEL + GAP) + 0.4, len(rows) * (PANEL + 0.75) + 0.5
-    figure = Figure(figsize=size)
-    _write(figure, size, 0.2, 0.12, title, 11)
+    figure, axes = _sheet(size)
+    _write(axes, 0.2, 0.12, title, 11)
     for number, (caption, images, told) in enumerate(rows):
         above = 0.5 + number * (PANEL + 0.75)
-        _write(figure, size, 0.2, above, caption, 9)
+        _write(axes, 0.2, above, caption, 9)
         for k, (image, text) in enumerate(zip(images, told)):
             left = 0.2 + k * (PANEL + GAP)
-            axes = _axes(figure, size, left, above + 0.2)
-            axes.imshow(image.transpose(1, 2, 0))
-            _write(figure, size, left, above + 0.24 + PANEL, text, 6.5)
+            _show(axes, left, above + 0.2, image.transpose(1, 2, 0))
+            _write(axes, left, above + 0.24 + PANEL, text, 6.5)
     write_figure(path, figure)
 
 
@@ -297,34 +297,37 @@ def _grey(image):
     return image.mean(-1, keepdims=True).repeat(3, -1)
 
 
-def _write(figure, size, left, above, text, fontsize=8):
-    """Text at inches from the left and the top."""
-    figure.text(left / size[0], 1 - above / size[1], text, fontsize=fontsize, va="top",
-                parse_math=False)
+def _sheet(size):
+    """(figure of so many inches, axes that fill it and count inches from its left and its top);
+    one for all images: axes of their own would take longer than what they show."""
+    figure = Figure(figsize=size)
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, size[0]), ylim=(size[1], 0), autoscale_on=False)
+    axes.set_axis_off()
+    return figure, axes
 
 
-def _axes(figure, size, left, above, width=PANEL, height=PANEL):
-    """Axes without ticks at inches from the left and the top."""
-    axes = figure.add_axes((left / size[0], 1 - (above + height) / size[1],
-                            width / size[0], height / size[1]))
-    axes.set_xticks([])
-    axes.set_yticks([])
-    return axes
+def _write(axes, left, above, text, fontsize=8, ha="left", va="top", **style):
+    """Text on a sheet."""
+    axes.text(left, above, text, fontsize=fontsize, ha=ha, va=va, parse_math=False, **style)
 
 
-def _explain(figure, size, maps_are):
-    _write(figure, size, 0.2, 0.42, f"{maps_are}, each map in shares of its own maximum:  0")
-    axes = _axes(figure, size, 5.25, 0.43, 1.0, 0.12)
-    axes.imshow(np.linspace(0, 1, 64)[None], cmap="viridis", aspect="auto")
-    _write(figure, size, 6.32, 0.42, "1")
+def _show(axes, left, above, image, width=PANEL, height=PANEL, **style):
+    """An image on a sheet."""
+    axes.imshow(image, extent=(left, left + width, above + height, above), aspect="auto", **style)
 
 
-def _describe(figure, size, left, above, row, classes):
+def _explain(axes, maps_are):
+    _write(axes, 0.2, 0.42, f"{maps_are}, each map in shares of its own maximum:  0")
+    _show(axes, 5.25, 0.43, np.linspace(0, 1, 64)[None], 1.0, 0.12, cmap="viridis")
+    _write(axes, 6.32, 0.42, "1")
+
+
+def _describe(axes, left, above, row, classes):
     """Two lines: the clip, and what it was taken for."""
     true, taken = (shorten(classes[row[name]], 20) for name in ("label", "prediction"))
-    _write(figure, size, left, above, shorten(row["key"], 76), 7.5)
+    _write(axes, left, above, shorten(row["key"], 76), 7.5)
     who = f"{shorten(row['subject'], 20)}: " * bool(row["subject"])
-    _write(figure, size, left, above + 0.16, f"{who}{true} → {taken}  "
+    _write(axes, left, above + 0.16, f"{who}{true} → {taken}  "
            f"(p {max(row['probabilities']):.2f}, true {row['probabilities'][row['label']]:.2f})",
            7.5)
 
@@ -340,13 +343,12 @@ def _visible(images, difference, channels):
     return shown if shown.shape[-1] == 3 else shown.repeat(3, -1)
 
 
-def _overlay(axes, heat, shape, lack):
-    """A map (uint8 `[h, w]`; None: there is none, and `lack` says why) over an image of `shape`."""
+def _overlay(axes, left, above, heat, lack):
+    """A map (uint8 `[h, w]`; None: there is none, and `lack` says why) over an image."""
     if heat is None or not heat.any():
         text = lack if heat is None else "nothing in its favour"
-        axes.text(0.5, 0.5, text, fontsize=7, ha="center", va="center", transform=axes.transAxes,
-                  bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1.5})
+        _write(axes, left + PANEL / 2, above + PANEL / 2, text, 7, ha="center", va="center",
+               bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1.5})
         return
-    colours = matplotlib.colormaps["viridis"](heat / 255)
-    axes.imshow(colours, extent=(-0.5, shape[1] - 0.5, shape[0] - 0.5, -0.5), alpha=0.65,
-                interpolation="bilinear")
+    _show(axes, left, above, matplotlib.colormaps["viridis"](heat / 255), alpha=0.65,
+          interpolation="bilinear")
