@@ -1,6 +1,5 @@
 """Runs a script of the project with batch norm in evaluation mode: `eval_norm.py NAME ARGV...`.
 
-Batch statistics depend on how a batch is cut; without them two ranks must do what one process does.
 `--die` first makes the last rank end without a word after its second training step.
 """
 import importlib
@@ -13,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 import util  # noqa: F401  sets what protobuf needs
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
+from forked import no_batch_statistics
 
 
 def die_after_two_steps():
@@ -29,7 +28,7 @@ def die_after_two_steps():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    _BatchNorm.train = lambda self, mode=True: torch.nn.Module.train(self, False)
+    no_batch_statistics()
     argv = sorted(sys.argv[1:], key=lambda word: word.startswith("--local-rank"))  # else the first
     if argv[0] == "--die":
         die_after_two_steps()

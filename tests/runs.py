@@ -1,38 +1,10 @@
-"""What a run left on the disk, read back and compared; runs of several ranks."""
+"""What a run left on the disk, read back and compared."""
 import csv
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-# the ranks share the imports, which take longer than what they do
-RANKS = """
-import importlib, os, sys
-script = importlib.import_module(sys.argv.pop(1))
-others = 0 if os.environ["WORLD_SIZE"] == "1" else os.fork()
-os.environ["RANK"] = str(int(os.environ["WORLD_SIZE"] == "2" and not others))
-script.main()
-sys.exit(others and os.waitstatus_to_exitcode(os.waitpid(others, 0)[1]))
-"""
-
-
-def ranked(n, script, *argv):
-    """Runs a script in a process, or as two ranks (`n`) of a thread each; what it printed."""
-    with socket.create_server(("localhost", 0)) as server:
-        port = str(server.getsockname()[1])
-    done = subprocess.run(
-        [sys.executable, "-c", RANKS, script, *map(str, argv)], check=False, capture_output=True,
-        text=True, timeout=300, cwd=Path(__file__).parents[1], env={
-            **os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(n), "MASTER_ADDR": "localhost",
-            "MASTER_PORT": port})
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def only(folder, pattern="*/log.jsonl"):

@@ -14,6 +14,7 @@ import pytest
 import runs
 import torch
 from conftest import save_image, script
+from forked import ranked
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from evaluation import finetuning, measures, pretraining
@@ -550,7 +551,8 @@ def test_two_ranks_fine_tune_to_the_weights_of_one(tmp_path, flags):
              "cpu", "--num_workers", 1, "--accum_iter", 2, "--epochs", 1, "--warmup_epochs", 0,
              "--lr", 1e-3, "--drop_path", 0, "--val_fraction", 0, "--head_init_scale", 1]
     for count, size, name in ((1, 8, "one"), (2, 4, "two")):
-        runs.ranked(count, TUNE, *flags, "--batch_size", size, "--output_dir", tmp_path / name)
+        ranked(count, TUNE, *flags, "--batch_size", size, "--output_dir", tmp_path / name,
+               folder=tmp_path)
     one, two = (checkpoint.load(tmp_path / name / "last.pth")["model"] for name in ("one", "two"))
     for name, value in one.items():
         # AdamW's first step goes by the sign of a gradient, however near to 0 it is
@@ -567,7 +569,8 @@ def test_two_ranks_pretrain_a_convnext_to_the_loss_of_one(tmp_path):
              "--cache", tmp_path / "cache", "--device", "cpu", "--num_workers", 1, "--epochs", 2,
              "--warmup_epochs", 0, "--lr", 1e-4, "--decoder_embed_dim", 32]
     for count, size, name in ((1, 8, "one"), (2, 4, "two")):
-        runs.ranked(count, NEXT, *flags, "--batch_size", size, "--output_dir", tmp_path / name)
+        ranked(count, NEXT, *flags, "--batch_size", size, "--output_dir", tmp_path / name,
+               folder=tmp_path)
     one, two = ([line["train_loss"] for line in lines_of(tmp_path / name)]
                 for name in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-4) and one[1] < one[0]

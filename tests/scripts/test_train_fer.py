@@ -11,6 +11,7 @@ import pytest
 import runs
 import torch
 from conftest import script
+from forked import ranked
 from runs import only
 
 import train_FER
@@ -203,9 +204,10 @@ def test_two_ranks_train_the_network_of_one_process(flags, tmp_path):
     path = folder / "Image" / "aligned" / "train_00005_aligned.jpg"
     path.write_bytes(b"nothing")
     for n, name in enumerate(("one", "two"), 1):
-        runs.ranked(n, "train_FER", *flags, "--data_folder", folder, "--model", "scn",
-                    "--rank_margin", .1, "--relabel_epoch", 1, "--relabel_margin", 0, "--epochs", 1,
-                    "--freeze_backbone", "--batch_size", 15, "--save_path", tmp_path / name)
+        ranked(n, "train_FER", *flags, "--data_folder", folder, "--model", "scn",
+               "--rank_margin", .1, "--relabel_epoch", 1, "--relabel_margin", 0, "--epochs", 1,
+               "--freeze_backbone", "--batch_size", 15, "--save_path", tmp_path / name,
+               folder=tmp_path)
     one, two = only(tmp_path / "one"), only(tmp_path / "two")
     a, b = (checkpoint.load(run / "last.pth") for run in (one, two))
     for name in ("fc.weight", "alpha.0.weight"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import no_batch_statistics, ranked
 
 import util
 from evaluation import result_files
@@ -17,15 +18,17 @@ ROOT = Path(__file__).resolve().parents[2]
 DRIVER = ROOT / "tests" / "eval_norm.py"
 
 
-def run(ranks, *argv, folder, launcher="run"):
-    """Runs the driver on `ranks` processes; returns the finished process."""
-    launch = [sys.executable]
-    if ranks > 1:
-        launch += ["-m", f"torch.distributed.{launcher}", "--nproc_per_node", ranks,
-                   "--master_port", 0, "--rdzv_backend", "c10d", "--rdzv_endpoint",
-                   "localhost:0"]
-    return subprocess.run([str(a) for a in (*launch, DRIVER, *argv)], cwd=folder, text=True,
-                          capture_output=True, timeout=300, check=False)
+def run(ranks, name, *argv, folder):
+    """Runs a script as so many ranks, batch norm in evaluation mode."""
+    ranked(ranks, name, *argv, prepare=no_batch_statistics, folder=folder)
+
+
+def launch(launcher, *argv, folder):
+    """Runs the driver on two processes that torch launches; returns the finished process."""
+    return subprocess.run([str(part) for part in (
+        sys.executable, "-m", f"torch.distributed.{launcher}", "--nproc_per_node", 2,
+        "--master_port", 0, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", DRIVER,
+        *argv)], cwd=folder, text=True, capture_output=True, timeout=300, check=False)
 
 
 def assert_close(ours, theirs, relative):
@@ -43,8 +46,7 @@ def test_two_ranks_pretrain_to_the_weights_and_banks_of_one(drawn, tmp_path, los
              "resnet18v1", "--batch_size", 13, "--epochs", 1, "--nce_k", 3, loss]
     states = []
     for ranks in (1, 2):
-        done = run(ranks, *flags, "--model_path", tmp_path / str(ranks), folder=tmp_path)
-        assert done.returncode == 0, done.stderr
+        run(ranks, *flags, "--model_path", tmp_path / str(ranks), folder=tmp_path)
         (last,) = (tmp_path / str(ranks)).glob("*/last.pth")
         states.append(checkpoint.load(last))
     one, two = states
@@ -61,8 +63,7 @@ def test_two_ranks_contrast_within_the_whole_batch(drawn, tmp_path):
              "resnet18v1", "--batch_size", 13, "--epochs", 1, "--contrast", "batch"]
     states = []
     for ranks in (1, 2):
-        done = run(ranks, *flags, "--model_path", tmp_path / str(ranks), folder=tmp_path)
-        assert done.returncode == 0, done.stderr
+        run(ranks, *flags, "--model_path", tmp_path / str(ranks), folder=tmp_path)
         (last,) = (tmp_path / str(ranks)).glob("batch_*/last.pth")
         states.append(checkpoint.load(last))
     assert_close(states[0]["model"], states[1]["model"], 1e-5)
@@ -82,8 +83,7 @@ def test_folds_dealt_to_two_ranks_give_the_predictions_of_one(drawn, tmp_path, s
              "resnet18v1", "--model_path", "random", *more]
     rows, mistakes = [], []
     for ranks in (1, 2):
-        done = run(ranks, *flags, "--save_path", tmp_path / str(ranks), folder=tmp_path)
-        assert done.returncode == 0, done.stderr
+        run(ranks, *flags, "--save_path", tmp_path / str(ranks), folder=tmp_path)
         (folder,) = (tmp_path / str(ranks)).glob("[pf]*_*")
         rows.append([row for path in sorted((folder / "subjects").glob("*.json"))
                      for row in result_files.read_subject(path)[1]])
@@ -103,11 +103,11 @@ def test_one_model_on_every_clip_is_trained_by_the_first_of_two_ranks(drawn, tmp
     flags = ["fine-tune_DVSCL", "--data_folder", drawn, "--cache", tmp_path / "cache", "--model",
              "resnet18v1", "--model_path", "random", "--batch_size", 8, "--epochs", 1,
              "--subject", "all"]
+    run(1, *flags, "--save_path", tmp_path / "1", folder=tmp_path)
+    done = launch("launch", *flags, "--save_path", tmp_path / "2", folder=tmp_path)
+    assert done.returncode == 0, done.stderr  # it adds --local-rank
     states = []
     for ranks in (1, 2):
-        done = run(ranks, *flags, "--save_path", tmp_path / str(ranks), folder=tmp_path,
-                   launcher="launch")  # which adds --local-rank
-        assert done.returncode == 0, done.stderr
         (last,) = (tmp_path / str(ranks)).glob("finetune_*/last.pth")
         states.append(checkpoint.load(last))
     assert_close(states[0]["model"], states[1]["model"], 1e-6)
@@ -115,7 +115,7 @@ def test_one_model_on_every_clip_is_trained_by_the_first_of_two_ranks(drawn, tmp
 
 
 def test_a_rank_that_dies_stops_the_others_with_an_error(drawn, tmp_path):
-    done = run(2, "--die", "pre-train_DVSCL", "--data_folder", drawn, "--cache",
+    done = launch("run", "--die", "pre-train_DVSCL", "--data_folder", drawn, "--cache",
                tmp_path / "cache", "--model", "resnet18v1", "--batch_size", 4, "--epochs", 50,
                "--model_path", tmp_path / "runs", folder=tmp_path)
     assert done.returncode != 0

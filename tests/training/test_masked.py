@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_image, script
+from forked import ranked
 from parity import filled, fixtures, normal, uniform
-from runs import ranked
 
 from evaluation import finetuning
 from images import cache, crops
@@ -381,7 +381,7 @@ def test_two_ranks_pretrain_to_the_weights_of_one(tmp_path):
         tmp_path / "cache")]
     for ranks, size, name in ((1, 8, "one"), (2, 4, "two")):
         printed = ranked(ranks, "main_pretrain", *flags, "--batch_size", size, "--output_dir",
-                         tmp_path / name)
+                         tmp_path / name, folder=tmp_path)
     assert "batch 4 x 2 x 2 ranks: 1 steps of 16 images" in printed
     one, two = (checkpoint.load(tmp_path / name / "checkpoint-1.pth") for name in ("one", "two"))
     assert one["lost"].tolist() == two["lost"].tolist() == [22]  # 7.png

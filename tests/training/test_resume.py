@@ -6,13 +6,12 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, finetune, pretrain, probe, published
+from conftest import finetune, pretrain, probe, published
+from forked import small_crops, start
 from runs import load, only, same_predictions, states_differ
 
 import util
@@ -20,6 +19,7 @@ from evaluation import probing, result_files, shortcuts
 from training import checkpoint, distributed, epochs, record, supervised
 
 pytestmark = pytest.mark.usefixtures("small_crops")
+FIXED = ["--l2", 0.01]  # what chooses it takes longer than the rest, on so few clips
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 
 
@@ -105,7 +105,8 @@ def heads_of_classes(monkeypatch, before):
 
 @pytest.mark.parametrize("number, code", SIGNALS)
 @pytest.mark.parametrize("run, flags", [
-    (finetune, ["--freeze_encoder"]), (finetune, ["--freeze_encoder", "--subject", "s1", "s2"]),
+    (finetune, ["--freeze_encoder", *FIXED]),
+    (finetune, ["--freeze_encoder", "--subject", "s1", "s2", *FIXED]),
     (probe, ["--protocol", "loso"]), (probe, ["--protocol", "loso", "--select", "inner"])],
     ids=["frozen", "frozen, two", "probe", "inner"])
 def test_a_pass_of_heads_that_was_stopped_starts_anew_to_the_same_result(
@@ -154,7 +155,7 @@ def test_one_rank_alone_trains_the_model_on_every_clip(drawn, quick, pretrained,
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(distributed, "group", lambda device: contextlib.nullcontext())
     finetune("--data_folder", drawn, *quick, "--model_path", pretrained, "--subject", "all",
-             "--save_path", tmp_path)
+             *FIXED, "--save_path", tmp_path)
     assert not list(tmp_path.rglob("last*.pth"))
 
 
@@ -164,7 +165,7 @@ def test_subjects_that_another_machine_kept_to_itself_are_missed(drawn, quick, p
     monkeypatch.setattr(distributed, "group", lambda device: contextlib.nullcontext())
     with pytest.raises(SystemExit) as end:
         finetune("--data_folder", drawn, *quick, "--model_path", pretrained, "--subject", "s1",
-                 "s2", "s3", "--freeze_encoder", "--save_path", tmp_path)
+                 "s2", "s3", "--freeze_encoder", *FIXED, "--save_path", tmp_path)
     assert end.value.code == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert "1 held-out subjects of other ranks are not there (s2 the first)" in last
@@ -245,7 +246,8 @@ def test_a_checkpoint_is_written_when_the_minutes_are_over(drawn, quick, tmp_pat
 
 def test_a_signal_after_the_last_step_of_a_subject_ends_the_run_too(drawn, quick, pretrained,
                                                                      tmp_path, monkeypatch):
-    flags = ["--data_folder", drawn, *quick, "--model_path", pretrained, "--subject", "s1", "s2"]
+    flags = ["--data_folder", drawn, *quick, "--model_path", pretrained, *FIXED, "--subject", "s1",
+             "s2"]
     finetune(*flags, "--save_path", tmp_path / "whole")
     predict = supervised.predict
 
@@ -265,7 +267,7 @@ def test_a_signal_after_the_last_step_of_a_subject_ends_the_run_too(drawn, quick
 def test_jobs_in_one_folder_keep_their_own_checkpoints(drawn, quick, pretrained, tmp_path,
                                                        monkeypatch, capsys):
     flags = ["--data_folder", drawn, *quick, "--model_path", pretrained, "--batch_size", 4,
-             "--epochs", 2, "--save_path", tmp_path, "--subject"]
+             "--epochs", 2, *FIXED, "--save_path", tmp_path, "--subject"]
     for subject, step in (("s1", 3), ("s2", 4)):  # two steps an epoch
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
             stop_at(patch, step)
@@ -313,15 +315,6 @@ def test_a_signal_before_training_leaves_no_half_written_file(drawn, tmp_path, m
 
 # ---------------------------------------------------------------- killed from outside
 
-def start(name, flags, log):
-    """The script in a process of its own, on small crops like the others here."""
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runpy;\n"
-            f"from images import transforms;"
-            f"transforms.CROP = 64; sys.argv[0] = {name!r};"
-            f"runpy.run_path({str(ROOT / name)!r}, run_name='__main__')")
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, flags)], stdout=log, stderr=log)
-
-
 def newest(folder):
     """When the last checkpoint below `folder` was written, 0 without one."""
     return max((path.stat().st_mtime for path in folder.glob("*/last*.pth")), default=0)
@@ -330,25 +323,24 @@ def newest(folder):
 def killed(name, flags, kills, tmp_path, seed):
     """Kills the run so many times, each between its first new checkpoint and a random moment
     later, then lets it finish."""
+    def started():
+        return start(name, [*flags, "--resume", "auto"], tmp_path, prepare=small_crops)
     draw, done = random.Random(seed), 0
-    with open(tmp_path / "log", "w+") as log:
-        for _ in range(20 * kills):
-            process = start(name, [*flags, "--resume", "auto"], log)
-            began = time.time()
-            while process.poll() is None and newest(tmp_path / "part") <= began:
-                time.sleep(0.01)
-            try:
-                process.wait(draw.uniform(0, 1.5))
-                assert process.returncode == 0, (tmp_path / "log").read_text()[-2000:]
-                break
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                done += 1
-            if done == kills:
-                assert start(name, [*flags, "--resume", "auto"], log).wait() == 0
-                break
+    while done < kills:
+        began, process = time.time(), started()
+        while process.is_alive() and newest(tmp_path / "part") <= began:
+            time.sleep(0.01)
+        process.join(draw.uniform(0, 1.5))
+        if not process.is_alive():
+            assert process.exitcode == 0, (tmp_path / "err").read_text()[-2000:]
+            break
+        process.kill()
+        process.join()
+        done += 1
     assert done == kills, f"finished after {done} kills"
+    process = started()
+    process.join()
+    assert process.exitcode == 0
 
 
 @pytest.mark.parametrize("kills, epochs", [
@@ -357,7 +349,7 @@ def test_pretraining_that_was_killed_goes_on_bit_for_bit(drawn, quick, tmp_path,
     flags = ["--data_folder", drawn, *quick, "--batch_size", 4, "--epochs", epochs,
              "--save_minutes", 0]
     pretrain(*flags, "--model_path", tmp_path / "whole")
-    killed("pre-train_DVSCL.py", published(*flags, "--model_path", tmp_path / "part"), kills,
+    killed("pre-train_DVSCL", published(*flags, "--model_path", tmp_path / "part"), kills,
            tmp_path, 0)
     same_run(only(tmp_path / "whole"), only(tmp_path / "part"))
 
@@ -365,7 +357,7 @@ def test_pretraining_that_was_killed_goes_on_bit_for_bit(drawn, quick, tmp_path,
 def test_a_kill_between_results_and_checkpoint_leaves_the_checkpoint_of_the_last(
         drawn, quick, pretrained, tmp_path, monkeypatch):
     flags = ["--data_folder", drawn, *quick, "--epochs", 1, "--model_path", pretrained,
-             "--subject", "s1", "s2", "--save_path", tmp_path]
+             "--subject", "s1", "s2", *FIXED, "--save_path", tmp_path]
     keep = record.Run.finished
 
     def killed_after_the_second(run, name):
@@ -386,7 +378,7 @@ def test_a_kill_between_results_and_checkpoint_leaves_the_checkpoint_of_the_last
 def test_fine_tuning_that_was_killed_goes_on_bit_for_bit(drawn, quick, pretrained, tmp_path, kills,
                                                          epochs):
     flags = ["--data_folder", drawn, *quick, "--batch_size", 4, "--epochs", epochs,
-             "--save_minutes", 0, "--model_path", pretrained, "--subject", "s1", "s2"]
+             "--save_minutes", 0, "--model_path", pretrained, "--subject", "s1", "s2", *FIXED]
     finetune(*flags, "--save_path", tmp_path / "whole")
-    killed("fine-tune_DVSCL.py", [*flags, "--save_path", tmp_path / "part"], kills, tmp_path, 0)
+    killed("fine-tune_DVSCL", [*flags, "--save_path", tmp_path / "part"], kills, tmp_path, 0)
     same_run(only(tmp_path / "whole"), only(tmp_path / "part"))

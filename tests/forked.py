@@ -1,0 +1,72 @@
+"""Scripts in processes of their own, forked from one that has imported them all: that takes longer
+than what most of them do in a test."""
+import contextlib
+import importlib
+import multiprocessing
+import os
+import socket
+import sys
+from pathlib import Path
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload([
+    "pre-train_DVSCL", "LinearProbing_DVSCL_10fold", "fine-tune_DVSCL", "train_MMNet", "train_FER",
+    "main_pretrain", "main_pretrain_convnextv2", "main_finetune"])
+
+
+def no_batch_statistics():
+    """Batch norm in evaluation mode: what it takes from a batch depends on how one is cut, and two
+    ranks must do what one process does."""
+    _BatchNorm.train = lambda self, mode=True: torch.nn.Module.train(self, False)
+
+
+def small_crops():
+    """As the fixture of this name."""
+    importlib.import_module("images.transforms").CROP = 64
+
+
+def start(script, argv, folder, environment=(), prepare=None):
+    """Starts a script in a process of one thread, that prints to `out` and `err` in `folder`;
+    prepare: called first, there."""
+    process = _server.Process(target=_run, args=(
+        script, list(map(str, argv)), Path(folder), dict(environment), prepare))
+    process.start()
+    return process
+
+
+def _run(script, argv, folder, environment, prepare):
+    for number, name in enumerate(("out", "err"), 1):
+        with open(folder / name, "a") as file:
+            os.dup2(file.fileno(), number)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    if prepare:
+        prepare()
+    sys.argv = [script, *argv]
+    importlib.import_module(script).main(argv)
+
+
+def ranked(n, script, *argv, prepare=None, folder):
+    """Runs a script in a process, or as two ranks (`n`), which print to folders in `folder`; what
+    the first one printed."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = str(server.getsockname()[1])
+    ranks = []
+    for rank in range(n):
+        logs = Path(folder) / f"rank {rank} of {n}"
+        logs.mkdir(parents=True)
+        ranks.append((logs, start(script, argv, logs, {
+            "RANK": str(rank), "WORLD_SIZE": str(n), "MASTER_ADDR": "localhost",
+            "MASTER_PORT": port}, prepare)))
+    try:
+        for logs, process in ranks:
+            process.join(300)
+            assert process.exitcode == 0, (logs / "err").read_text()
+    finally:
+        for _, process in ranks:
+            with contextlib.suppress(OSError):
+                process.kill()
+    return (ranks[0][0] / "out").read_text()
