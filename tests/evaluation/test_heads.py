@@ -166,8 +166,8 @@ STILL = ["--encoder_lr", 0, "--learning_rate", 0, "--weight_decay", 0, "--subjec
 def test_a_head_that_is_not_trained_is_that_of_probing(drawn, quick, cache, pretrained, tmp_path,
                                                        l2):
     flags = ["--data_folder", drawn, "--model_path", pretrained, *l2]
-    finetune(*flags, *quick, "--save_path", tmp_path / "tuned", *STILL)
-    finetune(*flags, *quick, "--save_path", tmp_path / "frozen", "--freeze_encoder", *STILL)
+    for name, frozen in (("tuned", []), ("frozen", ["--freeze_encoder"])):
+        finetune(*flags, *quick, "--save_path", tmp_path / name, *frozen, *STILL, chosen=not l2)
     probe(*flags, "--model", "resnet18v1", "--cache", cache, "--protocol", "loso", "--save_path",
           tmp_path / "probe", "--subject", "s1", "s3")
     tuned, frozen, probed = (only(tmp_path / name) for name in ("tuned", "frozen", "probe"))

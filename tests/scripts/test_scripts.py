@@ -510,10 +510,10 @@ def test_whom_an_encoder_saw_and_whether_these_are_all(seen, people, all_of_them
 
 # ---------------------------------------------------------------- fine-tuning
 
-def tuned(drawn, quick, path, out, *flags):
+def tuned(drawn, quick, path, out, *flags, chosen=False):
     """Fine-tunes on all but s1; (run folder, last.pth's state)."""
     finetune("--data_folder", drawn, *quick, "--model_path", path, "--save_path", out,
-             *(flags if "--subject" in flags else ("--subject", "s1", *flags)))
+             *(flags if "--subject" in flags else ("--subject", "s1", *flags)), chosen=chosen)
     return only(out), load(only(out) / "last.pth")
 
 
@@ -524,7 +524,7 @@ def tuned(drawn, quick, path, out, *flags):
     (["--train_bn", "--loss", "balanced"], ["rgb_to_d", "d_to_rgb", "running_mean"]),
     (["--oversample"], ["rgb_to_d", "d_to_rgb"])], ids=" ".join)
 def test_fine_tuning_moves_what_it_should(drawn, quick, pretrained, tmp_path, flags, moving):
-    run, state = tuned(drawn, quick, pretrained, tmp_path, *flags)
+    run, state = tuned(drawn, quick, pretrained, tmp_path, *flags, chosen=not flags)
     moved = differing(load(pretrained)["model"], state["model"])
     for part in ("rgb_to_d", "d_to_rgb"):
         weights = [name for name in moved if part in name and name.endswith("conv1.weight")]
@@ -534,7 +534,8 @@ def test_fine_tuning_moves_what_it_should(drawn, quick, pretrained, tmp_path, fl
     assert state["seen"]["people"] == [[0, "s1"], [0, "s2"], [0, "s3"], [0, "s4"]]
     assert {r["subject"] for r in rows(run)} == {"s1"} and len(rows(run)) == 3
     assert record.read_log(run)[1]["subject"] == "s1"
-    assert "_layer_6_lr_0.1_decay_0.0001_bsz_8_elr_0.0001_l2_inner_loso_" in run.name
+    assert "_layer_6_lr_0.1_decay_0.0001_bsz_8_elr_0.0001_l2_" \
+        f"{'0.01' if flags else 'inner'}_loso_" in run.name
     assert {"mean", "std", "classifier.weight", "classifier.bias"} == state["classifier"].keys()
 
 
@@ -546,7 +547,7 @@ def test_labels_of_the_held_out_subject_do_not_matter(fresh, quick, pretrained, 
                 path.write_text("".join(
                     re.sub(r" ([01]) 0$", lambda m: f" {1 - int(m[1])} 0", line)
                     if "/s1-" in line else line for line in path.read_text().splitlines(True)))
-        actual.append(tuned(fresh, quick, pretrained, tmp_path / turn)[1])
+        actual.append(tuned(fresh, quick, pretrained, tmp_path / turn, chosen=True)[1])
     assert differing(actual[0]["model"], actual[1]["model"]) == []
     assert differing(actual[0]["classifier"], actual[1]["classifier"]) == []
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import finetune, pretrain, probe, published
+from conftest import FIXED, finetune, pretrain, probe, published
 from forked import small_crops, start
 from runs import load, only, same_predictions, states_differ
 
@@ -19,7 +19,6 @@ from evaluation import probing, result_files, shortcuts
 from training import checkpoint, distributed, epochs, record, supervised
 
 pytestmark = pytest.mark.usefixtures("small_crops")
-FIXED = ["--l2", 0.01]  # what chooses it takes longer than the rest, on so few clips
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 
 
@@ -82,12 +81,12 @@ def test_fine_tuning_that_was_stopped_goes_on_to_the_same_result(drawn, quick, p
                                                                  monkeypatch, flags):
     flags = ["--data_folder", drawn, *quick, "--model_path", pretrained, "--batch_size", 4,
              "--epochs", 2, "--subject", "s1", "s2", *flags]
-    finetune(*flags, "--save_path", tmp_path / "whole")
+    finetune(*flags, "--save_path", tmp_path / "whole", chosen=True)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         stop_at(patch, 8)
-        finetune(*flags, "--save_path", tmp_path / "part")
+        finetune(*flags, "--save_path", tmp_path / "part", chosen=True)
     assert end.value.code == 143
-    finetune(*flags, "--save_path", tmp_path / "part", "--resume", "auto")
+    finetune(*flags, "--save_path", tmp_path / "part", "--resume", "auto", chosen=True)
     same_run(only(tmp_path / "whole"), only(tmp_path / "part"))
 
 
@@ -105,8 +104,7 @@ def heads_of_classes(monkeypatch, before):
 
 @pytest.mark.parametrize("number, code", SIGNALS)
 @pytest.mark.parametrize("run, flags", [
-    (finetune, ["--freeze_encoder", *FIXED]),
-    (finetune, ["--freeze_encoder", "--subject", "s1", "s2", *FIXED]),
+    (finetune, ["--freeze_encoder"]), (finetune, ["--freeze_encoder", "--subject", "s1", "s2"]),
     (probe, ["--protocol", "loso"]), (probe, ["--protocol", "loso", "--select", "inner"])],
     ids=["frozen", "frozen, two", "probe", "inner"])
 def test_a_pass_of_heads_that_was_stopped_starts_anew_to_the_same_result(
@@ -155,7 +153,7 @@ def test_one_rank_alone_trains_the_model_on_every_clip(drawn, quick, pretrained,
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(distributed, "group", lambda device: contextlib.nullcontext())
     finetune("--data_folder", drawn, *quick, "--model_path", pretrained, "--subject", "all",
-             *FIXED, "--save_path", tmp_path)
+             "--save_path", tmp_path)
     assert not list(tmp_path.rglob("last*.pth"))
 
 
@@ -165,7 +163,7 @@ def test_subjects_that_another_machine_kept_to_itself_are_missed(drawn, quick, p
     monkeypatch.setattr(distributed, "group", lambda device: contextlib.nullcontext())
     with pytest.raises(SystemExit) as end:
         finetune("--data_folder", drawn, *quick, "--model_path", pretrained, "--subject", "s1",
-                 "s2", "s3", "--freeze_encoder", *FIXED, "--save_path", tmp_path)
+                 "s2", "s3", "--freeze_encoder", "--save_path", tmp_path)
     assert end.value.code == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert "1 held-out subjects of other ranks are not there (s2 the first)" in last
@@ -246,8 +244,7 @@ def test_a_checkpoint_is_written_when_the_minutes_are_over(drawn, quick, tmp_pat
 
 def test_a_signal_after_the_last_step_of_a_subject_ends_the_run_too(drawn, quick, pretrained,
                                                                      tmp_path, monkeypatch):
-    flags = ["--data_folder", drawn, *quick, "--model_path", pretrained, *FIXED, "--subject", "s1",
-             "s2"]
+    flags = ["--data_folder", drawn, *quick, "--model_path", pretrained, "--subject", "s1", "s2"]
     finetune(*flags, "--save_path", tmp_path / "whole")
     predict = supervised.predict
 
@@ -267,7 +264,7 @@ def test_a_signal_after_the_last_step_of_a_subject_ends_the_run_too(drawn, quick
 def test_jobs_in_one_folder_keep_their_own_checkpoints(drawn, quick, pretrained, tmp_path,
                                                        monkeypatch, capsys):
     flags = ["--data_folder", drawn, *quick, "--model_path", pretrained, "--batch_size", 4,
-             "--epochs", 2, *FIXED, "--save_path", tmp_path, "--subject"]
+             "--epochs", 2, "--save_path", tmp_path, "--subject"]
     for subject, step in (("s1", 3), ("s2", 4)):  # two steps an epoch
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
             stop_at(patch, step)
@@ -357,7 +354,7 @@ def test_pretraining_that_was_killed_goes_on_bit_for_bit(drawn, quick, tmp_path,
 def test_a_kill_between_results_and_checkpoint_leaves_the_checkpoint_of_the_last(
         drawn, quick, pretrained, tmp_path, monkeypatch):
     flags = ["--data_folder", drawn, *quick, "--epochs", 1, "--model_path", pretrained,
-             "--subject", "s1", "s2", *FIXED, "--save_path", tmp_path]
+             "--subject", "s1", "s2", "--save_path", tmp_path]
     keep = record.Run.finished
 
     def killed_after_the_second(run, name):
