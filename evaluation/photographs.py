@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.decomposition import PCA
-from sklearn.model_selection import StratifiedGroupKFold
 from torch import nn
 
 from evaluation import gradcam, measures, pictures, result_files
@@ -42,6 +40,7 @@ def hold_out(images: FaceSet, fraction: float, seed: int) -> tuple[np.ndarray, n
         parts = min(range(2, most + 1), key=lambda n: (
             round(abs(max(1, min(n - 1, round(fraction * n))) / n - fraction), 9), n))
         taken = max(1, min(parts - 1, round(fraction * parts)))
+        from sklearn.model_selection import StratifiedGroupKFold  # a second or two
         folds = StratifiedGroupKFold(parts, shuffle=True, random_state=seed % 2 ** 32)
         with warnings.catch_warnings():  # of classes rarer than parts, which are dealt as they can
             warnings.simplefilter("ignore", UserWarning)
@@ -233,6 +232,7 @@ def draw_features(path: Path, network: nn.Module, source: faces.Source,
     for rows, batch in zip(parts, cache.fetch(source.images, parts, device)):
         each.append(network.embed(source.plain_inputs(rows, batch)).float().cpu().numpy())
     features = np.concatenate(each).astype(np.float64)
+    from sklearn.decomposition import PCA  # a second or two, which a wrong path should not take
     plane = PCA(min(2, *features.shape), random_state=0)
     points, images = plane.fit_transform(features), source.faces
     points = np.pad(points, ((0, 0), (0, 2 - points.shape[1])))

@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -162,6 +163,8 @@ def wrap(model: nn.Module, device: torch.device, autocast: Callable) -> nn.Modul
     """The model over this run's devices: DistributedDataParallel under torchrun, DataParallel
     where one process has several GPUs and --device names none of them, else the model itself."""
     if active():
+        # of parameters with a single row, which lie the same in either order: nothing is copied
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         return nn.parallel.DistributedDataParallel(
             model, [device] if device.type == "cuda" else None)
     if (gpus := _gpus(device)) > 1:
