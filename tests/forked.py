@@ -28,21 +28,22 @@ def small_crops():
     importlib.import_module("images.transforms").CROP = 64
 
 
-def start(script, argv, folder, environment=(), prepare=None):
-    """Starts a script in a process of one thread, that prints to `out` and `err` in `folder`;
-    prepare: called first, there."""
+def start(script, argv, folder, environment=(), prepare=None, threads=None):
+    """Starts a script in a process that prints to `out` and `err` in `folder`; prepare: called
+    first, there; threads: those of this process unless given."""
     process = _server.Process(target=_run, args=(
-        script, list(map(str, argv)), Path(folder), dict(environment), prepare))
+        script, list(map(str, argv)), Path(folder), dict(environment), prepare,
+        threads or torch.get_num_threads()))
     process.start()
     return process
 
 
-def _run(script, argv, folder, environment, prepare):
+def _run(script, argv, folder, environment, prepare, threads):
     for number, name in enumerate(("out", "err"), 1):
         with open(folder / name, "a") as file:
             os.dup2(file.fileno(), number)
     os.environ.update(environment)
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     if prepare:
         prepare()
     sys.argv = [script, *argv]
@@ -50,8 +51,8 @@ def _run(script, argv, folder, environment, prepare):
 
 
 def ranked(n, script, *argv, prepare=None, folder):
-    """Runs a script in a process, or as two ranks (`n`), which print to folders in `folder`; what
-    the first one printed."""
+    """Runs a script in a process, or as two ranks (`n`), of a thread each, which print to folders
+    in `folder`; what the first one printed."""
     with socket.create_server(("localhost", 0)) as server:
         port = str(server.getsockname()[1])
     ranks = []
@@ -60,7 +61,7 @@ def ranked(n, script, *argv, prepare=None, folder):
         logs.mkdir(parents=True)
         ranks.append((logs, start(script, argv, logs, {
             "RANK": str(rank), "WORLD_SIZE": str(n), "MASTER_ADDR": "localhost",
-            "MASTER_PORT": port}, prepare)))
+            "MASTER_PORT": port}, prepare, threads=1)))
     try:
         for logs, process in ranks:
             process.join(300)
