@@ -26,7 +26,7 @@ FER = --dataset rafdb --data_folder $(DEMO)/fer/data --save_path $(DEMO)/fer/res
       --print_freq 2
 
 # small images, and many small steps, from which two processes of a thread gain more than one of two
-TWO = OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --nproc_per_node 2
+TWO = OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc_per_node 2
 MAE = --model convnextv2_atto --input_size 96 --cache $(DEMO)/mae/cache --print_freq 5 --amp
 MAE_FINETUNE = $(MAE) --data_set rafdb --data_path $(DEMO)/mae/data \
                --batch_size 8 --lr 0.001 --epochs 9 --aa none --crop_low 0.9 \
@@ -81,7 +81,7 @@ demo-fer: .venv/ready
 	@echo "          results/*/importance.png (SCN)"
 	@echo "curves:   .venv/bin/tensorboard --logdir $(DEMO)/fer/tensorboard"
 
-# 900 faces without labels of other people; then 600 with labels, 300 of others to test
+# 920 faces without labels of other people; then 600 with labels, 300 of others to test
 demo-mae: .venv/ready
 	$(PY) render.py faces --data_folder $(DEMO)/mae/unlabelled --train 900 --test 20 \
 	    --subjects 300 --seed 1

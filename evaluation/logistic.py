@@ -192,14 +192,14 @@ def _eigen(rows, length):
     """(basis `[n, r]`, values `[r]`) of the kernel of rows `[n, D]`, which is basis times basis
     transposed; from the smaller side."""
     wide = len(rows) <= rows.shape[1]
+    side = rows if wide else rows.t()
     if rows.device.type == "cpu":
         # numpy's BLAS computes half of a symmetric product, and its LAPACK takes a third of the
         # time of torch's on AMD's processors
-        own = rows.numpy()
-        values, vectors = map(torch.from_numpy, np.linalg.eigh(
-            (own @ own.T if wide else own.T @ own) / length))
+        side = side.numpy()
+        values, vectors = map(torch.from_numpy, np.linalg.eigh(side @ side.T / length))
     else:
-        values, vectors = torch.linalg.eigh((rows @ rows.t() if wide else rows.t() @ rows) / length)
+        values, vectors = torch.linalg.eigh(side @ side.t() / length)
     keep = values > 1e-10 * values[-1].clamp(min=1e-30)
     values, vectors = values[keep], vectors[:, keep]
     return vectors * values.sqrt() if wide else rows @ vectors / length ** 0.5, values

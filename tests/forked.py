@@ -1,6 +1,5 @@
 """Scripts in processes of their own, forked from one that has imported them all: that takes longer
 than what most of them do in a test."""
-import contextlib
 import importlib
 import multiprocessing
 import os
@@ -68,6 +67,5 @@ def ranked(n, script, *argv, prepare=None, folder):
             assert process.exitcode == 0, (logs / "err").read_text()
     finally:
         for _, process in ranks:
-            with contextlib.suppress(OSError):
-                process.kill()
+            process.kill()
     return (ranks[0][0] / "out").read_text()

@@ -163,8 +163,8 @@ def wrap(model: nn.Module, device: torch.device, autocast: Callable) -> nn.Modul
     """The model over this run's devices: DistributedDataParallel under torchrun, DataParallel
     where one process has several GPUs and --device names none of them, else the model itself."""
     if active():
-        # of parameters with a single row, which lie the same in either order: nothing is copied
-        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        # of GRN's scale and shift: single rows, which lie the same whatever their strides say
+        warnings.filterwarnings("ignore", r"(?s)Grad strides do not match.*= \[1, 1, 1, \d+\]")
         return nn.parallel.DistributedDataParallel(
             model, [device] if device.type == "cuda" else None)
     if (gpus := _gpus(device)) > 1:

@@ -553,6 +553,7 @@ def test_two_ranks_fine_tune_to_the_weights_of_one(tmp_path, flags):
     for count, size, name in ((1, 8, "one"), (2, 4, "two")):
         ranked(count, TUNE, *flags, "--batch_size", size, "--output_dir", tmp_path / name,
                folder=tmp_path)
+    assert "Grad strides" not in (tmp_path / "rank 0 of 2" / "err").read_text()
     one, two = (checkpoint.load(tmp_path / name / "last.pth")["model"] for name in ("one", "two"))
     for name, value in one.items():
         # AdamW's first step goes by the sign of a gradient, however near to 0 it is
