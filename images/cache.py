@@ -114,14 +114,14 @@ class OnDemand:
         self.decode, self.shape, self.dtype = decode, shape, np.dtype(dtype)
         self.ready, self.lost = np.zeros(n, bool), np.zeros(n, bool)
         self.pool = ThreadPoolExecutor(max(num_workers, 1))
-        self.array, self.note, self.unsaved = None, None, False
+        self.array, self.note, self.file, self.unsaved = None, None, None, False
         volume = n * math.prod(shape) * self.dtype.itemsize
         path, note = (Path(folder) / f"{stamp[:32]}.{end}" for end in ("npy", "ready.npy"))
         if folder != "off":
             self.note = note
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
-                self.array = np.load(path, mmap_mode="r+")
+                self._map(path)
                 if note.exists():
                     self.ready = np.load(note)
                 return
@@ -130,9 +130,13 @@ class OnDemand:
         if folder == "off":
             self.array = np.empty((n, *shape), dtype)
             return
-        note.unlink(missing_ok=True)  # of an array that somebody removed
         with replacing(path) as part:
             _claimed(part, (n, *shape), dtype)
+            note.unlink(missing_ok=True)  # of an array that somebody removed, or that this replaces
+        self._map(path)
+
+    def _map(self, path):
+        self.file = path, path.stat().st_ino
         self.array = np.load(path, mmap_mode="r+")
 
     def __len__(self):
@@ -165,6 +169,9 @@ class OnDemand:
         """Lets later runs know what is decoded; nothing where no folder keeps it."""
         if self.note is None or self.array is None or not self.unsaved:
             return
+        path, number = self.file
+        if not path.exists() or path.stat().st_ino != number:
+            return  # another process, which started with this one, put an array of its own there
         self.array.flush()  # before the note of it: a machine that stops leaves no blank images
         known = np.load(self.note) if self.note.exists() else False  # of another process
         with replacing(self.note) as part, open(part, "wb") as file:

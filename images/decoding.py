@@ -1,5 +1,6 @@
 """Decoding: photographs, and the difference images of a clip's views to one uint8 array."""
 import math
+import struct
 import warnings
 from pathlib import Path
 
@@ -13,6 +14,10 @@ SIZE = 256  # images are stored with this side, in pixels, where training crops 
 CROP = 224
 PIXEL_LIMIT = 50_000_000  # a frame of more pixels than any camera's is an accident
 PHOTO_LIMIT = 178_000_000  # what Pillow opens; telephones take 50 million pixels and more
+# what Pillow raises for files that are broken: RuntimeError by AVIF's decoder, TypeError and the
+# last two for EXIF data of wrong types
+BROKEN = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError, TypeError,
+          AttributeError, struct.error)
 
 
 def open_image(path: str | Path, limit: int = PIXEL_LIMIT) -> Image.Image:
@@ -21,7 +26,7 @@ def open_image(path: str | Path, limit: int = PIXEL_LIMIT) -> Image.Image:
         with warnings.catch_warnings():  # Pillow's, of images above half of PHOTO_LIMIT
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except BROKEN as error:
         raise BadInput(f"{path}: not a readable image ({error}); replace it") from None
     if image.width * image.height > limit:
         raise BadInput(f"{path}: {image.width}x{image.height} pixels; the limit is {limit}")
@@ -49,8 +54,7 @@ def read_photo(path: str | Path, side: int | None = None) -> Image.Image:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, RuntimeError,  # the last of AVIF's decoder
-            Image.DecompressionBombError) as error:
+    except BROKEN as error:
         raise BadInput(f"{path}: cannot be decoded ({error}); replace it") from None
 
 

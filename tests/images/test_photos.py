@@ -1,5 +1,8 @@
 """Batches of photographs: transforms against slow ones, views, the fourth channel; decoding on
 demand."""
+import io
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from images import cache, photos, regions
+from images.decoding import read_photo
 from training import epochs
 from util import BadInput
 
@@ -190,6 +194,29 @@ def test_what_two_runs_decode_at_once_is_kept_of_both(tmp_path):
     assert third[np.array([0, 5])][:, 0, 0, 0].tolist() == [0, 5] and not asked
 
 
+def test_an_array_that_another_run_replaced_is_not_taken_for_decoded(tmp_path, monkeypatch):
+    """Both found none; one has decoded already when the other's takes its place."""
+    claim, inner = cache._claimed, []
+
+    def slow(*given):
+        monkeypatch.setattr(cache, "_claimed", claim)
+        claim(*given)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: 1)
+            inner.append(on_demand(tmp_path)[0])
+        inner[0][np.array([0, 1])]
+        inner[0].save()
+    monkeypatch.setattr(cache, "_claimed", slow)
+    outer, _ = on_demand(tmp_path)
+    inner[0][np.array([2])]
+    inner[0].save()
+    outer[np.array([5])]
+    outer.save()
+    third, asked = on_demand(tmp_path)
+    assert third[np.arange(6)][:, 0, 0, 0].tolist() == list(range(6))
+    assert sorted(asked) == [0, 1, 2, 3, 4]
+
+
 def test_items_that_cannot_be_read_are_named_once_and_marked(tmp_path, capsys):
     images, _ = on_demand(tmp_path, lost={2})
     for _ in range(3):
@@ -211,8 +238,27 @@ def test_what_does_not_fit_is_decoded_each_time(tmp_path, monkeypatch, capsys):
     images.save()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_broken_exif_data_leave_a_photograph_out(tmp_path):
+    """Or are read over; other errors would end a run."""
+    exif = Image.Exif()
+    exif.update({0x0112: 6, 0x011A: 72.0, 0x0131: "camera", 0x9003: "2026"})
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "JPEG", exif=exif)
+    data, path, refused = bytearray(file.getvalue()), tmp_path / "a.jpg", 0
+    began = data.index(b"Exif")
+    for place in range(began + 6, began + 6 + len(exif.tobytes())):
+        for value in (0, 1, 3, 7, 255):
+            path.write_bytes(data[:place] + bytes([value]) + data[place + 1:])
+            try:
+                read_photo(path)
+            except BadInput as error:
+                assert str(path) in str(error)
+                refused += 1
+    assert refused
+
+
 def test_photographs_are_read_upright_and_in_colour(tmp_path):
-    from images.decoding import read_photo
     pixels = np.zeros((40, 60, 3), np.uint8)
     pixels[:10, :10] = 255, 0, 0
     image, turned = Image.fromarray(pixels), Image.Exif()
