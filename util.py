@@ -65,6 +65,12 @@ def handled(handler: Callable) -> Iterator[None]:
             signal.signal(number, old)
 
 
+def leave_signals() -> None:
+    """For a worker process: it ends with the run that started it, without a word of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def command_line(main: Callable) -> Callable:
     """Decorate a script's `main(argv=None)`: failures end in one `error:` line, no traceback."""
     @functools.wraps(main)
@@ -289,8 +295,8 @@ def write_bytes(path: str | Path, content: bytes, flush: bool = False) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes UTF-8 text whole."""
-    write_bytes(path, text.encode("utf-8"), flush=True)
+    """Writes UTF-8 text whole; of a path that is none, JSON's escapes."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"), flush=True)
 
 
 def write_json(path: str | Path, content: object) -> None:

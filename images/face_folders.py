@@ -17,6 +17,10 @@ from images.lists import natural
 from util import BadInput
 
 SPLITS = ("train", "val", "test")
+NO_UTF8 = "names that are no UTF-8, left out"
+# what a folder of `<split>/<class>/…` may be called, in small letters
+SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val",
+               "validation": "val", "test": "test", "testing": "test"}
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
@@ -87,11 +91,14 @@ def names(folder: Path) -> frozenset:
         return frozenset()
 
 
-def subfolders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, in natural order, without hidden ones."""
-    with os.scandir(folder) as entries:
-        return sorted((e.name for e in entries if not e.name.startswith(".") and e.is_dir()),
-                      key=natural)
+def subfolders(found: Found, start: str = "") -> list[str]:
+    """Names of the folders in `start`, below the set's folder, in natural order, without hidden
+    ones; those that are no UTF-8 are noted."""
+    with os.scandir(found.folder / start) as entries:
+        below = sorted((e.name for e in entries if not e.name.startswith(".") and e.is_dir()),
+                       key=natural)
+    found.notes[NO_UTF8] += [ascii(os.path.join(start, n)) for n in below if not _is_utf8(n)]
+    return [name for name in below if _is_utf8(name)]
 
 
 def images_below(found: Found, start: str) -> list[str]:
@@ -106,7 +113,7 @@ def images_below(found: Found, start: str) -> list[str]:
                     continue
                 path = f"{at}/{entry.name}"
                 if not _is_utf8(entry.name):
-                    found.notes["names that are no UTF-8, left out"].append(ascii(path))
+                    found.notes[NO_UTF8].append(ascii(path))
                 elif entry.name.lower().endswith(SUFFIXES) and not entry.is_dir():
                     images.append(path)
                 elif entry.is_dir():
@@ -146,7 +153,7 @@ def read_class_folders(found: Found, splits: dict[str, tuple],
             raise BadInput(f"{found.folder}: neither the set's lists nor a folder "
                            f"{' or '.join(choice)}/ with a folder for each class; name the folder "
                            f"that holds them")
-        for number in subfolders(found.folder / name):
+        for number in subfolders(found, name):
             place = f"{name}/{number}"
             label = label_of(number, str(found.folder / place))
             for path in images_below(found, place):
@@ -155,11 +162,13 @@ def read_class_folders(found: Found, splits: dict[str, tuple],
 
 def read_any_folders(found: Found) -> None:
     """Takes in `<split>/<class>/…` or `<class>/…` of any classes; raises BadInput."""
-    top = subfolders(found.folder)
-    starts = {"val" if name == "valid" else name: f"{name}/" for name in top
-              if name in ("train", "val", "valid", "test")}
-    if {"val", "valid"} <= set(top):
-        raise BadInput(f"{found.folder}: holds val/ and valid/; keep one of them")
+    top, starts = subfolders(found), {}
+    for name in top:
+        split = SPLIT_NAMES.get(name.lower())
+        if split in starts:
+            raise BadInput(f"{found.folder}: holds {starts[split]} and {name}/; keep one of them")
+        if split:
+            starts[split] = f"{name}/"
     if starts and "train" not in starts:
         raise BadInput(f"{found.folder}: holds {' and '.join(starts.values())} but no train/; add "
                        f"it, or name a folder of class folders")
@@ -170,7 +179,7 @@ def read_any_folders(found: Found) -> None:
         starts["test"] = starts.pop("val")
     starts = starts or {"train": ""}
     images = {split: {name: images_below(found, start + name)
-                      for name in subfolders(found.folder / start)}
+                      for name in subfolders(found, start)}
               for split, start in starts.items()}
     found.classes = tuple(name for name, paths in images["train"].items() if paths)
     for split, folders in images.items():

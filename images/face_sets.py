@@ -115,7 +115,8 @@ def _affectnet(found: Found) -> None:
             found.add(split, f"{name}/images/{number}.jpg", label_of(text, where), where)
         found.notes["images without an annotation, left out"] += sorted(
             f"{name}/images/{image}" for image in names(found.folder / name / "images")
-            if image.lower().endswith(SUFFIXES) and os.path.splitext(image)[0] not in labels)
+            if image.lower().endswith(SUFFIXES) and not image.startswith(".")
+            and os.path.splitext(image)[0] not in labels)
     return None
 
 
@@ -159,7 +160,8 @@ def _read_expressions(folder: Path) -> dict[str, tuple[str, str]]:
     Read by several threads, which wait for the disk at the same time; of the few different
     headers, each is parsed once, as parsing is what takes numpy.load's time.
     """
-    numbers = sorted((name[:-8] for name in names(folder) if name.endswith("_exp.npy")),
+    numbers = sorted((name[:-8] for name in names(folder)
+                      if name.endswith("_exp.npy") and not name.startswith(".")),
                      key=lambda number: (len(number), number))
     dtype_of = functools.lru_cache(64)(_npy_dtype)
 

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from images import cache, face_folders, face_sets
-from images.decoding import open_image, read_photo
+from images.decoding import BROKEN, open_image, read_photo
 from images.face_folders import SPLITS, Found
 from images.face_sets import CLASSES, SETS
 from util import BadInput, ensure, read_cells, read_table
@@ -149,12 +149,15 @@ def _read_subjects(folder: Path, found: Found) -> dict[str, str]:
 
 
 def read_unlabelled(folder: str | Path) -> FaceSet:
-    """All images below a folder, however deep, or below its train/ where there is one, in one class
-    without a name. Raises BadInput where there is none."""
+    """All images below a folder, however deep, or below its training split where it has one
+    (`face_folders.SPLIT_NAMES`), in one class without a name. Raises BadInput where there is
+    none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder; name the one that holds the images")
-    folder = folder / "train" if (folder / "train").is_dir() else folder
+    named = [name for name in face_folders.subfolders(Found(folder))
+             if face_folders.SPLIT_NAMES.get(name.lower()) == "train"]
+    folder = folder / named[0] if named else folder
     found = Found(folder)
     paths = [path.removeprefix("./") for path in face_folders.images_below(found, ".")]
     if not paths:
@@ -275,7 +278,7 @@ def _upright_size(path: Path) -> tuple[int, int]:
     with open_image(path) as image:
         try:
             turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-        except (OSError, ValueError, SyntaxError) as error:
+        except BROKEN as error:
             raise BadInput(f"{path}: cannot be decoded ({error}); replace it") from None
         return image.size[::-1] if turned else image.size
 

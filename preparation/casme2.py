@@ -45,7 +45,8 @@ CLASSES = ("happiness", "repression", "disgust", "surprise", "others")
 PUBLISHED = {"2014": (32, 27, 63, 25, 99), "2019": (32, 27, 63, 28, 99)}
 CLIP_COLUMNS = ("database", "subject", "clip", "folder", "onset", "apex", "offset", "label")
 NUMBER = re.compile(r"[0-9]{1,9}")  # str.isdigit() also takes ², which is no number to int()
-IMAGE = re.compile(r"(\D*)(\d+)\.(?:jpe?g|png|bmp)", re.IGNORECASE)
+# the last digits count: 006_05562.jpg is a frame of SAMM's; hidden files are none
+IMAGE = re.compile(r"(?!\.)(?:.*\D)?(\d+)\.(?:jpe?g|png|bmp)", re.IGNORECASE)
 PREFIXES = 5  # folders that may lie between the root and a subject
 
 
@@ -133,7 +134,10 @@ def read_clips(path: str | Path, bad_apex: str) -> Table:
     path, keys = Path(path), set()
     rows, _ = read_table(path, CLIP_COLUMNS, fix="--clips names a CSV file with the columns "
                          f"{','.join(CLIP_COLUMNS)}")
-    names = {row["label"].strip() for _, row in rows} - {""}
+    # a column with a gap makes pandas write 46.0
+    rows = [(place, {name: annotation.cell_text(cell) for name, cell in row.items()})
+            for place, row in rows]
+    names = {row["label"].lower() for _, row in rows} - {""}
     table = Table([], {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
                        "rows": len(rows)}, tuple(sorted(names, key=natural)))
     for place, row in rows:
@@ -142,7 +146,7 @@ def read_clips(path: str | Path, bad_apex: str) -> Table:
                            f"{', '.join(DATABASES)}")
         add_clip(table, (DATABASES.index(row["database"]), row["subject"], row["clip"]),
                  [row[name] for name in ("onset", "apex", "offset")],
-                 (row["label"].strip(), row.get("units") or ""), (place, keys, bad_apex),
+                 (row["label"].lower(), row.get("units") or ""), (place, keys, bad_apex),
                  (row["folder"],))
     # difference images are named by the key alone, whatever the database
     counts = Counter(row.key for row in table.rows)
@@ -198,16 +202,20 @@ def add_clip(table: Table, name: tuple, numbers: list, shown: tuple, row: tuple,
 
 def find_folders(root: Path) -> dict:
     """(subject number, file name in small letters) → folder of its frames, below any prefix;
-    raises BadInput where there is none."""
+    raises BadInput where there is none, or two of one clip."""
     if not root.is_dir():
         raise BadInput(f"{root}: no such folder; --raw holds the frames as received")
     folders, level = {}, [root]
     for _ in range(PREFIXES + 1):
-        below = [path for folder in level for path in sorted(folder.iterdir()) if path.is_dir()]
+        below = [path for folder in level for path in sorted(folder.iterdir())
+                 if path.is_dir() and path.name != "__MACOSX"]
         for path in below:
             if name := re.fullmatch(r"(?i)sub(\d+)", path.name):
-                for clip in sorted(path.iterdir()):
-                    folders.setdefault((int(name[1]), clip.name.lower()), clip)
+                for clip in sorted(filter(Path.is_dir, path.iterdir())):
+                    first = folders.setdefault((int(name[1]), clip.name.lower()), clip)
+                    if first != clip and not first.samefile(clip):
+                        raise BadInput(f"{clip}: frames of a clip that {first} holds too; keep one "
+                                       f"of them, or give a narrower --raw")
         level = below
     if not folders:
         raise BadInput(f"{root}: no folder such as sub01/EP02_01f in it; --raw holds the frames as "
@@ -220,7 +228,7 @@ def numbered(folder: Path) -> dict[int, str]:
     frames = {}
     for path in sorted(folder.iterdir(), key=lambda path: path.name.lower(), reverse=True):
         if match := IMAGE.fullmatch(path.name):
-            frames.setdefault(int(match[2]), str(path))
+            frames.setdefault(int(match[1]), str(path))
     return frames
 
 
@@ -298,6 +306,16 @@ def print_counts(table: Table, rows: list) -> None:
     print(f"{'all':12}{len(rows):8}" + "".join(f"{sum(c):8}" for c in columns.values()))
 
 
+def finish_up(opt: argparse.Namespace, folder: Path, table: Table) -> None:
+    """Does what a run that was stopped after it had written flow.json left to do."""
+    shutil.rmtree(folder / videos.RECORDS, ignore_errors=True)
+    if not (folder / "audit" / "flow.png").exists():
+        keys = {row["key"] for _, row in read_table(folder / "clips.csv", ("key",), fix="")[0]}
+        clips = flow_sets.settle(table, [(row, None, None) for row in table.rows
+                                         if row.key in keys], bool(opt.annotation))
+        audit.draw_flow(folder, [row for row, _, _ in clips], table.classes)
+
+
 def run(opt: argparse.Namespace) -> None:
     """Prepares all clips and writes what belongs to them."""
     flow.require()
@@ -314,6 +332,7 @@ def run(opt: argparse.Namespace) -> None:
     stamp = flow_sets.stamp_of(opt, table, tasks, settings)
     if flow_sets.is_finished(folder, stamp):
         print(f"{folder}: holds these clips already, of the same frames, settings and OpenCV")
+        finish_up(opt, folder, table)
         return
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)

@@ -7,7 +7,8 @@ import hashlib
 import io
 import json
 import os
-import signal
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -22,11 +23,13 @@ from images import encoding
 from images.decoding import PIXEL_LIMIT
 from preparation import detection, registration
 from preparation.registration import Box, Crops, Framing
-from util import RunFailed, handled, write_bytes, write_json
+from util import RunFailed, handled, leave_signals, write_bytes, write_json
 
 RECORDS = ".prepare"
 LOOK_ON = 5  # frames after the onset on which a face is looked for
 CROPS = ("onset", "apex", "depth_onset", "depth_apex")  # arrays of kept crops
+# what a file of arrays raises that is missing, empty, cut short or spoilt
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 VERSION = 3  # of the computation: another one makes all records void
 
 
@@ -170,12 +173,14 @@ def make_crops(task: Task, settings: Settings, folder: str | Path) -> tuple:
     if task.blank and not task.frames:
         return None, record
     kept = _crops_path(task, settings, folder)
-    if kept.exists():
+    try:
         with np.load(kept) as content:
-            record = json.loads(str(content["known"]))
-            residual = float("nan") if record["residual"] is None else record["residual"]
-            return Crops(*map(content.get, CROPS), record["shift"], residual,
-                         record["registered"]), record
+            known = json.loads(str(content["known"]))
+            residual = float("nan") if known["residual"] is None else known["residual"]
+            return Crops(*map(content.get, CROPS), known["shift"], residual,
+                         known["registered"]), known
+    except UNREADABLE:
+        pass
     onset = read_frame(task.frames[0])
     box, name = find_box(task, settings, onset)
     frames = onset, onset if task.blank else read_frame(task.frames[1])
@@ -232,12 +237,6 @@ def run_all(process: Callable, tasks: list, settings: object, folder: Path | str
     return list(run_each(process, tasks, settings, folder, num_workers, ("cutting", "clip")))
 
 
-def _leave_signals():
-    """A worker ends with the run that started it, without a word of its own."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 def run_each(process: Callable, tasks: list, settings: object, folder: Path | str,
              num_workers: int, words: tuple, executor: type = ProcessPoolExecutor) -> Iterator:
     """As `run_all`, one record after another. words: what the bar says, and its unit."""
@@ -247,7 +246,7 @@ def run_each(process: Callable, tasks: list, settings: object, folder: Path | st
         yield from tqdm(map(process, *jobs), **bar)
         return
     pool = executor(min(num_workers, len(tasks)),
-                    initializer=_leave_signals if executor is ProcessPoolExecutor else None)
+                    initializer=leave_signals if executor is ProcessPoolExecutor else None)
     try:
         yield from tqdm(pool.map(process, *jobs, chunksize=2), **bar)
     except BrokenExecutor:

@@ -81,7 +81,7 @@ def find_csv(folder: str) -> dict:
     files = {}
     for path in sorted(Path(folder).rglob("*.csv")):
         match = VIDEO.search(path.relative_to(folder).as_posix())
-        if match:
+        if match and not path.name.startswith("."):
             key = int(match[1]), match[2].lower()
             if key in files:
                 raise BadInput(f"{path}: a second file for the video of {files[key]}; keep one")

@@ -16,7 +16,7 @@ import numpy as np
 
 from images import flow
 from preparation import registration
-from preparation.cutting import LOOK_ON, Unusable, find_box, read_frame
+from preparation.cutting import LOOK_ON, UNREADABLE, Unusable, find_box, read_frame
 from preparation.registration import Box, Framing
 from util import replacing, write_bytes
 
@@ -121,7 +121,7 @@ def process(task: Task, settings: Settings, folder: str | Path) -> dict:
     try:
         with np.load(path) as content:
             return {"path": str(path), "steps": len(task.steps), "failed": int(content["failed"])}
-    except (OSError, ValueError, KeyError):
+    except UNREADABLE:
         pass
     try:
         crops, failed = cut_frames(task, settings)

@@ -7,14 +7,24 @@ import re
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from util import BadInput, add_processes, number, replacing, write_bytes, write_json
+from util import (
+    BadInput,
+    RunFailed,
+    add_processes,
+    handled,
+    leave_signals,
+    number,
+    replacing,
+    write_bytes,
+    write_json,
+)
 
 # Per subject the classes are as uneven as in the published lists of CAS(ME)^3: the Dirichlet
 # concentration that fits those best.
@@ -54,12 +64,15 @@ def render_once(data_folder: str, asked: dict, note: str, write: Callable[[Path]
     asked: what its content depends on; note: what the data are not; write(folder): renders all of
     it into a new folder and returns the counts.
     """
-    folder = Path(os.path.abspath(data_folder))
+    folder = Path(os.path.realpath(data_folder))  # a link cannot be replaced by a folder
     finished = find_finished(folder, asked)
     if finished:
         print(f"{folder}: rendered already with these options, reused")
         print_summary(folder, finished["counts"], note, None)
         return folder
+    if os.path.ismount(folder):
+        raise BadInput(f"{folder}: a mount point, which cannot be replaced; name a folder below it "
+                       f"as --data_folder")
     start = time.time()
     with replacing(folder) as part:
         part.mkdir(parents=True)
@@ -100,16 +113,21 @@ def in_parallel(function: Callable, tasks: Iterable[list], num_workers: int,
                 unit: str = "clip") -> list:
     """All that `function(task)` lists, over all tasks (lists), with a progress bar."""
     tasks = sorted(tasks, key=len, reverse=True)
-    pool = ProcessPoolExecutor(min(num_workers, len(tasks))) if num_workers > 1 else None
+    pool = ProcessPoolExecutor(min(num_workers, len(tasks)), initializer=leave_signals) \
+        if num_workers > 1 else None
     rows = []
     with tqdm(total=sum(map(len, tasks)), desc="rendering", unit=unit, disable=None) as bar:
         try:
             for task, result in zip(tasks, (pool.map if pool else map)(function, tasks)):
                 rows += result
                 bar.update(len(task))
+        except BrokenExecutor:
+            raise RunFailed("a worker was killed, for memory perhaps; run again, with fewer "
+                            "--num_workers") from None
         finally:
             if pool:
-                pool.shutdown(cancel_futures=True)
+                with handled(lambda *_: None):  # a second signal would leave workers that wait
+                    pool.shutdown(cancel_futures=True)
     return rows
 
 

@@ -127,6 +127,12 @@ def test_a_log_that_needs_no_cut_is_not_written_over(tmp_path):
     assert record.read_log(tmp_path) == [{"opt": {}}]
 
 
+def test_a_path_that_is_no_utf8_is_written_all_the_same(tmp_path):
+    path = os.fsdecode("dégoût".encode("latin-1"))
+    util.write_json(tmp_path / "b.json", {"path": path})
+    assert json.loads((tmp_path / "b.json").read_text(encoding="utf-8")) == {"path": path}
+
+
 def test_what_is_written_whole_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     order, replace, fsync = [], os.replace, os.fsync
     monkeypatch.setattr(os, "fsync", lambda number: (order.append("flushed"), fsync(number)))

@@ -330,6 +330,14 @@ def test_affectnet_class_folders(tmp_path, capsys):
     refused("affectnet8", tmp_path, "expression 'happy' is not one of 0..10")
 
 
+def test_hidden_files_are_no_arrays(tmp_path, capsys):
+    folder = arrays(tmp_path) / "train_set"
+    (folder / "annotations" / "._9_exp.npy").write_bytes(b"AppleDouble")
+    (folder / "images" / "._9.jpg").write_bytes(b"AppleDouble")
+    assert len(read_faces("affectnet8", tmp_path)["train"]) == 3
+    assert "left out" not in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- FERPlus
 
 @pytest.mark.parametrize("votes, majority, plurality", [
@@ -453,6 +461,29 @@ def test_folder_where_the_validation_split_is_the_test_split(tmp_path):
     tree(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "val/b/2.jpg")
     sets = read_faces("folder", tmp_path)
     assert list(sets) == ["train", "test"] and sets["test"].paths == ["val/b/2.jpg"]
+
+
+@pytest.mark.parametrize("names", [("Train", "Validation", "Test"), ("training", "VAL", "testing"),
+                                   ("TRAINING", "valid", "test")])
+def test_splits_by_other_names(tmp_path, names):
+    tree(tmp_path, *(f"{split}/{name}/1.jpg" for split in names for name in "ab"))
+    sets = read_faces("folder", tmp_path)
+    assert {split: one.paths for split, one in sets.items()} == {
+        split: [f"{name}/a/1.jpg", f"{name}/b/1.jpg"]
+        for split, name in zip(("train", "val", "test"), names)}
+    tree(tmp_path, "tEst/a/1.jpg")
+    refused("folder", tmp_path, "tEst/", f"{names[2]}/", "keep one of them")
+
+
+def test_class_folders_that_are_no_utf8_are_named_and_left_out(tmp_path, capsys):
+    tree(tmp_path, *(f"{split}/{name}/1.jpg" for split in ("train", "test") for name in "12"))
+    odd = os.fsdecode(b"d\xe9go\xfbt")
+    for place in (f"train/{odd}", odd):
+        (tmp_path / place).mkdir()
+        shutil.copyfile(tmp_path / "train/1/1.jpg", tmp_path / place / "1.jpg")
+    for name in ("folder", "rafdb"):
+        assert len(read_faces(name, tmp_path)["train"]) == 2
+        assert "  names that are no UTF-8, left out: " in capsys.readouterr().out
 
 
 def test_folder_without_splits(tmp_path):
@@ -739,6 +770,13 @@ def test_a_folder_named_like_an_image_is_looked_into(tmp_path):
     (tmp_path / "d" / "b.jpg").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "d" / "b.jpg" / "a.png")
     assert faces.read_unlabelled(tmp_path / "d").paths == ["b.jpg/a.png"]
+
+
+def test_test_images_beside_a_training_split_are_not_pretrained_on(tmp_path):
+    for name in ("Training", "Test"):
+        draw(tmp_path / "d" / name / "a", "1.png")
+    images = faces.read_unlabelled(tmp_path / "d")
+    assert images.folder == tmp_path / "d" / "Training" and images.paths == ["a/1.png"]
 
 
 def test_links_in_a_circle_and_names_that_cannot_be_printed_are_left_out(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """prepare.py casme2: both workbooks, frames, flow once, irregularities by rule, bad input."""
 import json
 import shutil
+from pathlib import Path
 
 import casme2_tree
 import cv2
@@ -13,7 +14,7 @@ import dataset
 from images import flow
 from images import videos as sampling
 from preparation import casme2, cutting, detection, videos
-from util import read_table
+from util import BadInput, read_table
 
 FLAGS = ["--size", 32, "--num_workers", 0, "--register", "none"]
 FILES = ("frames.npy", "flow.npy", "jitter.npy", "index.npy", "clips.csv", "onset_apex.csv")
@@ -371,6 +372,66 @@ def test_what_was_dropped_is_named_in_flow_json(raw, tmp_path, capsys):
     assert "more, named in flow.json" in said and "manifest.json" not in said
 
 
+def test_cells_of_spreadsheets_are_read_as_what_they_mean(raw, tmp_path):
+    """pandas writes a column with a gap as 46.0; labels and names come in several spellings."""
+    table = table_of_clips(tmp_path / "clips.csv", [
+        "samm,006,a,Cropped/sub01/EP02_01f,46.0,60.0,86.0,Others,4",
+        "samm,006 ,b,Cropped/sub01/EP03_02,1.0,,61.0,others ,4",
+        " samm,7.0,c,Cropped/sub02/EP02_01f,10,40,90,Happiness,4"])
+    rows = casme2.read_clips(table, "middle")
+    assert rows.classes == ("happiness", "others") and not rows.dropped
+    assert [(row.subject, row.onset, row.apex, row.offset, row.emotion) for row in rows.rows] == [
+        ("006", 46, 60, 86, "others"), ("006", 1, 31, 61, "others"),
+        ("7", 10, 40, 90, "happiness")]
+    assert list(rows.repairs.values()) == [["006-b-1"]]  # the gap alone
+
+
+def test_a_clip_in_two_folders_is_refused(tmp_path):
+    for place in ("CASME2-RAW/sub01/EP02_01f", "Cropped/sub01/EP02_01f", "Cropped/sub02/EP02_01f"):
+        (tmp_path / place).mkdir(parents=True)
+    for place in ("CASME2-RAW/sub01", "Cropped/sub01"):
+        (tmp_path / place / "Thumbs.db").touch()  # no clip
+    with pytest.raises(BadInput) as error:
+        casme2.find_folders(tmp_path)
+    for part in ("CASME2-RAW/sub01/EP02_01f", "Cropped/sub01/EP02_01f", "narrower --raw"):
+        assert part in str(error.value)
+    assert len(casme2.find_folders(tmp_path / "Cropped")) == 2
+    shutil.rmtree(tmp_path / "CASME2-RAW")
+    (tmp_path / "link").symlink_to(tmp_path / "Cropped")
+    assert len(casme2.find_folders(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"none"])
+def test_an_unreadable_record_is_no_record(raw, tmp_path, content):
+    files = [str(raw / f"Cropped/sub01/EP02_01f/reg_img{n}.jpg") for n in range(46, 51)]
+    task = videos.plan("k", [(0, 1, 2, 3, 4)], dict(enumerate(files)), "previous", None)
+    settings = videos.Settings("none", 0, 32, register="none")
+    record = Path(videos.process(task, settings, tmp_path)["path"])
+    whole = record.read_bytes()
+    record.write_bytes(content if content != b"PK" else whole[:-30])
+    assert videos.process(task, settings, tmp_path)["failed"] == 0
+    with np.load(record) as again:
+        assert again["frames"].shape == (5, 3, 32, 32)
+
+
+def test_a_run_that_was_stopped_before_the_picture_draws_it(raw, tmp_path, monkeypatch, capsys):
+    lines = [f"smic,s{s},{name},Cropped/sub{s:02d}/{name},{a},{b},{c},{emotion},"
+             for s, name, a, b, c, _, emotion in casme2_tree.CLIPS[:3]]
+    table = table_of_clips(tmp_path / "clips.csv", [*lines, "smic,s9,x,none,1,2,3,anger,"])
+    flags = ["--raw", raw, "--clips", table, "--data_folder", tmp_path / "set", *FLAGS]
+    prepare(*flags)
+    picture = tmp_path / "set" / "audit" / "flow.png"
+    before = picture.read_bytes()
+    picture.unlink()
+    (tmp_path / "set" / videos.RECORDS).mkdir()
+    (tmp_path / "set" / videos.RECORDS / "a.npz").touch()
+    capsys.readouterr()
+    prepare(*flags)
+    assert "holds these clips already" in capsys.readouterr().out
+    assert picture.read_bytes() == before
+    assert not (tmp_path / "set" / videos.RECORDS).exists()
+
+
 def header_alone(raw, tmp_path):
     casme2_tree.write_table(tmp_path / "coding.csv", [])
 
@@ -426,6 +487,14 @@ def test_frames_of_either_prefix_and_its_preference(tmp_path):
     actual = casme2.numbered(tmp_path)
     assert {n: path.rsplit("/", 1)[1] for n, path in actual.items()} \
         == {5: "reg_img5.jpg", 6: "img6.JPG"}
+
+
+def test_frames_whose_number_follows_others(tmp_path):
+    for name in ("006_05562.jpg", "006_1_2_05563.png", "7.jpg", "._006_05564.jpg", "8-9.txt"):
+        (tmp_path / name).touch()
+    actual = casme2.numbered(tmp_path)
+    assert {n: path.rsplit("/", 1)[1] for n, path in actual.items()} \
+        == {5562: "006_05562.jpg", 5563: "006_1_2_05563.png", 7: "7.jpg"}
 
 
 @pytest.mark.parametrize("motion, turn", [("translation", [[1, 0], [0, 1]]),

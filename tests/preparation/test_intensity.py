@@ -279,6 +279,12 @@ def test_bad_action_unit_files_are_named(videos, tmp_path, capsys):
     assert not (tmp_path / "set").exists()
 
 
+def test_hidden_files_are_no_action_units(tmp_path):
+    for name in ("spNO.1_a.csv", "._spNO.1_a.csv"):
+        (tmp_path / name).touch()
+    assert intensity.find_csv(tmp_path) == {(1, "a"): tmp_path / "spNO.1_a.csv"}
+
+
 def test_help_says_that_the_threshold_is_not_known(capsys):
     with pytest.raises(SystemExit):
         prepare("--help")

@@ -510,6 +510,20 @@ def test_kept_crops_serve_another_difference(raw, tmp_path, monkeypatch):
     assert images and {k: actual[k] for k in images} == {k: expected[k] for k in images}
 
 
+@pytest.mark.parametrize("spoil", [lambda whole: b"", lambda whole: whole[:len(whole) // 2]])
+def test_kept_crops_that_cannot_be_read_are_cut_again(tmp_path, spoil):
+    for n in (10, 16):
+        raw_tree.write_frame("a", 0.1 * n, tmp_path / f"{n}.jpg", None)
+    task = cutting.Task("a", "rgb/a.png", "", tuple(str(tmp_path / f"{n}.jpg") for n in (10, 16)))
+    settings = cutting.Settings("none", 0.0, 64, False, "none", crops=True)
+    first, _ = cutting.make_crops(task, settings, tmp_path)
+    (kept,) = (tmp_path / "crops").iterdir()
+    whole = kept.read_bytes()
+    kept.write_bytes(spoil(whole))
+    again, _ = cutting.make_crops(task, settings, tmp_path)
+    assert np.array_equal(again.apex, first.apex) and kept.read_bytes() == whole
+
+
 def test_dry_run_writes_pictures_only(raw, tmp_path, capsys):
     prepare("--raw", raw, "--annotation", raw / "labels.csv", "--data_folder", tmp_path / "set",
             "--dry_run", *PLAIN)
