@@ -165,7 +165,8 @@ def plain(scores: dict) -> list[str]:
 
 def system(result: dict) -> str:
     """What a result was computed with but for seeds, as a comparable text."""
-    same = {k: v for k, v in result["opt"].items() if k not in {*result["free"], "seed", "seeds"}}
+    same = {k: v for k, v in result["opt"].items()
+            if k not in {*result["free"], "seed", "seeds", "model_path"}}
     encoder = re.sub(r"_seed_\d+", "", result["opt"]["model_path"])
     return json.dumps([result["stage"], result["protocol"], result.get("data_digest"), encoder,
                        same], sort_keys=True)

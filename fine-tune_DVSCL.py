@@ -44,9 +44,9 @@ def parse_option(argv):
     opt.lr_schedule = options.choose_schedule(
         parser, util.given(optimisation, argv), opt.lr_schedule, opt.warmup_epochs, opt.epochs)
     options.check_options(parser, opt)
-    if opt.oversample and (opt.loss == "balanced" or opt.freeze_encoder):
-        parser.error("--oversample excludes --loss balanced, which weights the classes already, "
-                     "and --freeze_encoder, whose heads share their batches")
+    options.check_balance(parser, opt)
+    if opt.oversample and opt.freeze_encoder:
+        parser.error("--oversample excludes --freeze_encoder, whose heads share their batches")
     if opt.l2 is not None and opt.head != "probe":
         parser.error("--l2 goes with --head probe")
     if opt.subject and "all" in opt.subject and len(opt.subject) > 1:
@@ -157,7 +157,8 @@ def tune(opt, place, path, name, out, start, device):
         record.say_where(name, state)
         classifier.restore(state)
         optimizer.load_state_dict(state["optimizer"])
-        precision.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # one that was not needed has no state
+            precision.scaler.load_state_dict(state["scaler"])
         history = state.get("history") or []
     job = supervised.Training(classifier, data.clips, data.images, members, optimizer, precision)
 

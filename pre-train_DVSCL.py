@@ -55,6 +55,7 @@ def parse_option(argv):
                                               opt.epochs)
     if "--warmup_epochs" not in given:
         opt.warmup_epochs = min(opt.warmup_epochs, opt.epochs / 20)
+        opt.free.add("warmup_epochs")  # it follows from --epochs, which may grow
     options.check_size(parser, opt.model, opt.size)
     if opt.subject and opt.fold:
         parser.error("--subject and --fold exclude each other")

@@ -63,6 +63,7 @@ def parse_option(argv):
         opt.lr_decay_rate = 0.1 if opt.lr_schedule == "step" else 0.9
     if opt.warmup_epochs is None:
         opt.warmup_epochs = min(5.0, opt.epochs / 4)
+        opt.free.add("warmup_epochs")  # it follows from --epochs, which may grow
     if opt.views is None:
         opt.views = "fixed" if opt.model == "ran" else "whole"
     print(f"--recipe {opt.recipe}: " + ", ".join(f"--{name} {getattr(opt, name)}"
@@ -108,6 +109,7 @@ def check_options(parser, opt, words):
     needs(opt.landmarks, "--landmarks", opt.gaussian or opt.views == "landmark",
           "--gaussian or --views landmark")
     needs(opt.wloss_update, "--wloss_update", opt.wloss_alpha, "--wloss_alpha")
+    options.check_balance(parser, opt)
     needs(opt.model_path and opt.pretrained != "imagenet", "--pretrained", not opt.model_path,
           "a fresh start, not --model_path")
     if opt.weight_decay > 0.1:
@@ -349,13 +351,13 @@ def train(opt, argv, device, sources):
     fit = fitting.Fit(record.Run(opt.save_path, run_name(opt), opt), sources)
     start = read_start(opt.model_path)
     # ImageNet has no faces of a test split; of another checkpoint nobody knows
-    saw = False if opt.pretrained in ("none", "imagenet") else None
+    fit.saw = False if opt.pretrained in ("none", "imagenet") else None
     if start:
-        saw = fit.check_start(start, opt.model_path)
+        fit.saw = fit.check_start(start, opt.model_path)
     network = set_model(opt, fit.faces.n_label, device, start)
     fit.begin(network, set_optimizer(opt, network), set_distance(opt, fit.faces.classes, device))
     header = fit.run_epochs(argv, __file__)
-    return fit.run.folder, fit.evaluate(header, transductive=saw)
+    return fit.run.folder, fit.evaluate(header)
 
 
 @util.command_line

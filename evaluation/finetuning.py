@@ -186,6 +186,7 @@ def parse_option(doc: str, argv: list[str], data_set: str,
                      f"--cutmix, which mix an image with another of its batch")
     if mixes(opt) and opt.loss != "crossentropy":
         parser.error(f"--loss {opt.loss} takes labels, which --mixup and --cutmix mix")
+    options.check_balance(parser, opt)
     if opt.model_ema_eval and not opt.model_ema:
         parser.error("--model_ema_eval goes with --model_ema")
     words = [str(word).partition("=")[0] for word in argv]
@@ -318,5 +319,6 @@ def finetune(opt: argparse.Namespace, argv: list[str], script: str) -> dict | No
         network = set_model(opt, n_label, device, fit.resume is not None)
         fit.begin(network, set_optimizer(opt, network), mixup=set_mixup(opt, n_label),
                   average=set_average(opt, network, len(fit.members)))
+        fit.saw = saw_test(opt.finetune, sources["test"].faces)
         header = fit.read_only(argv, script) if opt.eval else fit.run_epochs(argv, script)
-        return fit.evaluate(header, transductive=saw_test(opt.finetune, sources["test"].faces))
+        return fit.evaluate(header)

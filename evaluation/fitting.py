@@ -4,11 +4,10 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from timm.data import Mixup
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from evaluation import measures, photographs
@@ -16,6 +15,10 @@ from images.faces import FaceSet, content
 from training import checkpoint, distributed, epochs, faces, losses, record
 from training.record import Run
 from util import BadInput
+
+if TYPE_CHECKING:  # see training/faces.py
+    from timm.data import Mixup
+    from timm.utils import ModelEmaV3
 
 
 class Validation:
@@ -31,7 +34,7 @@ class Validation:
         """{val_uf1, val_accuracy} of a network; nothing without validation images."""
         if not len(self.members):
             return {}
-        kept, said, _ = faces.predict(network, self.source, self.members, autocast, False)
+        kept, said, *_ = faces.predict(network, self.source, self.members, autocast, False)
         figures = measures.evaluate(self.source.faces.labels[kept], said.argmax(1),
                                     self.source.faces.n_label)
         self.confusion = np.array(figures["confusion"])
@@ -78,24 +81,36 @@ class Fit:
             if part.landmarks is not None:
                 digest.update(part.landmarks.tobytes())
         self.digest, self.history = digest.hexdigest(), []
+        # whether the network it starts from saw the test split, and how those before it divided
+        # the training split
+        self.saw, self.before = None, []
 
     def check_start(self, state: dict, path: str) -> bool | None:
-        """Whether the checkpoint that a run goes on from saw the test split: False for one of the
-        same data, None where nobody knows. Raises BadInput for one that was trained on images
-        which now are to choose."""
+        """Whether the checkpoint that a run goes on from, or one before it, saw the test split:
+        False for those of the same data, None where nobody knows. Raises BadInput for other
+        classes, and for training on images which now are to choose."""
         opt, old = self.run.opt, state["opt"]
+        if state["classes"] != list(self.faces.classes):
+            raise BadInput(f"--model_path {path}: its classes are {', '.join(state['classes'])}, "
+                           f"those here {', '.join(self.faces.classes)}; --pretrained {path} "
+                           f"takes the network without its last layer")
         if state.get("data_digest") != self.digest:
             return None
-        other = [name for name in ("seed", "val_fraction", "noise") if old[name] != getattr(
-            opt, name)]
-        if other and (opt.select == "val" or opt.wloss_update):
-            raise BadInput(f"--model_path {path}: was trained with --{other[0]} {old[other[0]]}, "
-                           f"hence on images that now are to choose; give the same")
-        return False
+        self.before = [*state.get("before", ()),
+                       {name: old[name] for name in ("seed", "val_fraction", "noise")}]
+        for one in self.before:
+            other = [name for name, value in one.items() if value != getattr(opt, name)]
+            if other and (opt.select == "val" or opt.wloss_update):
+                raise BadInput(f"--model_path {path}: was trained with --{other[0]} "
+                               f"{one[other[0]]}, hence on images that now are to choose; give "
+                               f"the same")
+        # earlier releases do not say it
+        clean = old["pretrained"] in ("none", "imagenet") and not old["model_path"]
+        return state.get("transductive", False if clean else None)
 
     def begin(self, network: nn.Module, optimizer: torch.optim.Optimizer,
-              distance: Tensor | None = None, mixup: Mixup | None = None,
-              average: ModelEmaV3 | None = None) -> None:
+              distance: Tensor | None = None, mixup: "Mixup | None" = None,
+              average: "ModelEmaV3 | None" = None) -> None:
         """Sets what is trained: a network on its device, the distances of --wloss_alpha, and how
         images are mixed. average: of the weights, evaluated beside the network; without one, that
         of --ema_decay predicts in its place."""
@@ -105,6 +120,7 @@ class Fit:
             epochs.check_slices(len(self.members), opt.batch_size, network, device)
         self.beside, ema = average is not None, average
         if average is None and opt.ema_decay:
+            from timm.utils import ModelEmaV3  # a wrong path should not wait for it
             ema = ModelEmaV3(network, opt.ema_decay, use_warmup=True)
         self.job = faces.Job(network, distributed.wrap(network, device, precision.autocast), ema,
                              self.sources["train"], self.labels.copy(), self.members, optimizer,
@@ -154,6 +170,7 @@ class Fit:
         if job.distance is not None:
             job.distance.copy_(old["distance"])
         self.validation.state, self.history = old["best"], old["history"]
+        self.saw = old.get("transductive", self.saw)  # by now what tells it may be gone
         job.source.images.lost[old["lost"].numpy()] = True
         return old["epoch"], old["within"]
 
@@ -169,8 +186,9 @@ class Fit:
         means |= self.validation.follow(self.network, epoch, job.precision.autocast)
         if opt.wloss_update and epoch % opt.wloss_update == 0:
             job.distance.copy_(losses.updated(job.distance, self.validation.confusion))
+            distributed.share(job.distance)  # statistics of batch norm are each rank's own
         if opt.oracle_curve:
-            kept, said, _ = self._predicted(self.network)
+            kept, said, *_ = self._predicted(self.network)
             guesses = np.zeros(len(self.sources["test"].faces), int)
             guesses[kept] = said.argmax(1)
             self.history.append([epoch, guesses.tolist()])
@@ -183,7 +201,8 @@ class Fit:
         if distributed.first():
             state = {
                 "system": self.system, "opt": vars(self.run.opt), "epoch": epoch,
-                "within": within, "beside": self.beside,
+                "within": within, "beside": self.beside, "ranks": distributed.size(),
+                "transductive": self.saw, "before": self.before,
                 "classes": list(self.faces.classes), "data_digest": self.digest,
                 "crop": photographs.cut_as(self.faces),
                 "model": job.network.state_dict(), "ema": job.ema and job.ema.state_dict(),
@@ -205,10 +224,10 @@ class Fit:
         return faces.predict(network, test, np.arange(len(test.faces)),
                              self.job.precision.autocast, opt.tta_flip)
 
-    def evaluate(self, header: dict, **details: object) -> dict | None:
-        """Predicts the test split and writes the results, with `details` beside the figures;
-        None but on the rank that writes."""
+    def evaluate(self, header: dict) -> dict | None:
+        """Predicts the test split and writes the results; None but on the rank that writes."""
         opt, job, run, test = self.run.opt, self.job, self.run, self.sources["test"]
+        details = {"transductive": self.saw}
         for part in self.sources.values():
             part.images.lost[:] = distributed.any_of(part.images.lost)
         if not distributed.first():
@@ -234,14 +253,14 @@ class Fit:
                                          job.relabelled)
             files["relabelled"] = "relabelled.csv"
         if self.beside and opt.model_ema_eval:
-            kept, said, _ = self._predicted(job.ema.module)
+            kept, said, *_ = self._predicted(job.ema.module)
             details["average"] = {name: measures.evaluate(
                 test.faces.labels[kept], said.argmax(1), self.faces.n_label)[name]
                 for name in measures.MEASURES}
-        if hasattr(network, "embed"):
-            photographs.draw_features(run.folder / "features.png", network, test, predicted[0])
+        if predicted.features is not None:
+            photographs.draw_features(run.folder / "features.png", test.faces, predicted)
             files["features"] = "features.png"
-        importance = predicted[2]
+        importance = predicted.importance
         if importance is not None and importance.shape[1] > 1:
             details["view_importance"] = importance.mean(0).tolist()
         followed = [epoch for epoch, _ in self.history] == list(range(1, opt.epochs + 1))
@@ -251,10 +270,10 @@ class Fit:
             run, header, test, network, predicted,
             [guesses for _, guesses in self.history] if followed else [], details)
         if importance is not None and importance.shape[1] == 1:
-            kept, _, importance = faces.predict(network, job.source, self.members,
-                                                job.precision.autocast, False)
-            photographs.draw_importance(run.folder / "importance.png", job.source, kept,
-                                        self.labels, importance[:, 0])
+            trained = faces.predict(network, job.source, self.members, job.precision.autocast,
+                                    False)
+            photographs.draw_importance(run.folder / "importance.png", job.source, trained.kept,
+                                        self.labels, trained.importance[:, 0])
             files["importance"] = "importance.png"
         for part in self.sources.values():
             part.images.save()

@@ -157,15 +157,15 @@ def looked_at(network: nn.Module, source: faces.Source, rows: np.ndarray,
 
 
 def write_results(run: Run, header: dict, source: faces.Source, network: nn.Module,
-                  predicted: tuple, history: list, details: dict) -> dict:
+                  predicted: faces.Predicted, history: list, details: dict) -> dict:
     """results.json, predictions.csv, confusion.png, curves.png and mistakes.png of a test split;
     returns the results.
 
-    predicted: as faces.predict gives it; history: predictions of all test images after each epoch,
-    where --oracle_curve follows them; details: what results.json says besides.
+    history: predictions of all test images after each epoch, where --oracle_curve follows them;
+    details: what results.json says besides.
     """
     images, folder = source.faces, run.folder
-    kept, probabilities, _ = predicted
+    kept, probabilities, *_ = predicted
     worst = measures.most_wrong(images.labels[kept], probabilities)
     maps = {}
     if len(worst):
@@ -221,20 +221,13 @@ def draw_importance(path: Path, source: faces.Source, kept: np.ndarray, labels: 
                              + "; rendered stand-in data" * source.faces.rendered)
 
 
-@torch.no_grad()
-def draw_features(path: Path, network: nn.Module, source: faces.Source,
-                  kept: np.ndarray) -> None:
-    """features.png: what the last layer sees of the images `kept` `[M]`, on their two principal
+def draw_features(path: Path, images: FaceSet, predicted: faces.Predicted) -> None:
+    """features.png: what the last layer saw of the predicted images, on their two principal
     components, by emotion and, where the set names them, by subject."""
-    network.eval()
-    device, each = next(network.parameters()).device, []
-    parts = np.array_split(kept, -(-len(kept) // 64))
-    for rows, batch in zip(parts, cache.fetch(source.images, parts, device)):
-        each.append(network.embed(source.plain_inputs(rows, batch)).float().cpu().numpy())
-    features = np.concatenate(each).astype(np.float64)
     from sklearn.decomposition import PCA  # a second or two, which a wrong path should not take
+    kept, features = predicted.kept, predicted.features.astype(np.float64)
     plane = PCA(min(2, *features.shape), random_state=0)
-    points, images = plane.fit_transform(features), source.faces
+    points = plane.fit_transform(features)
     points = np.pad(points, ((0, 0), (0, 2 - points.shape[1])))
     groups = {"emotion": [images.classes[images.labels[i]] for i in kept]}
     if any(images.subjects):

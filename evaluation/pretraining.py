@@ -130,6 +130,7 @@ class Pretraining:
         if not distributed.first():
             return
         state = {"system": "MAE pre-training", "opt": vars(opt), "epoch": epoch, "within": within,
+                 "ranks": distributed.size(),
                  "data_digest": self.digest, "seen_images": self.seen,
                  "lost": torch.from_numpy(np.flatnonzero(lost)),
                  "model": job.network.state_dict(), "optimizer": job.optimizer.state_dict(),

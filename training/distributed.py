@@ -140,6 +140,12 @@ def highest(number: int) -> int:
     return int(value)
 
 
+def share(tensor: Tensor) -> None:
+    """Rank 0's values, in place, on every rank."""
+    if active():
+        dist.broadcast(tensor, 0)
+
+
 class _Autocast(nn.Module):
     """A model that enters `autocast()` by itself: DataParallel's threads are told whether it is
     on, but not its type, and would take float16 without a loss scaler for bfloat16."""

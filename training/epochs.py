@@ -347,8 +347,10 @@ class Keeper:
         self.signal, self.struck = number, time.monotonic()
 
     def step(self, save: Callable) -> None:
-        number = distributed.highest(self.signal) if self.together else self.signal
-        if number or time.monotonic() - self.saved >= self.seconds:
+        number, due = self.signal, time.monotonic() - self.saved >= self.seconds
+        if self.together:  # a save takes all of them, and each clock started when it did
+            number, due = divmod(distributed.highest(2 * number + due), 2)
+        if number or due:
             save()
             self.saved = time.monotonic()
         if number:

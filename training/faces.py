@@ -2,12 +2,10 @@
 import argparse
 import zlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from timm.data import Mixup
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from images import cache, photos, regions
@@ -16,6 +14,10 @@ from images.faces import FaceSet
 from training import distributed, epochs, losses
 from training.supervised import draw_order
 from util import BadInput
+
+if TYPE_CHECKING:  # it takes seconds, which a wrong path or --help should not
+    from timm.data import Mixup
+    from timm.utils import ModelEmaV3
 
 # of an image without landmarks: RAN's crops, one of them a second time
 LACKING = (*regions.FIXED[:-1], regions.FIXED[4], regions.FIXED[-1])
@@ -115,7 +117,7 @@ class Job(NamedTuple):
     (image, from, to, probability, epoch); mixup: of the images of a batch, or None."""
     network: nn.Module
     run: nn.Module
-    ema: ModelEmaV3 | None
+    ema: "ModelEmaV3 | None"
     source: Source
     labels: np.ndarray
     members: np.ndarray
@@ -123,7 +125,7 @@ class Job(NamedTuple):
     precision: epochs.Precision
     distance: Tensor | None
     relabelled: list
-    mixup: Mixup | None = None
+    mixup: "Mixup | None" = None
 
 
 # ---------------------------------------------------------------- one epoch
@@ -280,14 +282,23 @@ def relabel(opt: argparse.Namespace, job: Job, rows: Tensor, logits: Tensor,
 
 # ---------------------------------------------------------------- prediction
 
+class Predicted(NamedTuple):
+    """Of the images that could be read, `kept` `[M]`: probabilities `[M, C]`, importance of the
+    views `[M, K]` or None, and what the last layer saw `[M, D]` of a network that has `embed`."""
+    kept: np.ndarray
+    probabilities: np.ndarray
+    importance: np.ndarray | None
+    features: np.ndarray | None
+
+
 @torch.no_grad()
 def predict(network: nn.Module, source: Source, members: np.ndarray, autocast: Callable,
-            flip: bool = True, batch_size: int = 64) -> tuple:
-    """(the images of `members` that could be read `[M]`, their probabilities `[M, C]`, importance
-    `[M, K]` or None); nothing random. flip: the mean over the image and its mirror image."""
+            flip: bool = True, batch_size: int = 64) -> Predicted:
+    """What a network says of the images `members`; nothing random. flip: the probabilities are the
+    mean over the image and its mirror image."""
     network.eval()
-    device = next(network.parameters()).device
-    kept, probabilities, importances = [], [], []
+    device, embed = next(network.parameters()).device, getattr(network, "embed", None)
+    kept, probabilities, beside = [], [], {"importance": [], "features": []}
     parts = np.array_split(members, max(1, -(-len(members) // batch_size)))
     for rows, batch in zip(parts, cache.fetch(source.images, parts, device)):
         good = ~source.images.lost[rows]
@@ -298,14 +309,16 @@ def predict(network: nn.Module, source: Source, members: np.ndarray, autocast: C
         for mirror in (False, True)[:1 + flip]:
             inputs = source.plain_inputs(rows, batch, mirror)
             with autocast():
-                said = network(inputs)
+                features = embed(inputs) if embed else None
+                said = network.head(features) if embed else network(inputs)
             logits, importance = said if isinstance(said, tuple) else (said, None)
-            both.append((logits.float().softmax(1), importance))
+            both.append((logits.float().softmax(1), importance, features))
         kept.append(rows)
-        probabilities.append(torch.stack([p for p, _ in both]).mean(0).cpu().numpy())
-        if both[0][1] is not None:
-            importances.append(both[0][1].float().cpu().numpy())
+        probabilities.append(torch.stack([p for p, *_ in both]).mean(0).cpu().numpy())
+        for parts, of_image in zip(beside.values(), both[0][1:]):
+            if of_image is not None:
+                parts.append(of_image.float().cpu().numpy())
     if not kept:
         raise BadInput(f"{source.faces.folder}: no image of {len(members)} can be read")
-    return (np.concatenate(kept), np.concatenate(probabilities),
-            np.concatenate(importances) if importances else None)
+    return Predicted(np.concatenate(kept), np.concatenate(probabilities), *(
+        np.concatenate(parts) if parts else None for parts in beside.values()))

@@ -240,6 +240,12 @@ def add_loss_option(group: argparse._ArgumentGroup, *more: str, noun: str = "cli
                        f"by n/(C n_c) of the training {noun}{told}")
 
 
+def check_balance(parser: ArgumentParser, opt: argparse.Namespace) -> None:
+    """Refuses to balance classes twice."""
+    if opt.oversample and opt.loss in ("balanced", "logit_adjusted"):
+        parser.error(f"--oversample excludes --loss {opt.loss}, which balances the classes already")
+
+
 def add_penalty_option(group: argparse._ArgumentGroup) -> None:
     """Adds --l2 of the heads that are solved for."""
     group.add_argument("--l2", type=number(float, 0, low_open=True), metavar="X",

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from training import checkpoint
+from training import checkpoint, distributed
 from util import BadInput, flag, remove_leftovers, write_text
 
 # what runs did from before there was an option for it
@@ -92,6 +92,11 @@ class Run:
             return self.last() if resume and self.last().exists() else None
         if not Path(resume).is_file():
             raise BadInput(f"--resume {resume}: no such checkpoint")
+        if self.folder.exists() and any(self.folder.iterdir()) \
+                and Path(resume).resolve().parent != self.folder.resolve():
+            raise BadInput(f"--resume {resume}: lies in another folder than this run, "
+                           f"{self.folder}, which holds one already; give another "
+                           f"{self._elsewhere}")
         return Path(resume)
 
     def check_resumable(self, path: str | Path, old: dict, grow: bool = False,
@@ -121,10 +126,15 @@ class Run:
         checkpoint of the same run, whose epochs may grow. Returns its content, with `within`: what
         is done of the next epoch. Raises BadInput."""
         old = checkpoint.load(path)
+        if hasattr(self.opt, "accum_iter") and not getattr(self.opt, "eval", False) \
+                and old.get("ranks", distributed.size()) != distributed.size():
+            raise BadInput(f"{path}: cannot be resumed: {old['ranks']} ranks there, "
+                           f"{distributed.size()} here, and --batch_size is that of one")
         self.check_resumable(path, old, grow=True, **identity)
         checkpoint.load_model(states["model"], old, path, self.opt.model)
         for name in states.keys() - {"model"}:
-            states[name].load_state_dict(old[name])
+            if old[name]:  # a scaler that was not needed has no state
+                states[name].load_state_dict(old[name])
         old["within"] = old.get("within") or {}
         say_where(path, old)
         return old

@@ -383,6 +383,13 @@ def test_results_that_differ_in_the_seed_are_also_one_row(make, capsys):
         assert line[:2] == ["40 / 8", f"{mean:.3f} ± {deviation:.3f}"]
 
 
+def test_seeds_of_a_start_count_where_the_start_is_an_option_of_its_own(make, capsys):
+    paths = [make(f"probe_{s}", 0.7, seed=s, model_path=f"r/x_seed_{s}/last.pth",
+                  details={"free": ["save_path", "num_workers"]}) for s in range(2)]
+    rows = tables(compare(capsys, *paths))["Held-out subjects,"]
+    assert [r[0].split(":")[0] for r in rows if "over 2 seeds" in r[0]] == ["1, 2"]
+
+
 def test_seeds_of_pre_training_alone_count_and_repeated_runs_do_not(make, capsys):
     paths = [make(f"probe_{s}", 0.5 + s / 10, model_path=f"m_seed_{s}/last.pth") for s in range(2)]
     again = make("probe_again", 0.9, model_path="m_seed_0/last.pth", save_path="y")

@@ -3,6 +3,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -406,6 +407,12 @@ def test_the_average_is_evaluated_and_not_the_model(tuned, tree):
         said.append(training_faces.predict(network, source, np.arange(N_TEST),
                                            epochs.mixed_precision(False, torch.device(
                                                "cpu")).autocast, opt.tta_flip)[1])
+    sides = [training_faces.predict(network, source, np.arange(5), torch.no_grad, flip).features
+             for flip in (False, True)]  # of the image itself
+    with torch.no_grad():
+        own = network.embed(source.plain_inputs(np.arange(5), torch.from_numpy(source.images[:5])))
+    for features in sides:
+        np.testing.assert_allclose(features, own.numpy(), atol=1e-5)
     average, model = said
     scores = measures.evaluate(images.labels, average.argmax(1), len(face_tree.CLASSES))
     for name in ("uf1", "uar", "accuracy"):
@@ -486,6 +493,21 @@ def test_a_longer_run_of_derived_warm_up_goes_on(before, tree, tmp_path):
     call(VIT, *pretraining_flags(tree, VIT), "--output_dir", tmp_path / "r", "--epochs", 1)
     call(VIT, *pretraining_flags(tree, VIT), "--output_dir", tmp_path / "r", "--epochs", 2)
     assert [line["epoch"] for line in record.read_log(tmp_path / "r")[1:]] == [1, 2]
+
+
+def test_a_run_of_other_ranks_or_of_another_folder_is_not_gone_on_with(before, tree, tmp_path,
+                                                                       capsys):
+    shutil.copytree(before[VIT], tmp_path / "r")
+    last = tmp_path / "r" / "last.pth"
+    checkpoint.save(last, checkpoint.load(last) | {"ranks": 4})
+    flags = [*pretraining_flags(tree, VIT), "--output_dir"]
+    assert "4 ranks there, 1 here" in refused(capsys, VIT, *flags, tmp_path / "r", "--resume",
+                                              "auto")
+    shutil.copytree(before[VIT], tmp_path / "other")
+    kept = {path: path.read_bytes() for path in (tmp_path / "other").iterdir()}
+    said = refused(capsys, VIT, *flags, tmp_path / "other", "--resume", before[VIT] / "last.pth")
+    assert "lies in another folder than this run" in said
+    assert kept == {path: path.read_bytes() for path in (tmp_path / "other").iterdir()}
 
 
 def test_fine_tuning_that_was_stopped_goes_on_to_the_same(tuned, tmp_path, monkeypatch):
@@ -632,6 +654,7 @@ def test_bad_flags_of_pretraining_are_refused_in_one_line(tree, tmp_path, capsys
     (VIT, ["--blr", .1], "--lr and --blr exclude each other"),
     (VIT, ["--mixup", .8, "--batch_size", 5], "--batch_size: 5: an even number"),
     (VIT, ["--mixup", .8, "--loss", "balanced"], "--loss balanced takes labels"),
+    (VIT, ["--oversample", "--loss", "balanced"], "--oversample excludes --loss balanced"),
     (VIT, ["--nb_classes", 8], "--nb_classes 8: rafdb has 7"),
     (VIT, ["--layer_decay_type", "group"], "group goes with a ConvNeXt V2"),
     (NEXT, ["--cls_token"], "--cls_token goes with a ViT"),

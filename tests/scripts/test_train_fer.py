@@ -11,7 +11,7 @@ import pytest
 import runs
 import torch
 from conftest import script
-from forked import ranked
+from forked import ranked, uneven_clocks
 from runs import only
 
 import train_FER
@@ -94,7 +94,7 @@ def test_scn_leaves_the_files_of_the_house_and_its_own(flags, tmp_path, capsys):
     ["--wloss_alpha", .0125, "--wloss_update", 1, "--select", "val", "--loss", "logit_adjusted"],
     ["--wloss_alpha", .1, "--wloss_distance", "uniform", "--wloss_norm", "frobenius",
      "--optimizer", "sgd", "--lr_schedule", "step"],
-    ["--freeze_backbone", "--drop_rate", .5, "--oversample", "--loss", "balanced", "--no-tta_flip",
+    ["--freeze_backbone", "--drop_rate", .5, "--oversample", "--loss", "focal", "--no-tta_flip",
      "--optimizer", "rmsprop", "--ema_decay", 0, "--amp"]], ids=lambda more: " ".join(
          map(str, more)))
 def test_variants_run(flags, marks, tmp_path, more):
@@ -198,7 +198,7 @@ def test_class_folders_without_a_test_split_are_split(tmp_path, capsys):
 
 def test_two_ranks_train_the_network_of_one_process(flags, tmp_path):
     """With a frozen backbone, since batch norm sees half a batch each; of batches with an image
-    that cannot be read, too."""
+    that cannot be read, too, and clocks of which one says to save."""
     folder = tmp_path / "set"
     face_tree.write(folder)
     path = folder / "Image" / "aligned" / "train_00005_aligned.jpg"
@@ -207,11 +207,12 @@ def test_two_ranks_train_the_network_of_one_process(flags, tmp_path):
         ranked(n, "train_FER", *flags, "--data_folder", folder, "--model", "scn",
                "--rank_margin", .1, "--relabel_epoch", 1, "--relabel_margin", 0, "--epochs", 1,
                "--freeze_backbone", "--batch_size", 15, "--save_path", tmp_path / name,
-               folder=tmp_path)
+               "--wloss_alpha", .01, "--wloss_update", 1, prepare=uneven_clocks, folder=tmp_path)
     one, two = only(tmp_path / "one"), only(tmp_path / "two")
     a, b = (checkpoint.load(run / "last.pth") for run in (one, two))
     for name in ("fc.weight", "alpha.0.weight"):
         torch.testing.assert_close(a["model"][name], b["model"][name], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(a["distance"], b["distance"])
     assert torch.equal(a["labels"], b["labels"]) and results(two)["versions"]["ranks"] == 2
     assert results(one)["left_out"] == results(two)["left_out"]
     assert results(two)["left_out"]["train"] == ["Image/aligned/train_00005_aligned.jpg"]
@@ -238,6 +239,44 @@ def test_a_run_goes_on_from_a_model_with_the_wasserstein_term(flags, tmp_path, c
     said = refused(capsys, *flags[:4], *flags[6:], "--save_path", tmp_path / "c", "--model", "scn",
                    "--model_path", first)
     assert "not a checkpoint of scn but of baseline" in said
+
+
+def test_what_a_model_before_the_last_was_trained_on_counts(flags, tree, tmp_path, capsys):
+    flags = [*flags[:4], *flags[6:], "--epochs", 1, "--learning_rate", 0]
+    train(*flags, "--pretrained", "none", "--save_path", tmp_path / "a")
+    first = only(tmp_path / "a") / "last.pth"
+    train(*flags, "--seed", 1, "--model_path", first, "--save_path", tmp_path / "b")
+    said = refused(capsys, *flags, "--seed", 1, "--select", "val", "--model_path",
+                   only(tmp_path / "b") / "last.pth", "--save_path", tmp_path / "c")
+    assert "was trained with --seed 0, hence on images that now are to choose" in said
+    state = checkpoint.load(first)
+    backbone = tmp_path / "backbone.pth"
+    torch.save(state["model"], backbone)
+    train(*flags, "--pretrained", backbone, "--save_path", tmp_path / "d")
+    from_unknown = only(tmp_path / "d") / "last.pth"
+    train(*flags, "--model_path", from_unknown, "--save_path", tmp_path / "e")
+    assert results(only(tmp_path / "e"))["transductive"] is None  # nor does anybody know now
+    checkpoint.save(first, state | {"classes": state["classes"][::-1]})
+    assert "its classes are neutral, anger, " in refused(
+        capsys, *flags, "--model_path", first, "--save_path", tmp_path / "f")
+
+
+def test_a_longer_run_of_derived_warm_up_goes_on(flags, tmp_path):
+    flags = [*flags[:8], *flags[10:], "--save_path", tmp_path]
+    train(*flags, "--epochs", 1)
+    train(*flags, "--epochs", 2, "--resume", "auto")
+    assert [line["epoch"] for line in record.read_log(only(tmp_path))[1:]] == [1, 2]
+
+
+def test_a_run_of_half_precision_goes_on_with_a_scaler_that_has_no_state_yet(flags, tmp_path,
+                                                                            monkeypatch):
+    flags += ["--save_path", tmp_path, "--warmup_epochs", 0]
+    train(*flags, "--epochs", 1)
+    scaler, precision = torch.amp.GradScaler("cpu"), epochs.mixed_precision
+    monkeypatch.setattr(epochs, "mixed_precision", lambda *given: precision(*given)._replace(
+        scaler=scaler))
+    train(*flags, "--resume", "auto")
+    assert checkpoint.load(only(tmp_path) / "last.pth")["scaler"] == scaler.state_dict() != {}
 
 
 @pytest.mark.parametrize("more, expected", [
@@ -366,6 +405,7 @@ def test_unreadable_images_and_links_to_nowhere_end_no_run_with_landmarks(tmp_pa
     (["--model", "ran", "--region_margin", .2], "margins below 0.177"),
     (["--model", "ran", "--views", "landmark"], "--landmarks FILE"),
     (["--gaussian"], "--landmarks FILE"), (["--landmarks", "x.csv"], "--gaussian or"),
+    (["--oversample", "--loss", "logit_adjusted"], "--oversample excludes --loss logit_adjusted"),
     (["--wloss_update", 2], "--wloss_alpha"), (["--warmup_epochs", 9], "at most the --epochs"),
     (["--wloss_alpha", .1, "--wloss_distance", "none.csv"], "none.csv: missing"),
     (["--select", "val", "--val_fraction", 0], "--val_fraction above 0"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import no_batch_statistics, ranked
+from forked import late_look, no_batch_statistics, ranked
 
 import util
 from evaluation import result_files
@@ -112,6 +112,13 @@ def test_one_model_on_every_clip_is_trained_by_the_first_of_two_ranks(drawn, tmp
         states.append(checkpoint.load(last))
     assert_close(states[0]["model"], states[1]["model"], 1e-6)
     assert_close(states[0]["classifier"], states[1]["classifier"], 1e-6)
+
+
+def test_a_rank_that_looks_late_does_not_take_the_run_for_another(drawn, tmp_path):
+    ranked(2, "fine-tune_DVSCL", "--data_folder", drawn, "--cache", "off", "--model",
+           "resnet18v1", "--model_path", "random", "--batch_size", 8, "--epochs", 1, "--subject",
+           "all", "--save_path", tmp_path / "runs", prepare=late_look, folder=tmp_path)
+    assert list((tmp_path / "runs").glob("finetune_*/last.pth"))
 
 
 def test_a_rank_that_dies_stops_the_others_with_an_error(drawn, tmp_path):

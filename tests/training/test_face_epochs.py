@@ -198,7 +198,7 @@ def test_oversampling_draws_all_classes_alike_of_the_training_images_alone(monke
     counts = np.bincount(torch.cat(seen), minlength=7)
     assert counts.sum() == 130 and counts.max() < 40 and counts.min() > 5
     assert not source.images.ready[:10].any()  # nobody else was looked at
-    kept, probabilities, _ = faces.predict(Small(), source, np.arange(10), torch.no_grad)
+    kept, probabilities, *_ = faces.predict(Small(), source, np.arange(10), torch.no_grad)
     assert kept.tolist() == list(range(10)) and probabilities.shape == (10, 7)
 
 
@@ -234,7 +234,7 @@ def test_images_that_cannot_be_read_are_left_out_of_training_and_prediction(monk
     source = source_of(face_set(), lost=(3, 4))
     run_epoch(options(), job_of(source))
     assert len(torch.cat(seen)) == 19
-    kept, probabilities, _ = faces.predict(Small(), source, np.arange(21), torch.no_grad)
+    kept, probabilities, *_ = faces.predict(Small(), source, np.arange(21), torch.no_grad)
     assert len(probabilities) == 19 and not {3, 4} & set(kept.tolist())
     assert capsys.readouterr().err.count("cannot be decoded") == 2
     with pytest.raises(BadInput, match="no image of 2"):

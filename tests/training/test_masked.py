@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_image, script
-from forked import ranked
+from forked import ranked, uneven_clocks
 from parity import filled, fixtures, normal, uniform
 
 from evaluation import finetuning
@@ -369,7 +369,7 @@ def test_a_loss_that_is_not_finite_ends_the_run():
 # ---------------------------------------------------------------- two ranks
 
 def test_two_ranks_pretrain_to_the_weights_of_one(tmp_path):
-    """With an image that one of them cannot read."""
+    """With an image that one of them cannot read, and clocks of which one says to save."""
     rng = np.random.default_rng(0)
     for i in range(25):
         save_image(tmp_path / f"d/{i}.png", rng.integers(0, 256, (40, 40, 3), np.uint8))
@@ -381,7 +381,7 @@ def test_two_ranks_pretrain_to_the_weights_of_one(tmp_path):
         tmp_path / "cache")]
     for ranks, size, name in ((1, 8, "one"), (2, 4, "two")):
         printed = ranked(ranks, "main_pretrain", *flags, "--batch_size", size, "--output_dir",
-                         tmp_path / name, folder=tmp_path)
+                         tmp_path / name, prepare=uneven_clocks, folder=tmp_path)
     assert "batch 4 x 2 x 2 ranks: 1 steps of 16 images" in printed
     one, two = (checkpoint.load(tmp_path / name / "checkpoint-1.pth") for name in ("one", "two"))
     assert one["lost"].tolist() == two["lost"].tolist() == [22]  # 7.png
