@@ -73,8 +73,10 @@ def add_method_options(parser):
                         help="initial learning rate of the encoder; 0.001 suits a pre-trained one "
                              "on few clips")
     method.add_argument("--trust", type=util.number(float, 0), default=0.001, metavar="SHARE",
-                        help="a gradient moves the encoder by this share of its weights' length at "
-                             "most; 0: no limit, for an encoder trained from scratch")
+                        help="the rate times a gradient is this share of the length of the "
+                             "encoder's weights at most, before momentum, which makes up to "
+                             "1 / (1 - momentum) times that of it; 0: no limit, for an encoder "
+                             "trained from scratch")
     method.add_argument("--train_bn", action="store_true",
                         help="let batch-norm statistics move, from those of the training clips; "
                              "else they stay those of pre-training")

@@ -233,8 +233,9 @@ def add_optimisation_options(parser):
     group.add_argument("--warmup_epochs", type=number(float, 0),
                        help="epochs over which the rate rises [5, or a quarter of --epochs]")
     group.add_argument("--ema_decay", type=number(float, 0, 1), default=0.999,
-                       help="of the average of the weights that predicts, less in the first "
-                            "steps; 0: the weights themselves")
+                       help="of the average of the weights that predicts; it rises as "
+                            "1 - (1 + steps)^(-2/3), to .999 in 31,600, and what it comes to is "
+                            "printed; 0: the weights themselves")
     group.add_argument("--tta_flip", action=util.argparse.BooleanOptionalAction, default=True,
                        help="predict the mean over an image and its mirror image")
     group.add_argument("--select", choices=("last", "val"), default="last",

@@ -135,7 +135,8 @@ def add_optimisation_options(parser):
     group.add_argument("--batch_size", type=positive_int, default=32,
                        help="clips per step (C; V3, V5, V6 there: 36)")
     group.add_argument("--accumulate", type=positive_int, default=1,
-                       help="parts that a batch is computed in, for the memory's sake")
+                       help="parts that a batch is computed in, for the memory's sake; batch "
+                            "norm sees a part, and another number draws other jitters and crops")
     group.add_argument("--epochs", type=positive_int, help="passes over the data; the last one "
                        "counts [C: V1, V2 70; V3 to V5 100; mmnet 74; T: V6 80 after --au_epochs]")
     group.add_argument("--learning_rate", type=number(float, 0), default=8e-4,

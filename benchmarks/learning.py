@@ -69,6 +69,7 @@ def parse_option(argv):
 
 class Bench(Rows):
     """The runs of one call: each method calls a script and returns what it made or measured."""
+    own_people = True
 
     def __init__(self, opt, jobs):
         super().__init__(Path(opt.work), 4)

@@ -1,7 +1,9 @@
 """Where does pre-training pay? UF1 on rendered faces of a ViT and a ConvNeXt V2, by labels.
 
-  python benchmarks/learning_mae.py --work runs/learning_mae            # 75 minutes, two CPU cores
+  python benchmarks/learning_mae.py --work runs/learning_mae            # some 80 minutes, two cores
   python benchmarks/learning_mae.py --work runs/quick --quick           # a tenth of that
+
+Without bfloat16 it takes over two hours.
 
 Both networks are pre-trained once, without labels, on the training images and as many more as
 --pool says of other people, then fine-tuned on 100, 300, 1,000 and all training images, three

@@ -28,6 +28,7 @@ PENALTIES = (1e-3, 1e-2, 1e-1, 1, 10)  # C
 
 class Rows:
     """A table of UF1 in a folder `work`, for `n_label` classes."""
+    own_people = False  # each seed tests people of its own, not the same ones again
 
     def __init__(self, work: Path, n_label: int):
         self.work, self.n_label, self.rows = work, n_label, []
@@ -38,9 +39,10 @@ class Rows:
 
     def add(self, name: str, parts: list[tuple]) -> None:
         """A row from (labels, predictions, subjects) of each seed: figures of all seeds' clips
-        together, intervals over their subjects, the deviation over the seeds."""
+        together, intervals over people, the deviation over the seeds."""
         labels, said = (np.concatenate(of) for of in list(zip(*parts))[:2])
-        people = [(str(seed), person) for seed, part in enumerate(parts) for person in part[2]]
+        people = [(str(seed) * self.own_people, person) for seed, part in enumerate(parts)
+                  for person in part[2]]
         each = [measures.evaluate(*part[:2], self.n_label)["uf1"] for part in parts]
         row = {"name": name, "uf1": measures.evaluate(labels, said, self.n_label)["uf1"],
                "seeds": len(each),

@@ -139,7 +139,12 @@ class Fit:
         opt = self.run.opt
         done, within = self._restore()
         self.steps = epochs.announce(opt, len(self.members), "images")
-        distributed.barrier()  # every rank has looked at the folder before rank 0 writes to it
+        if self.job.ema is not None and not self.beside:
+            total = opt.epochs * self.steps
+            print(f"--ema_decay {opt.ema_decay:g}: the average's decay rises to "
+                  f"{self.job.ema.get_decay(total):.4g} in {total} steps")
+        # every rank has looked at the folder before rank 0 writes to it
+        distributed.agree(self.digest, done, within.get("step"))
         header = record.header(script, opt, argv, data_digest=self.digest)
         log = self.run.log(header, (lambda line: line["epoch"] <= done) if self.resume else None,
                            writes=distributed.first())

@@ -189,7 +189,7 @@ class HeldOut:
             self._groups(distributed.deal(todo))
         if self.groups and hasattr(opt, "model_path"):
             self.encoders.check(self.groups[0].path)  # a wrong one leaves no run folder behind
-        distributed.barrier()
+        distributed.agree(self.todo)
         names = {group.name for group in everyone} or {None}
         if folds and distributed.first():  # killed between its results and this, it would stay
             for group in self._groups([p for p in wanted if p not in todo]):

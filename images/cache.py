@@ -125,7 +125,9 @@ class OnDemand:
                 if note.exists():
                     self.ready = np.load(note)
                 return
-        if not _fits(volume, folder, num_workers):
+        # in memory each rank of a node keeps one, and none has filled its own yet
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if folder == "off" else 1
+        if not _fits(volume * ranks, folder, num_workers):
             return
         if folder == "off":
             self.array = np.empty((n, *shape), dtype)
@@ -144,7 +146,9 @@ class OnDemand:
 
     def _decoded(self, i):
         try:
-            return self.decode(i)
+            item = self.decode(i)
+            self.lost[i] = False  # the disk may have been away for a while
+            return item
         except BadInput as error:
             if not self.lost[i]:
                 tqdm.write(f"left out: {error}", sys.stderr)  # rank 0 alone has a stdout
@@ -159,24 +163,29 @@ class OnDemand:
         else:
             new = np.unique(index[~self.ready[index]])
             for i, one in zip(new, self.pool.map(self._decoded, new)):
-                self.array[i] = one
+                if not self.lost[i] or self.file is None:  # another process may have read it
+                    self.array[i] = one
                 self.ready[i] = not self.lost[i]  # by the next run it may have been replaced
                 self.unsaved = True
             batch = self.array[index]
         return batch[0] if single else batch
 
     def save(self) -> None:
-        """Lets later runs know what is decoded; nothing where no folder keeps it."""
+        """Lets later runs know what is decoded, if it can be written; nothing where no folder keeps
+        it."""
         if self.note is None or self.array is None or not self.unsaved:
             return
         path, number = self.file
         if not path.exists() or path.stat().st_ino != number:
             return  # another process, which started with this one, put an array of its own there
-        self.array.flush()  # before the note of it: a machine that stops leaves no blank images
-        known = np.load(self.note) if self.note.exists() else False  # of another process
-        with replacing(self.note) as part, open(part, "wb") as file:
-            np.save(file, self.ready | known)
-        self.unsaved = False
+        ready, self.unsaved = self.ready.copy(), False  # more are decoded meanwhile
+        try:
+            self.array.flush()  # before the note of it: a machine that stops leaves no blank images
+            known = np.load(self.note) if self.note.exists() else False  # of another process
+            with replacing(self.note) as part, open(part, "wb") as file:
+                np.save(file, ready | known)
+        except OSError as error:  # a run need not end of it
+            tqdm.write(f"{error}: later runs will decode again", sys.stderr)
 
 
 class Stream:

@@ -6,6 +6,7 @@ function here is the identity.
 """
 import contextlib
 import datetime
+import hashlib
 import os
 import sys
 import warnings
@@ -60,11 +61,15 @@ def group(device: torch.device, wanted: bool = True) -> Iterator[None]:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     _patient.append(dist.new_group(backend="gloo", timeout=PATIENCE))
+    ended = False
     try:
         yield
+        ended = True
     finally:
         _patient.clear()
-        dist.destroy_process_group()
+        # NCCL's would wait for ranks that wait for this one, and its error would not be seen
+        if ended or device.type != "cuda":
+            dist.destroy_process_group()
 
 
 def active() -> bool:
@@ -169,6 +174,7 @@ def wrap(model: nn.Module, device: torch.device, autocast: Callable) -> nn.Modul
     """The model over this run's devices: DistributedDataParallel under torchrun, DataParallel
     where one process has several GPUs and --device names none of them, else the model itself."""
     if active():
+        barrier()  # others may still be looking at files; the constructor's patience is a step's
         # of GRN's scale and shift: single rows, which lie the same whatever their strides say
         warnings.filterwarnings("ignore", r"(?s)Grad strides do not match.*= \[1, 1, 1, \d+\]")
         return nn.parallel.DistributedDataParallel(
@@ -209,6 +215,17 @@ def barrier() -> None:
     """Waits for all ranks, as long as it takes: of folds dealt out, one rank may have one more."""
     if active():
         dist.barrier(group=_patient[0])
+
+
+def agree(*found: object) -> None:
+    """A barrier, at which all ranks raise BadInput unless they have `found` the same."""
+    barrier()
+    digest = hashlib.sha256(repr(found).encode("utf-8", "backslashreplace")).digest()
+    number = int.from_bytes(digest[:7], "big")
+    # both calls, on every rank
+    if highest(number) + highest(-number):
+        raise BadInput("the ranks found different data, checkpoints or finished subjects: all "
+                       "nodes take the same files and one shared folder for results; start again")
 
 
 @contextlib.contextmanager

@@ -186,7 +186,9 @@ def add_contrast_options(parser: ArgumentParser) -> argparse._ArgumentGroup:
                              "the centre crop of the published code")
     method.add_argument("--no_flip", action="store_true", help="no random horizontal flip")
     method.add_argument("--jitter", type=number(float, 0, 0.9), default=0.4,
-                        help="range of the gain about 'no change', as a share; not used with wrap")
+                        help="range of the gain about 'no change', as a share; of signed images a "
+                             "quarter of it is that of an offset in units of their rms, and 0 "
+                             "leaves out grey ones, a fifth; not used with wrap")
     return bank
 
 

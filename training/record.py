@@ -92,11 +92,10 @@ class Run:
             return self.last() if resume and self.last().exists() else None
         if not Path(resume).is_file():
             raise BadInput(f"--resume {resume}: no such checkpoint")
-        if self.folder.exists() and any(self.folder.iterdir()) \
-                and Path(resume).resolve().parent != self.folder.resolve():
-            raise BadInput(f"--resume {resume}: lies in another folder than this run, "
-                           f"{self.folder}, which holds one already; give another "
-                           f"{self._elsewhere}")
+        header = read_log(self.folder)[:1]
+        if header and Path(resume).resolve().parent != self.folder.resolve():
+            # a checkpoint kept elsewhere goes on in its own run's folder, not in another's
+            self.check_resumable(self.folder / "log.jsonl", header[0], grow=True)
         return Path(resume)
 
     def check_resumable(self, path: str | Path, old: dict, grow: bool = False,

@@ -77,8 +77,9 @@ def train_epoch(opt: argparse.Namespace, job: Training, epoch: int, within: dict
 
 
 def limit_gradient(encoder: torch.nn.Module, trust: float, rate: float) -> None:
-    """Clips the gradient so that it moves the encoder by the share `trust` of its weights' length
-    at most: a head of large weights would throw it out of what it has learnt. 0: no limit."""
+    """Clips the gradient so that, before momentum, it moves the encoder by the share `trust` of its
+    weights' length at most: a head of large weights would throw it out of what it has learnt. 0:
+    no limit."""
     if trust and rate:
         moving = [part for part in encoder.parameters() if part.grad is not None]
         length = torch.stack([part.detach().norm() for part in moving]).norm().item()

@@ -217,6 +217,44 @@ def test_an_array_that_another_run_replaced_is_not_taken_for_decoded(tmp_path, m
     assert sorted(asked) == [0, 1, 2, 3, 4]
 
 
+def test_a_failure_to_read_blanks_nothing_that_another_process_has_read(tmp_path):
+    lost = {1}
+    ours, _ = on_demand(tmp_path, lost=lost)
+    theirs, _ = on_demand(tmp_path)
+    theirs[np.array([1, 2])]
+    ours[np.array([1, 3])]
+    assert ours.lost.tolist() == [False, True, False, False, False, False]
+    assert theirs[np.array([1, 2])][:, 0, 0, 0].tolist() == [1, 2]
+    lost.clear()  # the disk is back
+    assert ours[np.array([1])][0, 0, 0, 0] == 1 and not ours.lost.any()
+
+
+def test_a_note_that_cannot_be_written_ends_no_run_and_tells_of_no_later_images(
+        tmp_path, monkeypatch, capsys):
+    images, _ = on_demand(tmp_path)
+    images[np.array([0])]
+
+    class Array(np.memmap):
+        def flush(self):
+            monkeypatch.undo()
+            images.ready[5] = True  # by the thread that fetches the next batch
+    monkeypatch.setattr(images, "array", images.array.view(Array))
+    images.save()
+    again, _ = on_demand(tmp_path)
+    assert again.ready.tolist() == [True] + [False] * 5
+    images.unsaved = True
+    images.note = tmp_path / "none" / "note.npy"
+    images.save()
+    assert "later runs will decode again" in capsys.readouterr().err
+
+
+def test_ranks_of_a_node_share_its_memory(monkeypatch):
+    monkeypatch.setattr(cache, "_free_memory", lambda: 400)  # one takes 288
+    assert on_demand("off")[0].array is not None
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert on_demand("off")[0].array is None
+
+
 def test_items_that_cannot_be_read_are_named_once_and_marked(tmp_path, capsys):
     images, _ = on_demand(tmp_path, lost={2})
     for _ in range(3):

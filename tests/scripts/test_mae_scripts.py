@@ -503,11 +503,15 @@ def test_a_run_of_other_ranks_or_of_another_folder_is_not_gone_on_with(before, t
     flags = [*pretraining_flags(tree, VIT), "--output_dir"]
     assert "4 ranks there, 1 here" in refused(capsys, VIT, *flags, tmp_path / "r", "--resume",
                                               "auto")
-    shutil.copytree(before[VIT], tmp_path / "other")
-    kept = {path: path.read_bytes() for path in (tmp_path / "other").iterdir()}
-    said = refused(capsys, VIT, *flags, tmp_path / "other", "--resume", before[VIT] / "last.pth")
-    assert "lies in another folder than this run" in said
-    assert kept == {path: path.read_bytes() for path in (tmp_path / "other").iterdir()}
+    other = tmp_path / "other"
+    shutil.copytree(before[VIT], other)
+    log = (other / "log.jsonl").read_text()
+    (other / "log.jsonl").write_text(log.replace('"mask_ratio": 0.75', '"mask_ratio": 0.5'))
+    kept = {path: path.read_bytes() for path in other.iterdir()}
+    said = refused(capsys, VIT, *flags, other, "--resume", before[VIT] / "last.pth")
+    assert "other/log.jsonl: cannot be resumed with other options" in said
+    assert "--mask_ratio 0.5 there, 0.75 here; give another --output_dir" in said
+    assert kept == {path: path.read_bytes() for path in other.iterdir()}
 
 
 def test_fine_tuning_that_was_stopped_goes_on_to_the_same(tuned, tmp_path, monkeypatch):

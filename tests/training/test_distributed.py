@@ -148,6 +148,20 @@ def test_a_barrier_outlasts_the_time_limit_of_a_step(tmp_path):
         assert rank.returncode == 0, error
 
 
+@pytest.mark.parametrize("theirs, agrees", [(("d", 3), True), (("d", 2), False), (("e", 3), False)])
+def test_ranks_that_found_other_things_do_not_go_on(monkeypatch, theirs, agrees):
+    ours, said = ("d", 3), []
+    monkeypatch.setattr(distributed, "highest", lambda number: said.append(number) or 0)
+    distributed.agree(*theirs)
+    others = iter(said[:2])
+    monkeypatch.setattr(distributed, "highest", lambda number: max(number, next(others)))
+    if agrees:
+        distributed.agree(*ours)
+    else:
+        with pytest.raises(util.BadInput, match="the ranks found different data"):
+            distributed.agree(*ours)
+
+
 # ---------------------------------------------------------------- several GPUs, without one
 
 CUDA = torch.device("cuda")
