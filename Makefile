@@ -15,6 +15,10 @@ HEADS = $(SHARED) --save_path $(DEMO)/results
 RESULTS = $(DEMO)/results/probe_random*/results.json $(DEMO)/results/probe_batch*/results.json \
           $(DEMO)/results/finetune*/results.json
 
+# small images, and many small steps, from which two processes of a thread gain more than one of two;
+# their scripts take --device cpu, since a machine may have one GPU
+TWO = OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc_per_node 2
+
 # the published rate and decay are for 100 epochs at 224 pixels
 MMNET = --data_folder $(DEMO)/mmnet/data --save_path $(DEMO)/mmnet/results \
         --tb_path $(DEMO)/mmnet/tensorboard --size 48 --epochs 12 --batch_size 8 \
@@ -25,9 +29,8 @@ FER = --dataset rafdb --data_folder $(DEMO)/fer/data --save_path $(DEMO)/fer/res
       --epochs 10 --batch_size 16 --learning_rate 0.001 --augment flip --noise 0.1 --resume auto \
       --print_freq 2
 
-# small images, and many small steps, from which two processes of a thread gain more than one of two
-TWO = OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc_per_node 2
-MAE = --model convnextv2_atto --input_size 96 --cache $(DEMO)/mae/cache --print_freq 5 --amp
+MAE = --model convnextv2_atto --input_size 96 --cache $(DEMO)/mae/cache --print_freq 5 --amp \
+      --device cpu
 MAE_FINETUNE = $(MAE) --data_set rafdb --data_path $(DEMO)/mae/data \
                --batch_size 8 --lr 0.001 --epochs 9 --aa none --crop_low 0.9 \
                --reprob 0 --head_init_scale 1
@@ -46,8 +49,8 @@ demo: .venv/ready
 	$(PY) LinearProbing_DVSCL_10fold.py $(HEADS) --protocol loso --model_path random
 	$(PY) LinearProbing_DVSCL_10fold.py $(HEADS) --protocol loso \
 	    --model_path $(PRETRAINED)
-	$(PY) fine-tune_DVSCL.py $(HEADS) --protocol loso --model_path $(PRETRAINED) \
-	    --epochs 2 --encoder_lr 0.001
+	$(TWO) fine-tune_DVSCL.py $(HEADS) --protocol loso --model_path $(PRETRAINED) \
+	    --epochs 2 --encoder_lr 0.001 --device cpu
 	$(PY) compare_results.py $(RESULTS) --picture $(DEMO)/comparison.png
 	@echo
 	@echo "picture: $(DEMO)/comparison.png"
