@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from util import BadInput, replacing, write_json
+from util import BadInput, remove_leftovers, replacing, write_json
 
 
 def stamp(paths: Iterable[str | Path], *settings) -> str:
@@ -49,6 +49,7 @@ def cached(items: list, decode: Callable, shape: tuple, dtype: type, stamp: str,
         if note.exists() and path.exists():
             return np.load(path, mmap_mode="r"), json.loads(note.read_text())["sha256"]
         place.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(place)  # of killed runs, as large as a cache
     if not _fits(math.prod(shape) * np.dtype(dtype).itemsize, folder, num_workers):
         return Stream(items, decode, num_workers), stamp
     if folder == "off":
@@ -127,6 +128,8 @@ class OnDemand:
                 return
         # in memory each rank of a node keeps one, and none has filled its own yet
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if folder == "off" else 1
+        if folder != "off":
+            remove_leftovers(folder)
         if not _fits(volume * ranks, folder, num_workers):
             return
         if folder == "off":

@@ -314,6 +314,15 @@ def check_loss(loss: Tensor, epoch: int, step: int, fix: str) -> None:
         raise RunFailed(f"the loss is not finite in epoch {epoch}, step {step}; {fix}")
 
 
+def check_readable(readable: float, n: int, epoch: int, step: int) -> None:
+    """Raises RunFailed where not one of `n` images of a batch could be read, eight or more: then it
+    is not the files that are broken. readable: how many, or what share."""
+    if not readable and n >= 8:
+        raise RunFailed(f"none of {n} images can be read in epoch {epoch}, step {step}; see that "
+                        f"their folder is there, and go on from the last checkpoint with --resume "
+                        f"auto")
+
+
 class Keeper:
     """Saves between two steps: every `minutes`, and on SIGINT or SIGTERM, which then end the run.
 

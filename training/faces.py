@@ -238,6 +238,7 @@ def train_epoch(opt: argparse.Namespace, job: Job, epoch: int, within: dict,
             rng = epochs.generator(opt.seed, epoch, step, *(k,) * (k > 0))
             inputs, target, kept = augmented(job, members[order[index].numpy()], rows, batch, rng)
             everyone = distributed.gather(kept)
+            epochs.check_readable(int(everyone.sum()), len(everyone), epoch, step)
             with distributed.summed_later(job.run, k + 1 < len(group)):
                 with job.precision.autocast():
                     said = job.run(inputs)

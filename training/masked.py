@@ -32,7 +32,7 @@ def train_epoch(opt: argparse.Namespace, job: Job, epoch: int, within: dict,
     images_per_second}.
 
     Images that cannot be read are left out. within, on_step: see epochs.Loop.run. Raises RunFailed
-    if a loss is not finite, BadInput if none can be read.
+    if a loss is not finite or a batch is unreadable, BadInput if all are.
     """
     device = next(job.network.parameters()).device
     means = epochs.Meters(["train_loss"], within.get("meters"))
@@ -49,6 +49,7 @@ def train_epoch(opt: argparse.Namespace, job: Job, epoch: int, within: dict,
             with distributed.summed_later(job.run, k + 1 < len(group)):
                 loss, kept, share = batch_loss(opt, job, (epoch, step, k), len(index),
                                                next(fetched), next(rows))
+                epochs.check_readable(share, len(index), epoch, step)
                 job.precision.scaler.scale(loss * kept / len(group)).backward()
             total += loss.detach() * kept / len(group)
             read += share * len(index)

@@ -14,7 +14,7 @@ from images.faces import FaceSet
 from models.ran import RAN
 from models.scn import SCN, Baseline
 from training import checkpoint, epochs, faces, losses, pretrained
-from util import BadInput
+from util import BadInput, RunFailed
 
 SIDE = 32
 
@@ -239,6 +239,12 @@ def test_images_that_cannot_be_read_are_left_out_of_training_and_prediction(monk
     assert capsys.readouterr().err.count("cannot be decoded") == 2
     with pytest.raises(BadInput, match="no image of 2"):
         faces.predict(Small(), source, np.array([3, 4]), torch.no_grad)
+
+
+def test_a_batch_of_which_nothing_can_be_read_ends_the_run(capsys):
+    with pytest.raises(RunFailed, match="none of 10 images can be read in epoch 1, step 1; see"):
+        run_epoch(options(batch_size=10), job_of(source_of(face_set(), lost=range(21))))
+    assert capsys.readouterr().err.count("cannot be decoded") >= 10
 
 
 def test_dropout_is_off_in_prediction_and_the_mirror_image_counts():

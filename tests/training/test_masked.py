@@ -12,7 +12,7 @@ from evaluation import finetuning
 from images import cache, crops
 from models import convnextv2, mae
 from training import checkpoint, epochs, losses, masked
-from util import BadInput
+from util import BadInput, RunFailed
 
 STORED, SIDE = 73, 64
 NEXT = (1, 1, 2, 1), (8, 16, 24, 32)
@@ -364,6 +364,16 @@ def test_a_loss_that_is_not_finite_ends_the_run():
         network.decoder_pred.bias.fill_(torch.inf)
     with pytest.raises(Exception, match=r"not finite in epoch 1, step 1; .*0\.002"):
         run_epoch(options(), job_of(network, pictures(8), crops.Recipe(SIDE, .2)))
+
+
+def test_a_batch_of_which_nothing_can_be_read_ends_the_run():
+    """The folder has gone: weights would decay to the last checkpoint."""
+    network = small()
+    job = job_of(network, pictures(32, lost=range(32)), crops.Recipe(SIDE, .2))
+    with pytest.raises(RunFailed, match="none of 8 images can be read in epoch 1, step 1; see"):
+        run_epoch(options(batch_size=8), job)
+    for name, value in small().state_dict().items():
+        assert torch.equal(network.state_dict()[name], value), name
 
 
 # ---------------------------------------------------------------- two ranks
