@@ -94,16 +94,18 @@ class Fit:
             raise BadInput(f"--model_path {path}: its classes are {', '.join(state['classes'])}, "
                            f"those here {', '.join(self.faces.classes)}; --pretrained {path} "
                            f"takes the network without its last layer")
-        if state.get("data_digest") != self.digest:
-            return None
-        self.before = [*state.get("before", ()),
-                       {name: old[name] for name in ("seed", "val_fraction", "noise")}]
+        names = "seed", "val_fraction", "noise"
+        self.before = [*state.get("before", ()), {
+            "data_digest": state.get("data_digest"), **{name: old[name] for name in names}}]
         for one in self.before:
-            other = [name for name, value in one.items() if value != getattr(opt, name)]
+            other = [name for name in names if one["data_digest"] == self.digest
+                     and one[name] != getattr(opt, name)]
             if other and (opt.select == "val" or opt.wloss_update):
                 raise BadInput(f"--model_path {path}: was trained with --{other[0]} "
                                f"{one[other[0]]}, hence on images that now are to choose; give "
                                f"the same")
+        if state.get("data_digest") != self.digest:
+            return None
         # earlier releases do not say it
         clean = old["pretrained"] in ("none", "imagenet") and not old["model_path"]
         return state.get("transductive", False if clean else None)

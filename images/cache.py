@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from util import BadInput, remove_leftovers, replacing, write_json
+from util import BadInput, replacing, write_json
 
 
 def stamp(paths: Iterable[str | Path], *settings) -> str:
@@ -49,7 +49,6 @@ def cached(items: list, decode: Callable, shape: tuple, dtype: type, stamp: str,
         if note.exists() and path.exists():
             return np.load(path, mmap_mode="r"), json.loads(note.read_text())["sha256"]
         place.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(place)  # of killed runs, as large as a cache
     if not _fits(math.prod(shape) * np.dtype(dtype).itemsize, folder, num_workers):
         return Stream(items, decode, num_workers), stamp
     if folder == "off":
@@ -128,8 +127,6 @@ class OnDemand:
                 return
         # in memory each rank of a node keeps one, and none has filled its own yet
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if folder == "off" else 1
-        if folder != "off":
-            remove_leftovers(folder)
         if not _fits(volume * ranks, folder, num_workers):
             return
         if folder == "off":
@@ -178,12 +175,12 @@ class OnDemand:
         it."""
         if self.note is None or self.array is None or not self.unsaved:
             return
-        path, number = self.file
-        if not path.exists() or path.stat().st_ino != number:
-            return  # another process, which started with this one, put an array of its own there
         ready, self.unsaved = self.ready.copy(), False  # more are decoded meanwhile
         try:
             self.array.flush()  # before the note of it: a machine that stops leaves no blank images
+            path, number = self.file
+            if path.stat().st_ino != number:
+                return  # another process, begun with this one, put an array of its own there
             known = np.load(self.note) if self.note.exists() else False  # of another process
             with replacing(self.note) as part, open(part, "wb") as file:
                 np.save(file, ready | known)

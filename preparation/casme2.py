@@ -47,6 +47,7 @@ CLIP_COLUMNS = ("database", "subject", "clip", "folder", "onset", "apex", "offse
 NUMBER = re.compile(r"[0-9]{1,9}")  # str.isdigit() also takes ², which is no number to int()
 # the last digits count: 006_05562.jpg is a frame of SAMM's; hidden files are none
 IMAGE = re.compile(r"(?!\.)(?:.*\D)?(\d+)\.(?:jpe?g|png|bmp)", re.IGNORECASE)
+PLAIN = re.compile(r"\D*\d+\.\D*")  # others beside such names are copies: img46 2.jpg
 PREFIXES = 5  # folders that may lie between the root and a subject
 
 
@@ -226,9 +227,10 @@ def find_folders(root: Path) -> dict:
 def numbered(folder: Path) -> dict[int, str]:
     """Frame number → path of the images of a folder; reg_img before img, where both are there."""
     frames = {}
-    for path in sorted(folder.iterdir(), key=lambda path: path.name.lower(), reverse=True):
-        if match := IMAGE.fullmatch(path.name):
-            frames.setdefault(int(match[1]), str(path))
+    images = [path for path in sorted(folder.iterdir(), key=lambda path: path.name.lower(),
+                                      reverse=True) if IMAGE.fullmatch(path.name)]
+    for path in [path for path in images if PLAIN.fullmatch(path.name)] or images:
+        frames.setdefault(int(IMAGE.fullmatch(path.name)[1]), str(path))
     return frames
 
 

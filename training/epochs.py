@@ -315,12 +315,12 @@ def check_loss(loss: Tensor, epoch: int, step: int, fix: str) -> None:
 
 
 def check_readable(readable: float, n: int, epoch: int, step: int) -> None:
-    """Raises RunFailed where not one of `n` images of a batch could be read, eight or more: then it
-    is not the files that are broken. readable: how many, or what share."""
-    if not readable and n >= 8:
+    """Raises RunFailed where not one of `n` images of a batch could be read, 32 or more: then it is
+    their folder that is gone. readable: how many, or what share."""
+    if not readable and n >= 32:
         raise RunFailed(f"none of {n} images can be read in epoch {epoch}, step {step}; see that "
-                        f"their folder is there, and go on from the last checkpoint with --resume "
-                        f"auto")
+                        f"their folder is there; --resume auto then goes on from the last "
+                        f"checkpoint")
 
 
 class Keeper:

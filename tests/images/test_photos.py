@@ -2,7 +2,6 @@
 demand."""
 import io
 import os
-import platform
 
 import numpy as np
 import pytest
@@ -247,13 +246,6 @@ def test_a_note_that_cannot_be_written_ends_no_run_and_tells_of_no_later_images(
     images.note = tmp_path / "none" / "note.npy"
     images.save()
     assert "later runs will decode again" in capsys.readouterr().err
-
-
-def test_what_a_killed_run_left_in_the_cache_makes_room(tmp_path):
-    left = tmp_path / f".{'ab' * 16}.npy.{platform.node()}.4194305.part"  # no such process
-    left.write_bytes(b"half of it")
-    on_demand(tmp_path)
-    assert not left.exists()
 
 
 def test_ranks_of_a_node_share_its_memory(monkeypatch):

@@ -490,11 +490,15 @@ def test_frames_of_either_prefix_and_its_preference(tmp_path):
 
 
 def test_frames_whose_number_follows_others(tmp_path):
-    for name in ("006_05562.jpg", "006_1_2_05563.png", "7.jpg", "._006_05564.jpg", "8-9.txt"):
+    for name in ("006_05562.jpg", "006_1_2_05563.png", "._006_05564.jpg", "8-9.txt"):
         (tmp_path / name).touch()
     actual = casme2.numbered(tmp_path)
     assert {n: path.rsplit("/", 1)[1] for n, path in actual.items()} \
-        == {5562: "006_05562.jpg", 5563: "006_1_2_05563.png", 7: "7.jpg"}
+        == {5562: "006_05562.jpg", 5563: "006_1_2_05563.png"}
+    for name in ("img2.jpg", "img46.jpg", "img46 2.jpg", "img46 copy 2.jpg", "img2_46.jpg"):
+        (tmp_path / name).touch()  # copies that a system made
+    actual = casme2.numbered(tmp_path)
+    assert {n: Path(path).name for n, path in actual.items()} == {2: "img2.jpg", 46: "img46.jpg"}
 
 
 @pytest.mark.parametrize("motion, turn", [("translation", [[1, 0], [0, 1]]),

@@ -129,7 +129,7 @@ def test_a_rank_that_dies_stops_the_others_with_an_error(drawn, tmp_path):
     assert not list((tmp_path / "runs").glob("*/last.pth"))
 
 
-def test_a_barrier_outlasts_the_time_limit_of_a_step(tmp_path):
+def test_a_barrier_outlasts_the_time_limit_of_a_step_and_ranks_must_agree(tmp_path):
     # a rank whose last fold takes longer than the others' is no lost rank
     code = (f"import sys, time, datetime; sys.path.insert(0, {str(ROOT)!r})\n"
             "import torch\nfrom training import distributed\n"
@@ -137,6 +137,13 @@ def test_a_barrier_outlasts_the_time_limit_of_a_step(tmp_path):
             "with distributed.group(torch.device('cpu')):\n"
             "    time.sleep(3 * distributed.rank()[0])\n"
             "    distributed.barrier()\n"
+            "    distributed.agree('digest', 3)\n"
+            "    try:\n"
+            "        distributed.agree('digest', distributed.rank()[0])\n"
+            "    except distributed.BadInput as error:\n"
+            "        assert 'the ranks found different data' in str(error)\n"
+            "    else:\n"
+            "        raise SystemExit(1)\n"
             "    assert distributed.gather(torch.ones(2)).tolist() == [1] * 4\n")
     with socket.create_server(("localhost", 0)) as server:
         port = str(server.getsockname()[1])
@@ -146,20 +153,6 @@ def test_a_barrier_outlasts_the_time_limit_of_a_step(tmp_path):
     for rank in ranks:
         error = rank.communicate(timeout=120)[1]
         assert rank.returncode == 0, error
-
-
-@pytest.mark.parametrize("theirs, agrees", [(("d", 3), True), (("d", 2), False), (("e", 3), False)])
-def test_ranks_that_found_other_things_do_not_go_on(monkeypatch, theirs, agrees):
-    ours, said = ("d", 3), []
-    monkeypatch.setattr(distributed, "highest", lambda number: said.append(number) or 0)
-    distributed.agree(*theirs)
-    others = iter(said[:2])
-    monkeypatch.setattr(distributed, "highest", lambda number: max(number, next(others)))
-    if agrees:
-        distributed.agree(*ours)
-    else:
-        with pytest.raises(util.BadInput, match="the ranks found different data"):
-            distributed.agree(*ours)
 
 
 # ---------------------------------------------------------------- several GPUs, without one

@@ -242,9 +242,9 @@ def test_images_that_cannot_be_read_are_left_out_of_training_and_prediction(monk
 
 
 def test_a_batch_of_which_nothing_can_be_read_ends_the_run(capsys):
-    with pytest.raises(RunFailed, match="none of 10 images can be read in epoch 1, step 1; see"):
-        run_epoch(options(batch_size=10), job_of(source_of(face_set(), lost=range(21))))
-    assert capsys.readouterr().err.count("cannot be decoded") >= 10
+    with pytest.raises(RunFailed, match="none of 32 images can be read in epoch 1, step 1; see"):
+        run_epoch(options(batch_size=32), job_of(source_of(face_set(40), lost=range(40))))
+    assert capsys.readouterr().err.count("cannot be decoded") >= 32
 
 
 def test_dropout_is_off_in_prediction_and_the_mirror_image_counts():

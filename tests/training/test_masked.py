@@ -369,9 +369,9 @@ def test_a_loss_that_is_not_finite_ends_the_run():
 def test_a_batch_of_which_nothing_can_be_read_ends_the_run():
     """The folder has gone: weights would decay to the last checkpoint."""
     network = small()
-    job = job_of(network, pictures(32, lost=range(32)), crops.Recipe(SIDE, .2))
-    with pytest.raises(RunFailed, match="none of 8 images can be read in epoch 1, step 1; see"):
-        run_epoch(options(batch_size=8), job)
+    job = job_of(network, pictures(64, lost=range(64)), crops.Recipe(SIDE, .2))
+    with pytest.raises(RunFailed, match="none of 32 images can be read in epoch 1, step 1; see"):
+        run_epoch(options(batch_size=32), job)
     for name, value in small().state_dict().items():
         assert torch.equal(network.state_dict()[name], value), name
 
