@@ -52,8 +52,6 @@ def parse_option(argv):
                         const="the heads are found in one pass; nothing is saved in between")
     opt = parser.parse_args(argv)
     options.check_options(parser, opt)
-    if opt.oracle_curve and opt.select == "inner":
-        parser.error("--oracle_curve follows the epochs of --select fixed")
     choose_solver(parser, opt, [*util.given(sgd, argv), *["--oracle_curve"] * opt.oracle_curve])
     if opt.select_rates is None:
         opt.select_rates = [float(f"{share * opt.learning_rate:g}") for share in (0.3, 1, 3)]

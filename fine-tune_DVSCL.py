@@ -159,8 +159,7 @@ def tune(opt, place, path, name, out, start, device):
         record.say_where(name, state)
         classifier.restore(state)
         optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:  # one that was not needed has no state
-            precision.scaler.load_state_dict(state["scaler"])
+        precision.scaler.load_state_dict(state["scaler"])
         history = state.get("history") or []
     job = supervised.Training(classifier, data.clips, data.images, members, optimizer, precision)
 

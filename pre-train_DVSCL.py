@@ -209,7 +209,6 @@ def pretrain(opt, argv, device, data, members, run):
     else:
         done, within, normalization = 0, {}, encoding.estimate_normalization(
             data.images, members, clips.encoding["difference"], clips.views, clips.channels)
-    # every rank has looked at the folder before rank 0 writes to it
     distributed.agree(clips.digest(), done, within.get("step"))
     log = run.log(record.header(__file__, opt, argv, data_digest=data_digest),
                   (lambda line: line["epoch"] <= done) if resume else None,

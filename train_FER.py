@@ -115,7 +115,7 @@ def check_options(parser, opt, words):
     if opt.weight_decay > 0.1:
         print(f"warning: --weight_decay {opt.weight_decay:g} is strong; where notes say .9, it is "
               f"the factor of the rate: --lr_decay_rate 0.9")
-    options.check_seeds(parser, opt.seeds)
+    options.check_results(parser, opt)
 
 
 def add_data_options(parser):
@@ -352,9 +352,9 @@ def train(opt, argv, device, sources):
     fit = fitting.Fit(record.Run(opt.save_path, run_name(opt), opt), sources)
     start = read_start(opt.model_path)
     # ImageNet has no faces of a test split; of another checkpoint nobody knows
-    fit.saw = False if opt.pretrained in ("none", "imagenet") else None
+    fit.transductive = False if opt.pretrained in ("none", "imagenet") else None
     if start:
-        fit.saw = fit.check_start(start, opt.model_path)
+        fit.transductive = fit.check_start(start, opt.model_path)
     network = set_model(opt, fit.faces.n_label, device, start)
     fit.begin(network, set_optimizer(opt, network), set_distance(opt, fit.faces.classes, device))
     header = fit.run_epochs(argv, __file__)

@@ -64,10 +64,8 @@ def check_options(parser, opt, layout):
                          f"{opt.channels}")
     if opt.mask:
         opt.mask = sorted(set(opt.mask))  # in any order it is one run
-    if opt.oracle_curve and opt.select == "inner":
-        parser.error("--oracle_curve follows the epochs of --select fixed")
     check_stages(parser, opt, layout)
-    options.check_seeds(parser, opt.seeds)
+    options.check_results(parser, opt)
 
 
 def check_stages(parser, opt, layout):
@@ -253,8 +251,7 @@ def tune(opt, held, group, units, device):
         record.say_where(name, state)
         job.network.load_state_dict(state["model"])
         job.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:  # one that was not needed has no state
-            job.precision.scaler.load_state_dict(state["scaler"])
+        job.precision.scaler.load_state_dict(state["scaler"])
         history = state["history"]
         if best:
             best.state = state["best"]

@@ -319,6 +319,6 @@ def finetune(opt: argparse.Namespace, argv: list[str], script: str) -> dict | No
         network = set_model(opt, n_label, device, fit.resume is not None)
         fit.begin(network, set_optimizer(opt, network), mixup=set_mixup(opt, n_label),
                   average=set_average(opt, network, len(fit.members)))
-        fit.saw = saw_test(opt.finetune, sources["test"].faces)
+        fit.transductive = saw_test(opt.finetune, sources["test"].faces)
         header = fit.read_only(argv, script) if opt.eval else fit.run_epochs(argv, script)
         return fit.evaluate(header)

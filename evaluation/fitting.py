@@ -83,7 +83,7 @@ class Fit:
         self.digest, self.history = digest.hexdigest(), []
         # whether the network it starts from saw the test split, and how those before it divided
         # the training split
-        self.saw, self.before = None, []
+        self.transductive, self.divisions = None, []
 
     def check_start(self, state: dict, path: str) -> bool | None:
         """Whether the checkpoint that a run goes on from, or one before it, saw the test split:
@@ -95,12 +95,12 @@ class Fit:
                            f"those here {', '.join(self.faces.classes)}; --pretrained {path} "
                            f"takes the network without its last layer")
         names = "seed", "val_fraction", "noise"
-        self.before = [*state.get("before", ()), {
+        self.divisions = [*state.get("divisions", ()), {
             "data_digest": state.get("data_digest"), **{name: old[name] for name in names}}]
-        for one in self.before:
-            other = [name for name in names if one["data_digest"] == self.digest
-                     and one[name] != getattr(opt, name)]
-            if other and (opt.select == "val" or opt.wloss_update):
+        chooses = opt.select == "val" or opt.wloss_update
+        for one in self.divisions:
+            other = [name for name in names if one[name] != getattr(opt, name)]
+            if chooses and other and one["data_digest"] == self.digest:
                 raise BadInput(f"--model_path {path}: was trained with --{other[0]} "
                                f"{one[other[0]]}, hence on images that now are to choose; give "
                                f"the same")
@@ -145,7 +145,6 @@ class Fit:
             total = opt.epochs * self.steps
             print(f"--ema_decay {opt.ema_decay:g}: the average's decay rises to "
                   f"{self.job.ema.get_decay(total):.4g} in {total} steps")
-        # every rank has looked at the folder before rank 0 writes to it
         distributed.agree(self.digest, done, within.get("step"))
         header = record.header(script, opt, argv, data_digest=self.digest)
         log = self.run.log(header, (lambda line: line["epoch"] <= done) if self.resume else None,
@@ -177,7 +176,8 @@ class Fit:
         if job.distance is not None:
             job.distance.copy_(old["distance"])
         self.validation.state, self.history = old["best"], old["history"]
-        self.saw = old.get("transductive", self.saw)  # by now what tells it may be gone
+        # what tells it may be gone by now
+        self.transductive = old.get("transductive", self.transductive)
         job.source.images.lost[old["lost"].numpy()] = True
         return old["epoch"], old["within"]
 
@@ -193,7 +193,7 @@ class Fit:
         means |= self.validation.follow(self.network, epoch, job.precision.autocast)
         if opt.wloss_update and epoch % opt.wloss_update == 0:
             job.distance.copy_(losses.updated(job.distance, self.validation.confusion))
-            distributed.share(job.distance)  # statistics of batch norm are each rank's own
+            distributed.broadcast(job.distance)  # statistics of batch norm are each rank's own
         if opt.oracle_curve:
             kept, said, *_ = self._predicted(self.network)
             guesses = np.zeros(len(self.sources["test"].faces), int)
@@ -209,7 +209,7 @@ class Fit:
             state = {
                 "system": self.system, "opt": vars(self.run.opt), "epoch": epoch,
                 "within": within, "beside": self.beside, "ranks": distributed.size(),
-                "transductive": self.saw, "before": self.before,
+                "transductive": self.transductive, "divisions": self.divisions,
                 "classes": list(self.faces.classes), "data_digest": self.digest,
                 "crop": photographs.cut_as(self.faces),
                 "model": job.network.state_dict(), "ema": job.ema and job.ema.state_dict(),
@@ -234,7 +234,7 @@ class Fit:
     def evaluate(self, header: dict) -> dict | None:
         """Predicts the test split and writes the results; None but on the rank that writes."""
         opt, job, run, test = self.run.opt, self.job, self.run, self.sources["test"]
-        details = {"transductive": self.saw}
+        details = {"transductive": self.transductive}
         for part in self.sources.values():
             part.images.lost[:] = distributed.any_of(part.images.lost)
         if not distributed.first():

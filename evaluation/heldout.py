@@ -344,9 +344,9 @@ class Everybody:
         open_run(run, self.header, {})
         self.encoders.check(self.encoders.source)  # a wrong one leaves no run folder behind
         self.states = checked_states(run, self.header, self.encoders, {"all"})
-        distributed.barrier()  # every rank has looked at the folder before rank 0 writes to it
-        self.log = open_log(run, self.header, {"all"}, {
-            name: state["epoch"] for name, state in self.states.items()})
+        done = {name: state["epoch"] for name, state in self.states.items()}
+        distributed.agree(done)
+        self.log = open_log(run, self.header, {"all"}, done)
 
 
 def train_frozen(held: HeldOut, group: Group, folds: Folds, recipe: probing.Recipe,

@@ -110,7 +110,6 @@ class Pretraining:
             done, within = old["epoch"], old["within"]
             job.images.lost[old["lost"].numpy()] = True
         steps = epochs.announce(opt, len(self.images), "images")
-        # every rank has looked at the folder before rank 0 writes to it
         distributed.agree(self.digest, done, within.get("step"))
         self.log = run.log(record.header(script, opt, argv, data_digest=self.digest),
                            (lambda line: line["epoch"] <= done) if resume else None,

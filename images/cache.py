@@ -114,7 +114,7 @@ class OnDemand:
         self.decode, self.shape, self.dtype = decode, shape, np.dtype(dtype)
         self.ready, self.lost = np.zeros(n, bool), np.zeros(n, bool)
         self.pool = ThreadPoolExecutor(max(num_workers, 1))
-        self.array, self.note, self.file, self.unsaved = None, None, None, False
+        self.array, self.note, self.mapped, self.unsaved = None, None, None, False
         volume = n * math.prod(shape) * self.dtype.itemsize
         path, note = (Path(folder) / f"{stamp[:32]}.{end}" for end in ("npy", "ready.npy"))
         if folder != "off":
@@ -138,7 +138,7 @@ class OnDemand:
         self._map(path)
 
     def _map(self, path):
-        self.file = path, path.stat().st_ino
+        self.mapped = path, path.stat().st_ino  # others may put theirs in its place
         self.array = np.load(path, mmap_mode="r+")
 
     def __len__(self):
@@ -163,7 +163,7 @@ class OnDemand:
         else:
             new = np.unique(index[~self.ready[index]])
             for i, one in zip(new, self.pool.map(self._decoded, new)):
-                if not self.lost[i] or self.file is None:  # another process may have read it
+                if not self.lost[i] or self.mapped is None:  # another process may have read it
                     self.array[i] = one
                 self.ready[i] = not self.lost[i]  # by the next run it may have been replaced
                 self.unsaved = True
@@ -178,9 +178,9 @@ class OnDemand:
         ready, self.unsaved = self.ready.copy(), False  # more are decoded meanwhile
         try:
             self.array.flush()  # before the note of it: a machine that stops leaves no blank images
-            path, number = self.file
+            path, number = self.mapped
             if path.stat().st_ino != number:
-                return  # another process, begun with this one, put an array of its own there
+                return
             known = np.load(self.note) if self.note.exists() else False  # of another process
             with replacing(self.note) as part, open(part, "wb") as file:
                 np.save(file, ready | known)

@@ -145,7 +145,7 @@ def highest(number: int) -> int:
     return int(value)
 
 
-def share(tensor: Tensor) -> None:
+def broadcast(tensor: Tensor) -> None:
     """Rank 0's values, in place, on every rank."""
     if active():
         dist.broadcast(tensor, 0)
@@ -218,7 +218,8 @@ def barrier() -> None:
 
 
 def agree(*found: object) -> None:
-    """A barrier, at which all ranks raise BadInput unless they have `found` the same."""
+    """A barrier, at which all ranks raise BadInput unless they have `found` the same: all have
+    looked at the run folder before rank 0 writes to it."""
     if not active():
         return
     digest = hashlib.sha256(repr(found).encode("utf-8", "backslashreplace")).digest()

@@ -150,10 +150,18 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+class Scaler(torch.amp.GradScaler):
+    """One that a run which needed none, and left no state, may go on with."""
+
+    def load_state_dict(self, state: dict) -> None:
+        if state:
+            super().load_state_dict(state)
+
+
 class Precision(NamedTuple):
     """`autocast()`: context of a forward pass; `scaler` of the loss; both idle without --amp."""
     autocast: Callable
-    scaler: torch.amp.GradScaler
+    scaler: Scaler
 
 
 def mixed_precision(amp: bool, device: torch.device) -> Precision:
@@ -164,7 +172,7 @@ def mixed_precision(amp: bool, device: torch.device) -> Precision:
     # a GPU that only emulates bfloat16 is slower with it than in float32
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         half = torch.float16
-    scaler = torch.amp.GradScaler(device.type, enabled=amp and half == torch.float16)
+    scaler = Scaler(device.type, enabled=amp and half == torch.float16)
 
     def autocast():
         return torch.autocast(device.type, dtype=half) if amp else contextlib.nullcontext()

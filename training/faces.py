@@ -316,10 +316,10 @@ def predict(network: nn.Module, source: Source, members: np.ndarray, autocast: C
             both.append((logits.float().softmax(1), importance, features))
         kept.append(rows)
         probabilities.append(torch.stack([p for p, *_ in both]).mean(0).cpu().numpy())
-        for parts, of_image in zip(beside.values(), both[0][1:]):
+        for each, of_image in zip(beside.values(), both[0][1:]):
             if of_image is not None:
-                parts.append(of_image.float().cpu().numpy())
+                each.append(of_image.float().cpu().numpy())
     if not kept:
         raise BadInput(f"{source.faces.folder}: no image of {len(members)} can be read")
     return Predicted(np.concatenate(kept), np.concatenate(probabilities), *(
-        np.concatenate(parts) if parts else None for parts in beside.values()))
+        np.concatenate(each) if each else None for each in beside.values()))

@@ -267,16 +267,20 @@ def add_result_options(parser: ArgumentParser) -> None:
                             "figures of what is held out per epoch; picking by them is cheating")
 
 
-def check_seeds(parser: ArgumentParser, seeds: list[int] | None) -> None:
-    """Refuses seeds of which no deviation can be had."""
+def check_results(parser: ArgumentParser, opt: argparse.Namespace) -> None:
+    """Refuses seeds of which no deviation can be had, and a curve over epochs that inner folds
+    choose."""
+    seeds = opt.seeds
+    if opt.oracle_curve and getattr(opt, "select", None) == "inner":
+        parser.error("--oracle_curve follows the epochs of --select fixed")
     if seeds and (len(seeds) < 2 or len(set(seeds)) < len(seeds)):
         parser.error("argument --seeds: give two or more, each once; --seed for a single one")
 
 
 def check_options(parser: ArgumentParser, opt: argparse.Namespace) -> None:
-    """Fills in the model's own layer where none is given; refuses one out of range, seeds of which
-    no deviation can be had, and placeholders that the protocol cannot fill."""
-    check_seeds(parser, opt.seeds)
+    """Fills in the model's own layer where none is given; refuses one out of range, what
+    `check_results` does, and placeholders that the protocol cannot fill."""
+    check_results(parser, opt)
     if opt.protocol == "10fold" and "{subject}" in opt.model_path:
         parser.error("argument --model_path: {subject} goes with --protocol loso, {fold} with both")
     check_size(parser, opt.model, opt.size)

@@ -132,8 +132,7 @@ class Run:
         self.check_resumable(path, old, grow=True, **identity)
         checkpoint.load_model(states["model"], old, path, self.opt.model)
         for name in states.keys() - {"model"}:
-            if old[name]:  # a scaler that was not needed has no state
-                states[name].load_state_dict(old[name])
+            states[name].load_state_dict(old[name])
         old["within"] = old.get("within") or {}
         say_where(path, old)
         return old

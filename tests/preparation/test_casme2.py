@@ -481,24 +481,17 @@ def test_a_root_without_frames(raw, tmp_path, capsys):
         assert expected in refused(capsys, "--raw", tmp_path / name, *flags)
 
 
-def test_frames_of_either_prefix_and_its_preference(tmp_path):
-    for name in ("img5.jpg", "reg_img5.jpg", "img6.JPG", "notes.txt"):
+@pytest.mark.parametrize("names, frames", [
+    (("img5.jpg", "reg_img5.jpg", "img6.JPG", "notes.txt"), {5: "reg_img5.jpg", 6: "img6.JPG"}),
+    (("006_05562.jpg", "006_1_2_05563.png", "._006_05564.jpg", "8-9.txt"),
+     {5562: "006_05562.jpg", 5563: "006_1_2_05563.png"}),
+    (("img2.jpg", "img46.jpg", "img46 2.jpg", "img46 copy 2.jpg", "img2_46.jpg", "006_7.jpg"),
+     {2: "img2.jpg", 46: "img46.jpg"})], ids=["prefixes", "after other numbers", "copies"])
+def test_frames_by_the_number_in_their_name(tmp_path, names, frames):
+    for name in names:
         (tmp_path / name).touch()
     actual = casme2.numbered(tmp_path)
-    assert {n: path.rsplit("/", 1)[1] for n, path in actual.items()} \
-        == {5: "reg_img5.jpg", 6: "img6.JPG"}
-
-
-def test_frames_whose_number_follows_others(tmp_path):
-    for name in ("006_05562.jpg", "006_1_2_05563.png", "._006_05564.jpg", "8-9.txt"):
-        (tmp_path / name).touch()
-    actual = casme2.numbered(tmp_path)
-    assert {n: path.rsplit("/", 1)[1] for n, path in actual.items()} \
-        == {5562: "006_05562.jpg", 5563: "006_1_2_05563.png"}
-    for name in ("img2.jpg", "img46.jpg", "img46 2.jpg", "img46 copy 2.jpg", "img2_46.jpg"):
-        (tmp_path / name).touch()  # copies that a system made
-    actual = casme2.numbered(tmp_path)
-    assert {n: Path(path).name for n, path in actual.items()} == {2: "img2.jpg", 46: "img46.jpg"}
+    assert {n: Path(path).name for n, path in actual.items()} == frames
 
 
 @pytest.mark.parametrize("motion, turn", [("translation", [[1, 0], [0, 1]]),

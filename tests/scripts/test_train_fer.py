@@ -272,7 +272,7 @@ def test_a_run_of_half_precision_goes_on_with_a_scaler_that_has_no_state_yet(fla
                                                                             monkeypatch):
     flags += ["--save_path", tmp_path, "--warmup_epochs", 0]
     train(*flags, "--epochs", 1)
-    scaler, precision = torch.amp.GradScaler("cpu"), epochs.mixed_precision
+    scaler, precision = epochs.Scaler("cpu"), epochs.mixed_precision
     monkeypatch.setattr(epochs, "mixed_precision", lambda *given: precision(*given)._replace(
         scaler=scaler))
     train(*flags, "--resume", "auto")
