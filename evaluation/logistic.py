@@ -19,6 +19,8 @@ clips that it holds out, is solved in a kernel of its own, unless those features
 they hardly count in the kernel: passes mend these as well, in far less time.
 """
 import copy
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -26,16 +28,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MEMORY = 6  # pairs of steps and gradient changes that L-BFGS keeps
+MEMORY = 4  # pairs of steps and gradient changes that L-BFGS keeps
 MOST_STEPS, MOST_PASSES, ROUGH_STEPS = 500, 50, 100
 # deviation of a feature over all clips, in the fold's own, that passes can still mend in any number
 # of features; in no more than this share of those that vary
 APART, FAR_APART, FEW_APART = 30, 300, 1e-3
-PROBLEMS = 64  # folds solved at a time: what a step touches stays near the processor
+COLUMNS = 192  # classes of all folds solved at a time: what a step touches stays near the processor
+BLOCK = 24  # columns: other numbers of them take MKL up to twice the time without AVX-512
 TOLERANCE = 1e-5  # of the logit of a row of usual length
 ROUGH = 1e-3  # error of a logit that single precision is good for with any penalty
 LEAST = 0.01  # curvature: where all rows are fitted, that of the loss is no guide any more
 CONSTANT = 1e-10  # a feature of a smaller share of variance in its mean square does not vary
+
+
+def side_by_side(function: Callable, items: Sequence, device: torch.device) -> Iterator:
+    """The values of a function of each item, in order. On the CPU items go side by side, and each
+    takes its share of the threads: those of one small step after the other wait for each other."""
+    threads = torch.get_num_threads()
+    while len(items):
+        workers = min(threads, len(items)) if device.type == "cpu" else 1
+        even = len(items) // workers * workers  # those left over share the threads anew
+        some, items = items[:even], items[even:]
+        if workers == 1:
+            yield from map(function, some)
+            continue
+        try:
+            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads,
+                                    initargs=(threads // workers,)) as pool:
+                yield from pool.map(function, some)
+        finally:
+            torch.set_num_threads(threads)  # new threads take what was set last, wherever that was
 
 
 class Statistics(NamedTuple):
@@ -123,11 +145,15 @@ class Regression:
         number = (ratio > APART).sum(1).cpu()
         far = (number > FEW_APART * stats.varies.sum(1).cpu()) | (ratio > FAR_APART).any(1).cpu()
         near, heads = (~far).nonzero()[:, 0], {}
-        for chosen in near.split(PROBLEMS) if len(near) else ():
+
+        def together(chosen):
             problem = (training[:, chosen], Statistics(*(value[chosen] for value in stats)),
                        l2[chosen], None if weights is None else weights[chosen])
             old = start and Solution(*(value[..., chosen] for value in start))
-            part, done = self._together(problem, old, tolerance, most)
+            return self._together(problem, old, tolerance, most)
+        most_folds = max(COLUMNS // self.n_label, 1)
+        parts = near.tensor_split(-(-len(near) // most_folds)) if len(near) else ()
+        for chosen, (part, done) in zip(parts, side_by_side(together, parts, self.device)):
             heads |= {int(fold): Solution(*(value[..., i:i + 1] for value in part))
                       for i, fold in enumerate(chosen)}
             # passes may have run out; of few steps, those of a fold with no scales apart may have
@@ -179,13 +205,22 @@ class Regression:
     def weights(self, solution: Solution, stats: Statistics) -> tuple[Tensor, Tensor]:
         """(weight `[P, C, D]`, bias `[P, C]`) of heads on features standardised by `stats`."""
         length = stats.varies.sum(1).clamp(min=1).view(-1, 1, 1)
-        rows, alpha = self.rows[torch.float64], solution.alpha.double()
-        weight = (rows.t() @ alpha.flatten(1)).view(-1, *solution.bias.shape)  # [D, C, P]
+        alpha = solution.alpha
+        weight = _times(self.rows[alpha.dtype].t(), alpha)  # [D, C, P]
         # rows are in units of all clips' deviations, the head's features in the fold's own
         ratio = (self.std / stats.std) * stats.varies  # [P, D]
         weight = weight.permute(2, 1, 0) * ratio[:, None] / length  # [P, C, D]
         shift = (stats.mean - self.mean) / stats.std  # [P, D]
         return weight.float(), (solution.bias.t() + (weight * shift[:, None]).sum(2)).float()
+
+
+def _times(matrix, values):
+    """`[n, m]` times `[m, C, P]` → `[n, C, P]`."""
+    flat = values.flatten(1)
+    columns = flat.shape[1]
+    if flat.device.type == "cpu" and columns > BLOCK:
+        flat = F.pad(flat, (0, -columns % BLOCK))
+    return (matrix @ flat)[:, :columns].reshape(-1, *values.shape[1:])
 
 
 def _eigen(rows, length):
@@ -224,10 +259,6 @@ class _Folds:
         self.change = (own - 1 / regression.length).t().unsqueeze(1).to(kind)  # [D, 1, P]
         self.shape = len(self.keep), regression.n_label, len(l2)
 
-    def expand(self, values: Tensor) -> Tensor:
-        """Logits `[V N, C, P]` of heads in the eigenbasis `[r, C, P]`."""
-        return (self.basis @ values.flatten(1)).view(self.shape)
-
     def solve(self, start: Solution | None, tolerance: float, most: int) -> tuple[Solution, Tensor]:
         """(Solution, bool `[P]`: which have converged); start: a Solution or None; see
         Regression.solve."""
@@ -239,9 +270,8 @@ class _Folds:
         for _ in range(MOST_PASSES):
             (inside, logits, bias), minimal = self.minimum(inside, offset, bias, done, tolerance,
                                                            most)
-            alpha = self.expand(inside / self.values)
-            part = (self.rows.t() @ alpha.flatten(1)).view(-1, *self.shape[1:]).mul_(self.change)
-            own = (self.rows @ part.flatten(1)).view(self.shape)
+            alpha = _times(self.basis, inside / self.values)
+            own = _times(self.rows, _times(self.rows.t(), alpha).mul_(self.change))
             # rows outside the fold have no part in the minimum, only in what is predicted
             step = (own - offset).masked_fill_(~self.keep, 0)
             done |= step.abs().amax((0, 1)) <= tolerance
@@ -260,7 +290,7 @@ class _Folds:
                 tolerance: float, most: int) -> tuple[list[Tensor], Tensor]:
         """((heads, logits, bias) at the minimum for an offset to the logits, bool `[P]`: which
         folds have got there); the folds `settled` stay as they are."""
-        point, done, memory = [inside, self.expand(inside), bias], settled.clone(), []
+        point, done, memory = [inside, _times(self.basis, inside), bias], settled.clone(), []
         gradient, inverse = self.gradient(point, offset)
         for _ in range(most):
             direction = self.direction(gradient, memory, inverse)
@@ -286,8 +316,8 @@ class _Folds:
         curvature = ((p * (1 - p) * self.mask).sum((0, 1)) / self.shape[1]).clamp(min=LEAST)
         residual = (p - self.target) * self.mask
         inverse = 1 / (self.values * (curvature / self.count) + self.l2)
-        return ([(self.basis.t() @ residual.flatten(1)).view(inside.shape) + inside * self.l2,
-                 residual.sum(0)], (inverse, 1 / curvature))
+        return ([_times(self.basis.t(), residual) + inside * self.l2, residual.sum(0)],
+                (inverse, 1 / curvature))
 
     def direction(self, gradient: list, memory: list, inverse: tuple) -> tuple:
         """The two loops of L-BFGS: a step (heads, their logits, bias) downhill."""
@@ -304,7 +334,7 @@ class _Folds:
                 product <= 0, 0)
             inside += share * step[0]
             bias += share * step[2]
-        return -inside, -self.expand(inside), -bias
+        return -inside, -_times(self.basis, inside), -bias
 
     def search(self, point: list, direction: tuple, offset: Tensor, slope: Tensor) -> Tensor:
         """Length of the step `[P]`: Newton's method on the line, along which the loss is convex."""

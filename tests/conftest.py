@@ -31,6 +31,14 @@ def pytest_configure(config):
         os.environ["OMP_NUM_THREADS"] = "1"
 
 
+@pytest.fixture
+def threads():
+    """How many threads there were, and are again."""
+    number = torch.get_num_threads()
+    yield number
+    torch.set_num_threads(number)
+
+
 @pytest.fixture(autouse=True)
 def pictures_unread(request, monkeypatch):
     """Every run draws its pictures, a third of its time on sets as small as these: where a test

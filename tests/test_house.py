@@ -132,18 +132,20 @@ import builtins, os
 real = builtins.__import__
 def look(name, *rest, **more):
     if name == "torch" and not seen:
-        seen.append(os.environ.get("OMP_WAIT_POLICY"))
+        seen.append([os.environ.get(n) for n in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")])
     return real(name, *rest, **more)
 seen, builtins.__import__ = [], look
 import fine_tune
 print(seen)"""
     code = code.replace("import fine_tune", "import importlib; importlib.import_module("
                         "'fine-tune_DVSCL')")
-    assert "['active']" in run(code, OMP_WAIT_POLICY="active")
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
-    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, text=True,
-                          capture_output=True, check=True).stdout
-    assert "['passive']" in said
+    plain = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    for given, expected in (({"OMP_WAIT_POLICY": "active"}, [["active", None]]),
+                            ({"GOMP_SPINCOUNT": "7"}, [["passive", "7"]]),
+                            ({}, [["passive", "1000"]])):
+        said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=plain | given, text=True,
+                              capture_output=True, check=True).stdout
+        assert str(expected) in said
 
 
 def test_names_of_earlier_releases_say_what_they_are_called_now():

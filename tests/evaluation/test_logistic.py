@@ -119,13 +119,16 @@ def test_heads_on_features_of_an_encoder_agree_with_scikit_learn(small_crops, re
         assert_agrees(data, l2)
 
 
-def test_a_fold_is_solved_alike_alone_among_others_and_in_parts(monkeypatch):
+def test_a_fold_is_solved_alike_alone_among_others_and_in_parts(monkeypatch, threads):
     data = draw(60, 40)
     weights = []
-    for held_out, problems in ((range(FOLDS), 512), (range(FOLDS), 4), ([1], 512), ([4, 1], 512)):
-        monkeypatch.setattr(logistic, "PROBLEMS", problems)
-        heads, _ = solve(data, 1e-3, held_out)
-        weights.append(heads.weight[list(held_out).index(1)])
+    for held_out, folds in ((range(FOLDS), 512), (range(FOLDS), 2), ([1], 512), ([4, 1], 512)):
+        monkeypatch.setattr(logistic, "COLUMNS", folds * CLASSES)
+        for number in (1, 2):  # parts one after the other, and side by side
+            torch.set_num_threads(number)
+            heads, _ = solve(data, 1e-3, held_out)
+            assert torch.get_num_threads() == number
+            weights.append(heads.weight[list(held_out).index(1)])
     for other in weights[1:]:
         assert (other - weights[0]).norm() < 1e-4 * weights[0].norm()
 
