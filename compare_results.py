@@ -29,7 +29,8 @@ VERIFIED = ("verified", "unverified")  # whether both figures were seen in the s
 FREE = {"data_folder", "list_folder", "model_path", "save_path", "tb_path", "cache", "pairs",
         "num_workers", "device", "print_freq", "save_freq", "save_minutes", "resume", "subject",
         "seeds", "oracle_curve"}
-# of those the ones that say what is computed, not where and how
+STARTS = ("model_path", "pretrained", "finetune")  # options that name a checkpoint to start from
+# of FREE the ones that say what is computed, not where and how
 TOLD = {"model_path", "data_folder", "list_folder", "pairs", "subject"}
 HEAD = ("", "number / subjects", "UF1", "UAR", "accuracy", "transductive")
 TRANSDUCTIVE = {True: "yes", False: "no", None: "unknown"}
@@ -166,17 +167,22 @@ def plain(scores: dict) -> list[str]:
 def system(result: dict) -> str:
     """What a result was computed with but for seeds, as a comparable text."""
     same = {k: v for k, v in result["opt"].items()
-            if k not in {*result["free"], "seed", "seeds", "model_path"}}
-    encoder = re.sub(r"_seed_\d+", "", result["opt"]["model_path"])
-    return json.dumps([result["stage"], result["protocol"], result.get("data_digest"), encoder,
+            if k not in {*result["free"], "seed", "seeds", *STARTS}}
+    starts = [re.sub(r"_seed_\d+", "", start) for start in started_from(result)]
+    return json.dumps([result["stage"], result["protocol"], result.get("data_digest"), starts,
                        same], sort_keys=True)
+
+
+def started_from(result: dict) -> tuple:
+    """The checkpoints that a result's network started from; pre-training may have its own seed."""
+    return tuple(str(result["opt"].get(name)) for name in STARTS)
 
 
 def seed_rows(results: list[dict], figures: list[dict]) -> list[list[str]]:
     """A row of mean and deviation for each system that was run with several seeds."""
     groups = {}
     for number, (result, scores) in enumerate(zip(results, figures), 1):
-        seed = result["opt"]["seed"], result["opt"]["model_path"]  # pre-training may have its own
+        seed = result["opt"]["seed"], started_from(result)
         groups.setdefault(system(result), {}).setdefault(seed, (number, result, scores))
     rows = []
     for group in groups.values():
@@ -200,13 +206,14 @@ def result_table(results: list[dict], figures: list[dict], note: str) -> Table:
     for number, (result, scores) in enumerate(zip(results, figures), 1):
         ci = scores["ci95"]
         rows.append(row(f"{number}: {title(result)}", scores, [
-            f"{scores[m]:.3f} [{ci[m][0]:.3f}, {ci[m][1]:.3f}]" for m in MEASURES],
+            f"{scores[m]:.3f} {measures.bracketed(ci[m])}" for m in MEASURES],
             saw_held_out([result])))
         if len(scores["per_database"]) > 1:
             rows += [row(f"{number}: {database} of these", part, plain(part))
                      for database, part in scores["per_database"].items()]
-    units = figures[0]["resampled"]
-    return (f"Held-out {units}, {note}; in brackets 95 % intervals, resampling {units}", HEAD,
+    units, people = figures[0]["resampled"], figures[0]["n_subjects"]
+    few = f" (fewer than {measures.FEW}: too narrow)" if people and people < measures.FEW else ""
+    return (f"Held-out {units}, {note}; in brackets 95 % intervals, resampling {units}{few}", HEAD,
             rows + seed_rows(results, figures))
 
 
@@ -247,7 +254,7 @@ def test_table(results: list[dict], clips: list[tuple]) -> Table:
             f"independent of one another, which those of one subject are not",
             ("pair", "UF1 difference", "p", "p (Holm)", "p (McNemar)"),
             [[f"{i + 1} minus {j + 1}", f"{difference:+.3f}", f"{p:.4f}", f"{holm:.4f}",
-              f"{alone:.4f}"]
+              f"{alone:.4f}" if alone >= 5e-5 else f"{alone:.0e}"]
              for (i, j), (difference, p), holm, alone in zip(pairs, tests, adjusted, mcnemar)])
 
 

@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 DRAWS = 10_000  # of the bootstrap, and of the random baseline
+FEW = 15  # subjects: of fewer, 95 % intervals hold the truth in 70 to 90 of 100 simulated sets
 MEASURES = ("uf1", "uar", "accuracy")
 MISTAKES = 12  # clips on mistakes.png
 
@@ -69,9 +70,12 @@ def intervals(labels: Sequence[int], predictions: Sequence[int], subjects: Seque
               seed: int = 0) -> dict:
     """95 % percentile intervals by resampling subjects, conditional on the trained models.
 
-    subjects: as in `per_subject`. Returns {uf1, uar, accuracy: [low, high]}.
+    subjects: as in `per_subject`. Returns {uf1, uar, accuracy: [low, high]}; None instead of
+    limits where there is but one subject, from which nothing is known of others.
     """
     each = per_subject(labels, predictions, subjects, n_label)
+    if len(each) < 2:
+        return dict.fromkeys(MEASURES)
     rng = np.random.default_rng(seed)
     if len(each) == len(labels):  # images: one falls into a cell as often as the cell is full
         drawn = rng.multinomial(len(each), each.sum(0) / len(each), DRAWS)
@@ -82,6 +86,11 @@ def intervals(labels: Sequence[int], predictions: Sequence[int], subjects: Seque
     return {name: np.percentile(draws, [2.5, 97.5]).tolist()
             for name, draws in (("uf1", f1.mean(-1)), ("uar", recall.mean(-1)),
                                 ("accuracy", accuracy))}
+
+
+def bracketed(interval: Sequence[float] | None) -> str:
+    """An interval of `intervals` as text."""
+    return "[no interval]" if interval is None else "[{:.3f}, {:.3f}]".format(*interval)
 
 
 def baselines(labels: Sequence[int], n_label: int, seed: int = 0) -> dict:

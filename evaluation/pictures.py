@@ -71,12 +71,12 @@ def draw_comparison(path: str | Path, rows: list[tuple], baselines: dict,
                     title: str = "", units: str = "subjects") -> None:
     """UF1 of several results with their 95 % intervals, and of the baselines as lines.
 
-    rows: (name, UF1, (low, high)); baselines: name → UF1; units: what is resampled.
+    rows: (name, UF1, (low, high) or None); baselines: name → UF1; units: what is resampled.
     """
     figure = Figure(figsize=(7.2, 1.5 + 0.5 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
-    for place, (_, uf1, (low, high)) in enumerate(rows):
-        axes.plot([low, high], [place, place], color=BLUE, linewidth=2)
+    for place, (_, uf1, interval) in enumerate(rows):
+        axes.plot(interval or [], [place, place] if interval else [], color=BLUE, linewidth=2)
         axes.plot(uf1, place, "o", color=BLUE)
         axes.annotate(f"{uf1:.3f}", (uf1, place), (0, 6), textcoords="offset points",
                       ha="center", fontsize="small")

@@ -196,8 +196,7 @@ def describe(results: dict) -> str:
     for name, title in zip(MEASURES, ("UF1", "UAR", "accuracy")):
         base = ", ".join(f"{k.replace('_', ' ')} {v[name]:.3f}"
                          for k, v in results["baselines"].items())
-        lines.append(f"{title:8s} {results[name]:.3f}  [{ci[name][0]:.3f}, {ci[name][1]:.3f}]  "
-                     f"({base})")
+        lines.append(f"{title:8s} {results[name]:.3f}  {measures.bracketed(ci[name])}  ({base})")
     if len(results["per_database"]) > 1:
         lines += [f"{name:8s} UF1 {part['uf1']:.3f}, UAR {part['uar']:.3f}  ({part['n']} clips, "
                   f"{part['n_subjects']} subjects)"
@@ -211,6 +210,8 @@ def describe(results: dict) -> str:
     noun = results.get("noun", "clips")
     lines.append(f"{results['n']} {noun} {people}, {results['n_label']} classes; transductive: "
                  f"{answers[results['transductive']]}")
+    if results["n_subjects"] and results["n_subjects"] < measures.FEW:
+        lines.append(f"fewer than {measures.FEW} subjects: intervals over them are too narrow")
     if results.get("part"):
         lines.append(results["part"])
     rest = results["without_blank_clips"]

@@ -157,6 +157,10 @@ def check_box(opt: util.Options, settings: cutting.Settings) -> None:
     if settings.crop == "none":
         raise BadInput(f"--box: {opt.model_path} was trained on the central square of its frames; "
                        f"drop it")
+    if settings.roll and not opt.turned:
+        raise BadInput(f"--box: {opt.model_path} was trained on crops turned until the eyes were "
+                       f"level; add a fifth number, the degrees by which the picture's right eye "
+                       f"lies lower, 0 where it does not")
     if opt.box.roll and not settings.roll:
         raise BadInput(f"--box: {opt.model_path} was trained on crops that were not turned; drop "
                        f"the fifth number")

@@ -29,6 +29,8 @@ def draw_all(settings: cutting.Settings, table: Table, clips: list, folder: Path
     """
     target, images = Path(folder) / "audit", Path(images or folder)
     target.mkdir(parents=True, exist_ok=True)
+    for page in target.glob("*.png"):  # of classes that there were before
+        page.unlink()
     for label, name in (*enumerate(table.classes), (-1, "unlabelled")):
         members = [c for c in clips if c[0].label == label]
         moving = [c for c in members if not c[0].blank]

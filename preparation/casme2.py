@@ -299,8 +299,9 @@ def print_counts(table: Table, rows: list) -> None:
     """Clips per class and subjects, beside the published counts."""
     counts = Counter(row.emotion for row in rows)
     columns = PUBLISHED if table.classes == CLASSES else {}
+    people = {(row.database, row.subject) for row in rows}
     print(f"{table.source['name']}: {table.source['rows']} clips annotated, {len(rows)} prepared, "
-          f"{len(table.dropped)} dropped, {len({row.subject for row in rows})} subjects"
+          f"{len(table.dropped)} dropped, {len(people)} subjects"
           + "; published: 26 subjects" * bool(columns))
     print(f"{'class':12}{'here':>8}" + "".join(f"{name:>8}" for name in columns))
     for i, name in enumerate(table.classes):

@@ -165,8 +165,9 @@ def read_boxes(path: str, roll: bool) -> dict:
     Video and onset may be empty or without column: the box then holds for all of that subject or
     video. The columns subject, x, y, width, height must be there; roll is read where asked for.
     """
-    rows, _ = read_table(path, ("subject", "x", "y", "width", "height"), fix="--crop boxes "
-                         f"FILE.csv names a table with the columns {','.join(BOX_COLUMNS[:9])}")
+    rows, _ = read_table(path, ("subject", "x", "y", "width", "height", *["roll"] * roll),
+                         fix="--crop boxes FILE.csv names a table with the columns "
+                             f"{','.join(BOX_COLUMNS[:9])}{' (roll: for --roll)' * roll}")
     boxes = {}
     for where, row in rows:
         try:

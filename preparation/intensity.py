@@ -32,6 +32,9 @@ def find_pairs(tree: Tree, opt: argparse.Namespace, table: Table) -> tuple:
     files = find_csv(opt.au) if opt.intensity == "au" else {}
     labelled, pairs, stopped = labelled_spans(table), [], []
     videos = tree.videos()
+    if not videos:
+        raise BadInput(f"{opt.unlabelled}: no whole video spNO.<number>/<video> in it; name Part A "
+                       f"or Part B, not the package of annotated clips")
     for subject, video in videos:
         rgb, depth, _ = tree.frames(f"spNO.{subject}", video)
         name = f"spNO.{subject}-{video}"

@@ -40,13 +40,18 @@ def begin(opt: argparse.Namespace, table: Table, folder: Path) -> None:
     if not (folder / RECORDS).is_dir() and (folder / "v_rgb").exists():
         raise BadInput(f"{folder}: holds lists that this script did not write; name another "
                        f"--data_folder")
-    (folder / RECORDS).mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
+    labelled, same = 0, False
     try:
         old = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        labelled = sum(clip["label"] >= 0 for clip in old["clips"])
         same = old["options"] == _options(opt) and old["annotation"] == table.source
-    except (OSError, ValueError, KeyError):
-        same = False
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    if labelled and not table.rows:
+        raise BadInput(f"{folder}: holds {labelled} labelled clips, which a run without "
+                       f"--annotation would remove; give it as well, or another --data_folder")
+    (folder / RECORDS).mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
     if not same:
         # Training refuses a folder without subName.txt, so that a stopped run cannot be mistaken.
         for name in ("v_rgb/subName.txt", "pairs.tsv", "encoding.json", "manifest.json"):
@@ -164,7 +169,9 @@ def counts(table: Table, labelled: list) -> dict:
     """Clips per class, per subject, and blank ones per class."""
     names = [table.classes[row.label] for row, *_ in labelled]
     blank = [name for name, (row, *_) in zip(names, labelled) if row.blank]
-    people = Counter(row.person for row, *_ in labelled)
+    several = len({row.database for row, *_ in labelled}) > 1  # one name may be two people then
+    people = Counter(f"{DATABASES[row.database]}/{row.person}" if several else row.person
+                     for row, *_ in labelled)
     return {"annotated": table.source["rows"], "clips": len(labelled), "dropped":
             len(table.dropped), "classes": {name: names.count(name) for name in table.classes},
             "blank": {name: blank.count(name) for name in table.classes},

@@ -83,8 +83,13 @@ def find_photos(inputs: Iterable[str], out: str | Path) -> tuple[list[Photo], Co
         raise BadInput(f"{inputs[0]}: no photograph in it; they are known by their suffix, such "
                        f"as .jpg")
     stems = {name: PurePosixPath(name).with_suffix("").as_posix() for name in paths}
-    twice = Counter(stem.lower() for stem in stems.values())
-    return [Photo(str(paths[name]), name, name if twice[stems[name].lower()] > 1 else stems[name])
+    while True:  # the whole name of one may be the stem of another
+        count = Counter(stem.lower() for stem in stems.values())
+        twice = [name for name, stem in stems.items() if count[stem.lower()] > 1 and stem != name]
+        if not twice:
+            break
+        stems |= {name: name for name in twice}
+    return [Photo(str(paths[name]), name, stems[name])
             for name in sorted(paths, key=lambda n: [natural(p) for p in n.split("/")])], others
 
 

@@ -72,6 +72,9 @@ def check_options(_: argparse.ArgumentParser, opt: argparse.Namespace) -> None:
     if opt.raw and opt.lists:
         raise BadInput("--raw with --lists: lists name difference images, not frames; drop one of "
                        "the two")
+    if opt.raw == "ME_clip" and opt.unlabelled:
+        raise BadInput("--raw ME_clip with --unlabelled: the package holds annotated clips alone; "
+                       "give --raw part_A")
     if opt.unlabelled_subjects and (opt.raw or not opt.unlabelled):
         raise BadInput("--unlabelled_subjects goes with --unlabelled N, and not with --raw")
 

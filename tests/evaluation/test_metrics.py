@@ -193,7 +193,19 @@ def test_rows_without_subjects_resample_images():
         (r["database"], "") for r in rows[1:]]], 3)
     assert named["ci95"] == by_name
     assert "intervals resample images" in result_files.describe({**actual, "transductive": None})
-    assert "of 3 held-out subjects" in result_files.describe({**named, "transductive": None})
+    printed = result_files.describe({**named, "transductive": None})
+    assert "of 3 held-out subjects" in printed
+    assert "fewer than 15 subjects: intervals over them are too narrow" in printed
+
+
+def test_one_subject_has_no_interval():
+    rows = [{"database": "samm", "subject": "s1", "key": str(i), "label": i % 3,
+             "prediction": i % 2} for i in range(12)]
+    actual = measures.summarise(rows, 3)
+    assert actual["ci95"] == {"uf1": None, "uar": None, "accuracy": None}
+    assert "[no interval]" in result_files.describe({**actual, "transductive": False})
+    two = measures.summarise([{**row, "subject": f"s{i > 3}"} for i, row in enumerate(rows)], 3)
+    assert two["ci95"]["uf1"][0] < two["ci95"]["uf1"][1]
 
 
 # ---------------------------------------------------------------- result files

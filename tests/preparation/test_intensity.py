@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import raw_tree
+import runs
 import torch
 from conftest import draw_pairs, draw_set, pretrain, script
 
@@ -237,6 +238,13 @@ def test_windows_over_labelled_clips_are_left_out(videos, tmp_path):
     spans = [(int(r["onset"]), int(r["apex"])) for r in rows if r["subject"] == "spNO1"]
     assert len(spans) >= 2 and all(apex < 55 or onset > 64 for onset, apex in spans)
     assert len(dataset.read_clips(tmp_path / "set", tmp_path / "set").clips) == 2
+
+
+def test_a_package_of_clips_has_no_whole_videos(tmp_path, capsys):
+    (tmp_path / "package" / "frame" / "spNO.1_a_3" / "color").mkdir(parents=True)
+    assert "no whole video" in runs.refused(
+        capsys, prepare, "--unlabelled", tmp_path / "package", "--intensity", "difference",
+        "--data_folder", tmp_path / "set", "--crop", "none")
 
 
 def test_pairs_without_action_units(videos, tmp_path):

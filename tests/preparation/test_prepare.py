@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -274,13 +275,25 @@ def test_blank_clips_may_be_dropped(raw, tmp_path):
         set(KEPT) - {KEPT[2], KEPT[3], KEPT[5]}
 
 
-def test_classes_of_megc(raw, tmp_path):
+def test_pairs_alone_do_not_take_the_place_of_labelled_clips(raw, cut, tmp_path, capsys):
+    shutil.copytree(cut, tmp_path / "set")
+    before = digests(tmp_path / "set")
+    line = refusal(capsys, "--unlabelled", raw, "--intensity", "difference", "--window", 2,
+                   "--data_folder", tmp_path / "set", *PLAIN)
+    assert "holds 12 labelled clips, which a run without --annotation would remove" in line
+    assert digests(tmp_path / "set") == before
+
+
+def test_classes_of_megc_and_no_other_pictures(raw, tmp_path):
+    page = tmp_path / "set" / "audit" / "others.png"  # of a run with four classes
+    page.parent.mkdir(parents=True)
+    page.touch()
     prepare("--raw", raw, "--annotation", raw / "labels.csv", "--data_folder", tmp_path / "set",
             "--classes", 3, *PLAIN)
     clips = dataset.read_clips(tmp_path / "set")
     assert clips.classes == ["negative", "positive", "surprise"]
     labels = {c.key: c.label for c in clips.clips}
-    assert KEPT[4] not in labels  # others
+    assert KEPT[4] not in labels and not page.exists()  # others
     assert [labels[KEPT[i]] for i in (0, 2, 6)] == [0, 1, 2]
 
 
@@ -666,7 +679,7 @@ def test_bad_rows_of_clips_are_named(tmp_path, capsys, header, row, words):
 
 # ---------------------------------------------------------------- crop
 
-def test_boxes_are_written_and_can_be_given_back(raw, tmp_path):
+def test_boxes_are_written_and_can_be_given_back(raw, tmp_path, capsys):
     argv = ["--raw", raw, "--annotation", raw / "labels.csv", "--depth_scale", 0.1, "--size", 64,
             "--num_workers", 0]
     prepare(*argv, "--data_folder", tmp_path / "a", "--crop", "box", 50, 20, 60, 80)
@@ -682,6 +695,9 @@ def test_boxes_are_written_and_can_be_given_back(raw, tmp_path):
     actual = manifest(tmp_path / "c")
     assert actual["counts"]["subjects"] == {"spNO1": 4, "spNO2": 1}  # the frameless blank one stays
     assert sum("no box in" in d["reason"] for d in actual["dropped"]) == 8
+    line = refusal(capsys, *argv, "--data_folder", tmp_path / "d", "--crop", "boxes",
+                   tmp_path / "few.csv", "--roll")
+    assert "few.csv" in line and "roll" in line
 
 
 def test_a_box_outside_the_frame_is_named(raw, tmp_path, capsys):

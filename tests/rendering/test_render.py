@@ -60,6 +60,8 @@ def test_unlabelled_pairs_show_as_many_other_people_as_asked_for(tmp_path, capsy
     assert labelled == {f"spNO{i}" for i in range(1, 5)}
     assert all((folder / row["rgb"]).exists() for row in pairs)
     assert "rendered with other options" in refused(capsys, "--data_folder", folder, *SMALL)
+    assert "holds annotated clips alone" in refused(
+        capsys, "--data_folder", tmp_path / "x", "--raw", "ME_clip", "--unlabelled", 3)
     assert "goes with --unlabelled" in refused(
         capsys, "--data_folder", tmp_path / "x", "--unlabelled_subjects", 3)
 

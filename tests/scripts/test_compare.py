@@ -149,12 +149,12 @@ def make(tmp_path):
     labels = np.random.default_rng(0).choice(3, 40, p=[0.5, 0.3, 0.2])
 
     def write(name, skill, keep=40, labels=labels, databases=("casme3",), details=None,
-              transductive=False, **options):
+              transductive=False, each=5, **options):
         rng = np.random.default_rng(int(skill * 1000) + options.get("seed", 0))
         rows = []
         for i, label in enumerate(labels[:keep]):
             guess = int(label if rng.random() < skill else rng.choice(3))
-            rows.append({"database": databases[i % len(databases)], "subject": f"s{i // 5}",
+            rows.append({"database": databases[i % len(databases)], "subject": f"s{i // each}",
                          "key": f"k{i}", "label": int(label), "prediction": guess,
                          "probabilities": np.eye(3)[guess].tolist()})
         result_files.write_subjects(tmp_path / name, {"_".join(person): {
@@ -383,8 +383,9 @@ def test_results_that_differ_in_the_seed_are_also_one_row(make, capsys):
         assert line[:2] == ["40 / 8", f"{mean:.3f} ± {deviation:.3f}"]
 
 
-def test_seeds_of_a_start_count_where_the_start_is_an_option_of_its_own(make, capsys):
-    paths = [make(f"probe_{s}", 0.7, seed=s, model_path=f"r/x_seed_{s}/last.pth",
+@pytest.mark.parametrize("name", ["model_path", "pretrained", "finetune"])
+def test_seeds_of_a_start_count_where_the_start_is_an_option_of_its_own(make, capsys, name):
+    paths = [make(f"probe_{s}", 0.7, seed=s, **{name: f"r/x_seed_{s}/last.pth"},
                   details={"free": ["save_path", "num_workers"]}) for s in range(2)]
     rows = tables(compare(capsys, *paths))["Held-out subjects,"]
     assert [r[0].split(":")[0] for r in rows if "over 2 seeds" in r[0]] == ["1, 2"]
@@ -406,6 +407,15 @@ def test_other_data_or_options_are_not_another_seed(make, capsys):
     assert "deviation" not in printed
     assert ["data", "dddddddd", "dddddddd", "eeeeeeee", "dddddddd"] \
         in tables(printed)["What changed"]
+
+
+def test_one_subject_has_no_interval_and_no_p_is_nought(make, capsys, tmp_path):
+    paths = [make(name, skill, labels=np.tile([0, 1, 2], 20), keep=60, each=60)
+             for name, skill in (("a", 1), ("b", 0))]
+    printed = compare(capsys, *paths, "--picture", tmp_path / "p.png")
+    assert "1.000 [no interval]" in printed and "(fewer than 15: too narrow)" in printed
+    assert re.fullmatch(r"\de-1\d", tables(printed)["Paired permutation"][1][-1])
+    assert (tmp_path / "p.png").exists()
 
 
 def test_several_databases_have_rows_of_their_own(make, capsys):

@@ -256,3 +256,8 @@ def test_files_are_found_in_natural_order_through_links(tmp_path):
     assert [p.name for p in photos if "y" in p.name] == ["a/y.png", "p/a/y.png", "p/c/y.png"]
     with pytest.raises(BadInput, match="where the results go"):
         photographs.find_photos([folder / "a"], folder)
+    for name in ("x.jpg", "x.png", "x.jpg.png", "X.PNG.jpg", "w.jpg"):
+        (tmp_path / "q" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "q" / name).touch()
+    photos, _ = photographs.find_photos([tmp_path / "q"], tmp_path / "out")
+    assert {p.stem for p in photos} == {"x.jpg", "x.png", "x.jpg.png", "X.PNG.jpg", "w"}

@@ -117,6 +117,9 @@ def test_raw_frames_give_the_numbers_of_the_prepared_list(raw, made, capsys, cro
         assert actual["classes"] == ["negative", "positive", "surprise"]
         listed |= {clip["key"]: clip for clip in actual["clips"]}
     assert listed.keys() == expected.keys() and len(listed) == 6
+    if len(box) == 6:
+        assert "add a fifth number" in refused(capsys, "--model_path", path,
+                                               *frames(raw, ROWS[0]), *box[:5])
     for row in ROWS:
         actual = predicted(capsys, "--model_path", path, *frames(raw, row), *box)
         (clip,) = actual["clips"]
