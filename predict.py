@@ -48,8 +48,9 @@ def parse_option(argv: list[str] | None) -> util.Options:
     data.add_argument("--depth_apex", metavar="FILE", help="depth frame at the apex")
     data.add_argument("--box", nargs="+", type=number(float), action=FaceBox,
                       metavar=("X", "Y W H"),
-                      help="the face on the onset frame, pixels; needed where training took boxes "
-                           "that were given [as in training: detected, or the central square]")
+                      help="the face on the onset frame, pixels, and ROLL in degrees where "
+                           "training turned its crops; needed where training took boxes that were "
+                           "given [as in training: detected, or the central square]")
     data.add_argument("--data_folder", metavar="DIR",
                       help="folder the paths in the list are relative to")
     data.add_argument("--list", metavar="FILE",

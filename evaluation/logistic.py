@@ -33,8 +33,8 @@ MOST_STEPS, MOST_PASSES, ROUGH_STEPS = 500, 50, 100
 # deviation of a feature over all clips, in the fold's own, that passes can still mend in any number
 # of features; in no more than this share of those that vary
 APART, FAR_APART, FEW_APART = 30, 300, 1e-3
-COLUMNS = 192  # classes of all folds solved at a time: what a step touches stays near the processor
-BLOCK = 24  # columns: other numbers of them take MKL up to twice the time without AVX-512
+COLUMNS = 192  # classes of all folds a thread solves at a time: what it touches stays near it
+BLOCK = 24  # columns: numbers it does not divide take MKL up to twice the time without AVX-512
 TOLERANCE = 1e-5  # of the logit of a row of usual length
 ROUGH = 1e-3  # error of a logit that single precision is good for with any penalty
 LEAST = 0.01  # curvature: where all rows are fitted, that of the loss is no guide any more

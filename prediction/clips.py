@@ -150,7 +150,7 @@ def check_box(opt: util.Options, settings: cutting.Settings) -> None:
     """Raises BadInput for a box that is missing, outside the frame, or not what was recorded."""
     if settings.crop in ("box", "boxes") and opt.box is None:
         raise BadInput(f"{opt.model_path}: was trained on crops around boxes that were given; give "
-                       f"--box X Y W H, the face on the onset frame")
+                       f"--box X Y W H{' ROLL' * settings.roll}, the face on the onset frame")
     if opt.box is None:
         return
     width, height = decoding.open_image(opt.onset).size

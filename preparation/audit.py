@@ -27,10 +27,12 @@ def draw_all(settings: cutting.Settings, table: Table, clips: list, folder: Path
 
     clips: (row, task, record) each; images: the folder with the difference images [folder].
     """
-    target, images = Path(folder) / "audit", Path(images or folder)
+    target = Path(folder) / "audit"
     target.mkdir(parents=True, exist_ok=True)
-    for page in target.glob("*.png"):  # of classes that there were before
-        page.unlink()
+    if images is None:  # of the whole set
+        for page in target.glob("*.png"):  # of classes that there were before
+            page.unlink()
+    images = Path(images or folder)
     for label, name in (*enumerate(table.classes), (-1, "unlabelled")):
         members = [c for c in clips if c[0].label == label]
         moving = [c for c in members if not c[0].blank]

@@ -242,6 +242,8 @@ def run(opt: argparse.Namespace) -> None:
     pairs, pair_tasks, search = plan_pairs(opt, table)
     if not tasks and not pair_tasks:
         raise outputs.none_left(opt.raw or opt.unlabelled, table)
+    if not table.rows:
+        outputs.check_folder(folder)
     if opt.dry_run:
         audit.dry_run(settings, table, table.rows or pairs, tasks or pair_tasks, folder,
                       lambda some, aside: cutting.run_all(cutting.process, some, settings,

@@ -163,7 +163,8 @@ def read_boxes(path: str, roll: bool) -> dict:
     """boxes.csv as dict (database, subject, video, onset) → Box; raises BadInput.
 
     Video and onset may be empty or without column: the box then holds for all of that subject or
-    video. The columns subject, x, y, width, height must be there; roll is read where asked for.
+    video. The columns subject, x, y, width, height must be there, and roll where it is asked for
+    (empty: 0).
     """
     rows, _ = read_table(path, ("subject", "x", "y", "width", "height", *["roll"] * roll),
                          fix="--crop boxes FILE.csv names a table with the columns "

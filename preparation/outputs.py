@@ -31,6 +31,19 @@ def identity(row: Row) -> tuple:
 
 # ---------------------------------------------------------------- before the run
 
+def check_folder(folder: Path) -> None:
+    """Raises BadInput for a folder with labelled clips, which pairs alone would take the place
+    of."""
+    try:
+        old = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        labelled = sum(clip["label"] >= 0 for clip in old["clips"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if labelled:
+        raise BadInput(f"{folder}: holds {labelled} labelled clips, which a run without any would "
+                       f"remove; give --annotation or --clips as well, or another --data_folder")
+
+
 def begin(opt: argparse.Namespace, table: Table, folder: Path) -> None:
     """Prepares the folder: nothing half-done of a stopped run stays, and no list that says
     something of images which this run will replace. Raises BadInput for a folder of others."""
@@ -40,18 +53,13 @@ def begin(opt: argparse.Namespace, table: Table, folder: Path) -> None:
     if not (folder / RECORDS).is_dir() and (folder / "v_rgb").exists():
         raise BadInput(f"{folder}: holds lists that this script did not write; name another "
                        f"--data_folder")
-    labelled, same = 0, False
-    try:
-        old = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        labelled = sum(clip["label"] >= 0 for clip in old["clips"])
-        same = old["options"] == _options(opt) and old["annotation"] == table.source
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    if labelled and not table.rows:
-        raise BadInput(f"{folder}: holds {labelled} labelled clips, which a run without "
-                       f"--annotation would remove; give it as well, or another --data_folder")
     (folder / RECORDS).mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
+    try:
+        old = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        same = old["options"] == _options(opt) and old["annotation"] == table.source
+    except (OSError, ValueError, KeyError):
+        same = False
     if not same:
         # Training refuses a folder without subName.txt, so that a stopped run cannot be mistaken.
         for name in ("v_rgb/subName.txt", "pairs.tsv", "encoding.json", "manifest.json"):

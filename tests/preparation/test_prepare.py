@@ -278,9 +278,11 @@ def test_blank_clips_may_be_dropped(raw, tmp_path):
 def test_pairs_alone_do_not_take_the_place_of_labelled_clips(raw, cut, tmp_path, capsys):
     shutil.copytree(cut, tmp_path / "set")
     before = digests(tmp_path / "set")
-    line = refusal(capsys, "--unlabelled", raw, "--intensity", "difference", "--window", 2,
-                   "--data_folder", tmp_path / "set", *PLAIN)
-    assert "holds 12 labelled clips, which a run without --annotation would remove" in line
+    argv = ["--unlabelled", raw, "--intensity", "difference", "--window", 2,
+            "--data_folder", tmp_path / "set", *PLAIN]
+    line = refusal(capsys, *argv)
+    assert refusal(capsys, *argv, "--dry_run") == line
+    assert "holds 12 labelled clips, which a run without any would remove" in line
     assert digests(tmp_path / "set") == before
 
 

@@ -413,7 +413,9 @@ def test_one_subject_has_no_interval_and_no_p_is_nought(make, capsys, tmp_path):
     paths = [make(name, skill, labels=np.tile([0, 1, 2], 20), keep=60, each=60)
              for name, skill in (("a", 1), ("b", 0))]
     printed = compare(capsys, *paths, "--picture", tmp_path / "p.png")
-    assert "1.000 [no interval]" in printed and "(fewer than 15: too narrow)" in printed
+    assert "1.000 [no interval]" in printed and "too narrow" not in printed
+    several = compare(capsys, make("c", 1), make("d", 0))
+    assert "resampling subjects (fewer than 15: too narrow)" in several
     assert re.fullmatch(r"\de-1\d", tables(printed)["Paired permutation"][1][-1])
     assert (tmp_path / "p.png").exists()
 
