@@ -212,7 +212,7 @@ def result_table(results: list[dict], figures: list[dict], note: str) -> Table:
             rows += [row(f"{number}: {database} of these", part, plain(part))
                      for database, part in scores["per_database"].items()]
     units, people = figures[0]["resampled"], figures[0]["n_subjects"]
-    few = f" (fewer than {measures.FEW}: too narrow)" * (1 < (people or 0) < measures.FEW)
+    few = f" (fewer than {measures.FEW}: too narrow)" * measures.too_few(people)
     return (f"Held-out {units}, {note}; in brackets 95 % intervals, resampling {units}{few}", HEAD,
             rows + seed_rows(results, figures))
 

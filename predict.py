@@ -31,7 +31,7 @@ class FaceBox(argparse.Action):
             parser.error("argument --box: X Y W H in pixels of the onset frame, W and H above 0, "
                          "and for a crop that was turned ROLL in degrees")
         setattr(namespace, self.dest, registration.Box(*values))
-        namespace.turned = len(values) == 5
+        namespace.box_has_roll = len(values) == 5
 
 
 def parse_option(argv: list[str] | None) -> util.Options:

@@ -19,7 +19,6 @@ clips that it holds out, is solved in a kernel of its own, unless those features
 they hardly count in the kernel: passes mend these as well, in far less time.
 """
 import copy
-from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -39,25 +38,6 @@ TOLERANCE = 1e-5  # of the logit of a row of usual length
 ROUGH = 1e-3  # error of a logit that single precision is good for with any penalty
 LEAST = 0.01  # curvature: where all rows are fitted, that of the loss is no guide any more
 CONSTANT = 1e-10  # a feature of a smaller share of variance in its mean square does not vary
-
-
-def side_by_side(function: Callable, items: Sequence, device: torch.device) -> Iterator:
-    """The values of a function of each item, in order. On the CPU items go side by side, and each
-    takes its share of the threads: those of one small step after the other wait for each other."""
-    threads = torch.get_num_threads()
-    while len(items):
-        workers = min(threads, len(items)) if device.type == "cpu" else 1
-        even = len(items) // workers * workers  # those left over share the threads anew
-        some, items = items[:even], items[even:]
-        if workers == 1:
-            yield from map(function, some)
-            continue
-        try:
-            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads,
-                                    initargs=(threads // workers,)) as pool:
-                yield from pool.map(function, some)
-        finally:
-            torch.set_num_threads(threads)  # new threads take what was set last, wherever that was
 
 
 class Statistics(NamedTuple):
@@ -153,7 +133,7 @@ class Regression:
             return self._together(problem, old, tolerance, most)
         most_folds = max(COLUMNS // self.n_label, 1)
         parts = near.tensor_split(-(-len(near) // most_folds)) if len(near) else ()
-        for chosen, (part, done) in zip(parts, side_by_side(together, parts, self.device)):
+        for chosen, (part, done) in zip(parts, _side_by_side(together, parts, self.device)):
             heads |= {int(fold): Solution(*(value[..., i:i + 1] for value in part))
                       for i, fold in enumerate(chosen)}
             # passes may have run out; of few steps, those of a fold with no scales apart may have
@@ -212,6 +192,25 @@ class Regression:
         weight = weight.permute(2, 1, 0) * ratio[:, None] / length  # [P, C, D]
         shift = (stats.mean - self.mean) / stats.std  # [P, D]
         return weight.float(), (solution.bias.t() + (weight * shift[:, None]).sum(2)).float()
+
+
+def _side_by_side(function, items, device):
+    """The values of a function of each item, in order. On the CPU items go side by side, and each
+    takes its share of the threads: those of one small step after the other wait for each other."""
+    threads = torch.get_num_threads()
+    while len(items):
+        workers = min(threads, len(items)) if device.type == "cpu" else 1
+        even = len(items) // workers * workers  # those left over share the threads anew
+        some, items = items[:even], items[even:]
+        if workers == 1:
+            yield from map(function, some)
+            continue
+        try:
+            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads,
+                                    initargs=(threads // workers,)) as pool:
+                yield from pool.map(function, some)
+        finally:
+            torch.set_num_threads(threads)  # new threads take what was set last, wherever that was
 
 
 def _times(matrix, values):

@@ -88,6 +88,11 @@ def intervals(labels: Sequence[int], predictions: Sequence[int], subjects: Seque
                                 ("accuracy", accuracy))}
 
 
+def too_few(subjects: int | None) -> bool:
+    """Whether an interval over so many subjects is known to be too narrow; None: of images."""
+    return subjects is not None and 1 < subjects < FEW
+
+
 def bracketed(interval: Sequence[float] | None) -> str:
     """An interval of `intervals` as text."""
     return "[no interval]" if interval is None else "[{:.3f}, {:.3f}]".format(*interval)

@@ -76,7 +76,8 @@ def draw_comparison(path: str | Path, rows: list[tuple], baselines: dict,
     figure = Figure(figsize=(7.2, 1.5 + 0.5 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     for place, (_, uf1, interval) in enumerate(rows):
-        axes.plot(interval or [], [place, place] if interval else [], color=BLUE, linewidth=2)
+        if interval:
+            axes.plot(interval, [place, place], color=BLUE, linewidth=2)
         axes.plot(uf1, place, "o", color=BLUE)
         axes.annotate(f"{uf1:.3f}", (uf1, place), (0, 6), textcoords="offset points",
                       ha="center", fontsize="small")

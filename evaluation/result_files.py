@@ -210,7 +210,7 @@ def describe(results: dict) -> str:
     noun = results.get("noun", "clips")
     lines.append(f"{results['n']} {noun} {people}, {results['n_label']} classes; transductive: "
                  f"{answers[results['transductive']]}")
-    if 1 < (results["n_subjects"] or 0) < measures.FEW:
+    if measures.too_few(results["n_subjects"]):
         lines.append(f"fewer than {measures.FEW} subjects: intervals over them are too narrow")
     if results.get("part"):
         lines.append(results["part"])

@@ -157,7 +157,7 @@ def check_box(opt: util.Options, settings: cutting.Settings) -> None:
     if settings.crop == "none":
         raise BadInput(f"--box: {opt.model_path} was trained on the central square of its frames; "
                        f"drop it")
-    if settings.roll and not opt.turned:
+    if settings.roll and not opt.box_has_roll:
         raise BadInput(f"--box: {opt.model_path} was trained on crops turned until the eyes were "
                        f"level; add a fifth number, the degrees by which the picture's right eye "
                        f"lies lower, 0 where it does not")

@@ -31,14 +31,19 @@ def identity(row: Row) -> tuple:
 
 # ---------------------------------------------------------------- before the run
 
+def read_manifest(folder: Path) -> dict:
+    """manifest.json of the set there; where none is to be read, one of no clips."""
+    try:
+        written = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return {name: written[name] for name in ("annotation", "options", "clips")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"annotation": None, "options": None, "clips": []}
+
+
 def check_folder(folder: Path) -> None:
     """Raises BadInput for a folder with labelled clips, which pairs alone would take the place
     of."""
-    try:
-        old = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        labelled = sum(clip["label"] >= 0 for clip in old["clips"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return
+    labelled = sum(clip["label"] >= 0 for clip in read_manifest(folder)["clips"])
     if labelled:
         raise BadInput(f"{folder}: holds {labelled} labelled clips, which a run without any would "
                        f"remove; give --annotation or --clips as well, or another --data_folder")
@@ -55,12 +60,8 @@ def begin(opt: argparse.Namespace, table: Table, folder: Path) -> None:
                        f"--data_folder")
     (folder / RECORDS).mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
-    try:
-        old = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        same = old["options"] == _options(opt) and old["annotation"] == table.source
-    except (OSError, ValueError, KeyError):
-        same = False
-    if not same:
+    old = read_manifest(folder)
+    if (old["options"], old["annotation"]) != (_options(opt), table.source):
         # Training refuses a folder without subName.txt, so that a stopped run cannot be mistaken.
         for name in ("v_rgb/subName.txt", "pairs.tsv", "encoding.json", "manifest.json"):
             (folder / name).unlink(missing_ok=True)
