@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as vision
 
 from images import rand_augment
 from images.photos import MEAN, STD
+from images.transforms import per_channel
 
 TRIES = 10  # to place a crop or an erased box
 RATIO = 4 / 3  # of a crop's sides, at most, and its inverse
@@ -163,5 +164,5 @@ def _jittered(images, drawn):
 def _normalised(images):
     """uint8 `[B, 3, S, S]` → float32, channels-last."""
     x = images.to(torch.float, memory_format=torch.channels_last)
-    mean, std = (x.new_tensor(value).view(3, 1, 1) * 255 for value in (MEAN, STD))
+    mean, std = (per_channel(x.new_tensor(value) * 255, x) for value in (MEAN, STD))
     return x.sub_(mean).div_(std)

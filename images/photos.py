@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from images.encoding import GREY
+from images.transforms import per_channel
 
 # of ImageNet's images, which pre-trained networks expect
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -98,10 +99,12 @@ def _with_marks(images, marks):
 def _coloured(images, colour, noise):
     """Colours jittered and normalised: uint8 → float32 `[B, 3, S, S]`, channels-last."""
     x = images.to(memory_format=torch.channels_last).float()
-    mean, std = (x.new_tensor(value).view(3, 1, 1) * 255 for value in (MEAN, STD))
-    if colour is None and noise is None:
-        return x.sub_(mean).div_(std)
-    if colour is not None:
+    mean, std = (x.new_tensor(value) * 255 for value in (MEAN, STD))
+    if colour is None:
+        x = x.sub_(per_channel(mean, x)).div_(per_channel(std, x))
+        if noise is None:
+            return x
+    else:
         grey = x.new_tensor(GREY)
         brightness, contrast, saturation = colour.unbind(1)
         # saturation: towards the pixel's grey; contrast: towards the image's
@@ -109,19 +112,17 @@ def _coloured(images, colour, noise):
             + (1 - saturation).view(-1, 1, 1) * grey.expand(3, 3)  # [B, 3, 3]
         level = (x.mean((2, 3)) * grey).sum(1)  # [B]
         mix = mix * (brightness * contrast).view(-1, 1, 1) / std.view(1, 3, 1)
-        offset = ((1 - contrast) * brightness * level)[:, None] - mean.view(1, 3)
+        offset = ((1 - contrast) * brightness * level)[:, None] - mean
         pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # [B, S S, 3], no copy
-        x = torch.baddbmm((offset / std.view(1, 3))[:, None], pixels, mix.transpose(1, 2)) \
+        x = torch.baddbmm((offset / std)[:, None], pixels, mix.transpose(1, 2)) \
             .unflatten(1, images.shape[-2:]).permute(0, 3, 1, 2)
-    else:
-        x = x.sub_(mean).div_(std)
     if noise is not None:
         for i in noise.nonzero().flatten().tolist():
             rng = torch.Generator().manual_seed(int(noise[i]))
             grain = torch.randn(x.shape[1:], generator=rng).to(x.device)
-            x[i] += grain * (255 * NOISE) / std
-    low, high = -mean / std, (255 - mean) / std  # black and white
-    return torch.maximum(torch.minimum(x, high), low)
+            x[i] += grain * (255 * NOISE) / std.view(3, 1, 1)
+    black, white = (per_channel(value / std, x) for value in (-mean, 255 - mean))
+    return x.clamp_(black, white)
 
 
 def resample(images: Tensor, geometry: Tensor | None, boxes: Tensor | None = None,

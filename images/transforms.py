@@ -52,12 +52,14 @@ def train_transform(images: Tensor, drawn: dict[str, Tensor], normalization: dic
     mean, std = _constants(normalization, images)
     if "box" in drawn:
         # resampled about "no change": bilinear weights add up to 1 only to rounding
-        images, mean = _resized_crop(images.float() - mean, drawn["box"]), 0
+        images = _resized_crop(images.float() - mean.view(-1, 1, 1), drawn["box"])
     else:
         images = centre_crop(images)
     images = torch.where(drawn["flip"].view(-1, 1, 1, 1), images.flip(-1), images)
     # bytes are turned into the layout before they are widened: half the time
-    change = images.contiguous(memory_format=torch.channels_last).float() - mean
+    change = images.contiguous(memory_format=torch.channels_last).float()
+    if "box" not in drawn:
+        change.sub_(per_channel(mean, change))
     if "grey" in drawn and drawn["grey"].any():
         weights = torch.tensor(GREY, device=images.device).view(3, 1, 1)
         chosen = change[drawn["grey"]]
@@ -66,13 +68,13 @@ def train_transform(images: Tensor, drawn: dict[str, Tensor], normalization: dic
     repeat = torch.tensor(channels, device=images.device)
     scale = (drawn["gain"] if "gain" in drawn
              else torch.ones(len(images), len(channels), device=images.device))
-    scale = scale.repeat_interleave(repeat, 1)[..., None, None] / std  # [B, C, 1, 1]
+    scale = per_channel(scale.repeat_interleave(repeat, 1) / std, change)
     if "offset" not in drawn:
         return change.mul_(scale)
-    rms = torch.cat([view.square().mean((1, 2, 3), keepdim=True)  # [B, V, 1, 1]
-                     for view in change.split(channels, 1)], 1).sqrt()
-    shift = (drawn["offset"][..., None, None] * rms).repeat_interleave(repeat, 1)
-    return change.add_(shift).mul_(scale)
+    rms = torch.stack([view.square().mean((1, 2, 3))  # [B, V]
+                       for view in change.split(channels, 1)], 1).sqrt()
+    shift = (drawn["offset"] * rms).repeat_interleave(repeat, 1)
+    return change.add_(per_channel(shift, change)).mul_(scale)
 
 
 def eval_transform(images: Tensor, normalization: dict, mirror: bool = False,
@@ -83,7 +85,7 @@ def eval_transform(images: Tensor, normalization: dict, mirror: bool = False,
     """
     images = centre_crop(images, shift)
     images = images.flip(-1) if mirror else images
-    mean, std = _constants(normalization, images)
+    mean, std = (per_channel(value, images) for value in _constants(normalization, images))
     return images.contiguous(memory_format=torch.channels_last).float().sub_(mean).div_(std)
 
 
@@ -112,7 +114,15 @@ def _resized_crop(images, box):
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
+def per_channel(values: Tensor, images: Tensor) -> Tensor:
+    """Values `[C]` of each channel, or `[B, C]`, for arithmetic with images `[B, C, H, W]`:
+    `[1 or B, C, 1, W]`, channels-last. In that layout the channels are innermost, and a broadcast
+    over so few numbers takes four times as long as one over whole rows."""
+    values = values.view(-1, images.shape[1], 1, 1)
+    return values.expand(-1, -1, 1, images.shape[-1]).contiguous(memory_format=torch.channels_last)
+
+
 def _constants(normalization, images):
-    """Mean and deviation in grey levels, float32 `[C, 1, 1]`; 128/255 comes back as exactly 128."""
+    """Mean and deviation in grey levels, float32 `[C]`; 128/255 comes back as exactly 128."""
     return (torch.tensor([255 * v for v in normalization[name]], dtype=torch.float64)
-            .to(images.device, torch.float32).view(-1, 1, 1) for name in ("mean", "std"))
+            .to(images.device, torch.float32) for name in ("mean", "std"))
