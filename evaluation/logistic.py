@@ -10,15 +10,16 @@ any number of clips; scikit-learn calls C what is 1 / (l2 D' rows) here.
 
 The minimum lies in the span of the training features (Kimeldorf and Wahba 1971). Folds differ in
 which rows count, and in the scale of each feature. With one scale for all of them, heads are
-vectors in the eigenbasis of one kernel, no more dimensions than rows, and all are minimised
-together by L-BFGS (Nocedal and Wright, "Numerical Optimization", alg. 7.4), preconditioned with the
-curvature of the logistic loss on its eigenvalues. What a fold's own scale changes in its logits is
+combinations of the rows, their logits follow from one kernel, and all are minimised together by
+L-BFGS (Nocedal and Wright, "Numerical Optimization", alg. 7.4), preconditioned with the Hessian
+that a mean curvature of the logistic loss gives. What a fold's own scale changes in its logits is
 then added as an offset and the minimum found again, until neither moves: a matter of a few passes,
 as scales differ by some per cent. A fold in which they differ by more, because features live in the
 clips that it holds out, is solved in a kernel of its own, unless those features are so few that
 they hardly count in the kernel: passes mend these as well, in far less time.
 """
 import copy
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -32,11 +33,11 @@ MOST_STEPS, MOST_PASSES, ROUGH_STEPS = 500, 50, 100
 # deviation of a feature over all clips, in the fold's own, that passes can still mend in any number
 # of features; in no more than this share of those that vary
 APART, FAR_APART, FEW_APART = 30, 300, 1e-3
+LEAST = 0.01  # curvature: where all rows are fitted, that of the loss is no guide any more
 COLUMNS = 192  # classes of all folds a thread solves at a time: what it touches stays near it
 BLOCK = 24  # columns: numbers it does not divide take MKL up to twice the time without AVX-512
 TOLERANCE = 1e-5  # of the logit of a row of usual length
 ROUGH = 1e-3  # error of a logit that single precision is good for with any penalty
-LEAST = 0.01  # curvature: where all rows are fitted, that of the loss is no guide any more
 CONSTANT = 1e-10  # a feature of a smaller share of variance in its mean square does not vary
 
 
@@ -76,7 +77,6 @@ class Solution(NamedTuple):
     """Heads of P folds, as coefficients of the rows and as logits. Folds lie innermost: what goes
     over the few classes then goes over all folds at once."""
     alpha: Tensor  # [V N, C, P], near 0 in rows outside the fold
-    inside: Tensor  # [r, C, P], the same in the eigenbasis
     offset: Tensor  # [V N, C, P], what the fold's own scale adds to the logits
     logits: Tensor  # [V N, C, P], of every row, without the bias
     bias: Tensor  # [C, P]
@@ -96,7 +96,7 @@ class Regression:
         self.mean, self.std = everything.mean[0].double(), everything.std[0].double()
         self.length = max(int(everything.varies.sum()), 1)
         rows = ((features - self.mean) / self.std).view(views * count, dim)
-        basis, self.values = _eigen(rows, self.length)
+        basis, self.values, self.null = _eigen(rows, self.length)
         self.rows, self.basis = ({kind: value.to(kind) for kind in (torch.float64, torch.float32)}
                                  for value in (rows, basis))
 
@@ -125,14 +125,16 @@ class Regression:
         number = (ratio > APART).sum(1).cpu()
         far = (number > FEW_APART * stats.varies.sum(1).cpu()) | (ratio > FAR_APART).any(1).cpu()
         near, heads = (~far).nonzero()[:, 0], {}
+        stages = self._stages(l2[near], tolerance, most)
 
         def together(chosen):
             problem = (training[:, chosen], Statistics(*(value[chosen] for value in stats)),
                        l2[chosen], None if weights is None else weights[chosen])
             old = start and Solution(*(value[..., chosen] for value in start))
-            return self._together(problem, old, tolerance, most)
-        most_folds = max(COLUMNS // self.n_label, 1)
-        parts = near.tensor_split(-(-len(near) // most_folds)) if len(near) else ()
+            return self._together(problem, old, stages)
+        # which folds go together follows from none of their labels, and so does no bit of a head
+        # from the labels that it must not see
+        parts = near.tensor_split(-(-len(near) * self.n_label // COLUMNS)) if len(near) else ()
         for chosen, (part, done) in zip(parts, _side_by_side(together, parts, self.device)):
             heads |= {int(fold): Solution(*(value[..., i:i + 1] for value in part))
                       for i, fold in enumerate(chosen)}
@@ -151,16 +153,39 @@ class Regression:
         return Solution(*(torch.cat([value.to(kind) for value in values], -1) for values in
                           zip(*(heads[fold] for fold in range(training.shape[1])))))
 
-    def _together(self, problem, start, tolerance, most):
-        """(Solution, which have converged) of some folds in the kernel of all clips; problem:
-        their training, stats, l2 and weights, as in `solve`."""
+    def _stages(self, l2, tolerance, most):
+        """(precision, tolerance, steps, the Hessian's approximate inverse for each penalty) of one
+        minimisation after the other."""
         stages = [(torch.float32, tolerance, most)]
         if tolerance < ROUGH:  # most of the way in single precision, at half the cost
             stages = [(torch.float32, ROUGH, ROUGH_STEPS), (torch.float64, tolerance, most)]
-        for kind, bound, steps in stages:
+        return [(*stage, {penalty: self._inverse(stage[0], penalty)
+                          for penalty in l2.unique().tolist()}) for stage in stages]
+
+    def _together(self, problem, start, stages):
+        """(Solution, which have converged) of some folds in the kernel of all clips; problem:
+        their training, stats, l2 and weights, as in `solve`."""
+        for kind, tolerance, most, inverses in stages:
             old = start and Solution(*(value.to(kind) for value in start))
-            start, done = _Folds(self, kind, *problem).solve(old, bound, steps)
+            start, done = _Folds(self, kind, inverses, *problem).solve(old, tolerance, most)
         return start, done
+
+    def _inverse(self, kind, l2) -> Callable:
+        """1 / (c / n X' X + l2) of the n rows X, c being the curvature of the loss, as a function
+        of a gradient: beta → (alpha, its logits), all `[V N, C, P]`; see _Folds."""
+        basis = self.basis[kind]
+        curvature = _curvature(l2, self.n_label) / len(basis)
+        # alpha = (1 - K / (K + l2 n / c)) beta / l2, logits = n / c K / (K + l2 n / c) beta
+        share = (1 / (self.values + l2 / curvature)).to(kind)
+        if self.null is None:
+            both = torch.cat([basis * (share / self.values).to(kind), basis * share]) / curvature
+            return lambda beta: _times(both, _times(basis.t(), beta)).chunk(2)
+        smoothing = (basis * share) @ basis.t()
+
+        def inverse(beta):
+            smooth = _times(smoothing, beta)
+            return (beta - smooth).div_(l2), smooth.div_(curvature)
+        return inverse
 
     def _alone(self, keep, l2, weights, tolerance, most):
         """(Solution, whether it has converged) of one fold in the kernel of its own clips `keep`
@@ -169,8 +194,8 @@ class Regression:
         everybody = torch.ones(int(keep.sum()), 1, dtype=torch.bool)
         stats = statistics(own.features, everybody)
         # scales that lie far apart take double precision, whatever the tolerance
-        solution, done = own._together((everybody, stats, l2, weights), None,
-                                       min(tolerance, ROUGH / 10), most)
+        solution, done = own._together((everybody, stats, l2, weights), None, own._stages(
+            l2, min(tolerance, ROUGH / 10), most))
         weight, bias = (value.double() for value in own.weights(solution, stats))
         alpha = solution.alpha.new_zeros(self.views, len(keep), self.n_label, 1)
         alpha[:, keep.to(self.device)] = solution.alpha.view(self.views, -1, self.n_label, 1)
@@ -178,8 +203,7 @@ class Regression:
         seen = (self.features - stats.mean) / stats.std  # [V, N, D]
         logits = (seen.flatten(0, 1).double() @ weight[0].t()).unsqueeze(2)  # [V N, C, 1]
         shift = (weight[0] * ((stats.mean - self.mean) / stats.std)).sum(1, keepdim=True)  # [C, 1]
-        inside = (self.basis[torch.float64].t() @ alpha.flatten(1)).unsqueeze(2)
-        return Solution(alpha, inside, torch.zeros_like(logits), logits + shift,
+        return Solution(alpha, torch.zeros_like(logits), logits + shift,
                         bias.t() - shift), bool(done.all())
 
     def weights(self, solution: Solution, stats: Statistics) -> tuple[Tensor, Tensor]:
@@ -224,7 +248,8 @@ def _times(matrix, values):
 
 def _eigen(rows, length):
     """(basis `[n, r]`, values `[r]`) of the kernel of rows `[n, D]`, which is basis times basis
-    transposed; from the smaller side."""
+    transposed, from the smaller side; and orthonormal vectors `[n, n - r]` that it maps to 0, or
+    None where these are no smaller matter than the basis."""
     wide = len(rows) <= rows.shape[1]
     side = rows if wide else rows.t()
     if rows.device.type == "cpu":
@@ -235,41 +260,64 @@ def _eigen(rows, length):
     else:
         values, vectors = torch.linalg.eigh(side @ side.t() / length)
     keep = values > 1e-10 * values[-1].clamp(min=1e-30)
-    values, vectors = values[keep], vectors[:, keep]
-    return vectors * values.sqrt() if wide else rows @ vectors / length ** 0.5, values
+    null, values, vectors = vectors[:, ~keep], values[keep], vectors[:, keep]
+    if not wide:
+        return rows @ vectors / length ** 0.5, values, None
+    return vectors * values.sqrt(), values, null if len(null.t()) < len(values) else None
+
+
+def _curvature(l2, n_label):
+    """About the mean of p (1 - p) over rows and classes: that of equal probabilities, and less
+    where a weak penalty lets heads be sure. Taken from the folds' heads it would make each fold
+    depend on the others."""
+    return max(LEAST, (1 - 1 / n_label) / n_label * ROUGH / rough(l2))
 
 
 class _Folds:
-    """The minimisation for a number of folds; shapes as in a Solution."""
+    """The minimisation for a number of folds; shapes as in a Solution.
 
-    def __init__(self, regression, kind, training, stats, l2, weights):
+    A head is X' alpha of the rows X, its logits are K alpha of the kernel K = X X', and its
+    gradient is X' beta, beta being the gradient for the logits + l2 alpha. So steps are told by
+    alpha and logits, gradients by beta; the inner product of both is beta' (K alpha), and the only
+    product with a matrix that a step takes is the preconditioner's.
+    """
+
+    def __init__(self, regression, kind, inverses, training, stats, l2, weights):
         device = regression.device
+        self.inverses = {penalty: inverses[penalty] for penalty in l2.unique().tolist()}
+        self.curvature = torch.tensor([_curvature(penalty, regression.n_label) for penalty in
+                                       l2.tolist()], dtype=kind, device=device)
         self.rows, self.basis = regression.rows[kind], regression.basis[kind]
-        self.values = regression.values.to(kind).view(-1, 1, 1)
         self.target, self.l2 = regression.target.to(kind), l2.to(device, kind)
+        self.null = None if regression.null is None else regression.null.to(kind)
         self.keep = training.to(device).repeat(regression.views, 1).unsqueeze(1)  # [V N, 1, P]
         mask = self.keep.to(kind)
         if weights is not None:  # of the row's class
             mask = mask * (self.target * weights.t().to(device, kind)).sum(1, keepdim=True)
-        self.mask, self.count = mask / mask.sum(0), self.keep.sum((0, 1))
+        self.mask = mask / mask.sum(0)
         length = stats.varies.sum(1, keepdim=True).clamp(min=1)
         own = (regression.std / stats.std).square() * stats.varies / length
         # of each feature in the fold's own kernel, less its share in the one of all folds
         self.change = (own - 1 / regression.length).t().unsqueeze(1).to(kind)  # [D, 1, P]
-        self.shape = len(self.keep), regression.n_label, len(l2)
+        self.shape = len(self.keep), regression.n_label, training.shape[1]
 
     def solve(self, start: Solution | None, tolerance: float, most: int) -> tuple[Solution, Tensor]:
         """(Solution, bool `[P]`: which have converged); start: a Solution or None; see
         Regression.solve."""
-        inside, offset, bias = (start.inside, start.offset, start.bias) if start else (
-            self.basis.new_zeros(shape) for shape in (
-                (len(self.values), *self.shape[1:]), self.shape, self.shape[1:]))
+        alpha, offset, bias = (start.alpha, start.offset, start.bias) if start else (
+            self.basis.new_zeros(shape) for shape in (self.shape, self.shape, self.shape[1:]))
+        logits = start.logits - offset if start else torch.zeros_like(alpha)
+        if start and logits.dtype == torch.float64:
+            # logits that were summed up in single precision are good for more digits than alpha,
+            # along the largest values of the kernel; there it is brought into line with them
+            own = _times(self.basis, _times(self.basis.t(), alpha))
+            change, known = self.inverse((logits - own) * (self.curvature / len(alpha)))
+            alpha, logits = self.without_null(alpha + change), own + known
         done = torch.zeros(self.shape[2], dtype=torch.bool, device=bias.device)
-        relax, last = torch.ones_like(self.l2), None
+        relax, last = self.basis.new_ones(self.shape[2]), None
         for _ in range(MOST_PASSES):
-            (inside, logits, bias), minimal = self.minimum(inside, offset, bias, done, tolerance,
-                                                           most)
-            alpha = _times(self.basis, inside / self.values)
+            (alpha, logits, bias), minimal = self.minimum((alpha, logits, bias), offset, done,
+                                                          tolerance, most)
             own = _times(self.rows, _times(self.rows.t(), alpha).mul_(self.change))
             # rows outside the fold have no part in the minimum, only in what is predicted
             step = (own - offset).masked_fill_(~self.keep, 0)
@@ -283,74 +331,83 @@ class _Folds:
                 relax = torch.where(done, relax, factor.clamp(0.05, 2))
             last = step
             offset = torch.where(done, offset, offset + step * relax)
-        return Solution(alpha, inside, own, logits + own, bias), done & minimal
+        return Solution(alpha, own, logits + own, bias), done & minimal
 
-    def minimum(self, inside: Tensor, offset: Tensor, bias: Tensor, settled: Tensor,
-                tolerance: float, most: int) -> tuple[list[Tensor], Tensor]:
-        """((heads, logits, bias) at the minimum for an offset to the logits, bool `[P]`: which
-        folds have got there); the folds `settled` stay as they are."""
-        point, done, memory = [inside, _times(self.basis, inside), bias], settled.clone(), []
-        gradient, inverse = self.gradient(point, offset)
+    def minimum(self, point: tuple, offset: Tensor, settled: Tensor, tolerance: float,
+                most: int) -> tuple[tuple, Tensor]:
+        """(point at the minimum for an offset to the logits, bool `[P]`: which folds have got
+        there) from a point (alpha, its logits, bias); the folds `settled` stay as they are."""
+        done, memory = settled.clone(), []
+        gradient = self.gradient(point, offset)
         for _ in range(most):
-            direction = self.direction(gradient, memory, inverse)
+            direction = self.direction(gradient, memory)
             slope = _product(gradient, direction)
             # minus the slope bounds l2 times the squared distance to the minimum from above
             done |= slope.neg() <= self.l2 * tolerance ** 2
             if done.all():
                 break
             length = self.search(point, direction, offset, slope).masked_fill_(done, 0)
-            step = [value * length for value in direction]
+            step = [value.mul_(length) for value in direction]
             point = [value + change for value, change in zip(point, step)]
-            old, (gradient, inverse) = gradient, self.gradient(point, offset)
+            old, gradient = gradient, self.gradient(point, offset)
             change = [new - before for new, before in zip(gradient, old)]
             memory = [*memory, (step, change, _product(change, step))][-MEMORY:]
         return point, done
 
-    def gradient(self, point: list, offset: Tensor) -> tuple[list, tuple]:
-        """The gradient (of heads `[r, C, P]`, of the bias `[C, P]`) and the approximate inverse of
-        the Hessian there: with the mean c over rows and classes of p (1 - p) that is
-        1 / (c values / n + l2), and 1 / c of the bias."""
-        inside, logits, bias = point
-        p = (logits + offset + bias).softmax(1)
-        curvature = ((p * (1 - p) * self.mask).sum((0, 1)) / self.shape[1]).clamp(min=LEAST)
-        residual = (p - self.target) * self.mask
-        inverse = 1 / (self.values * (curvature / self.count) + self.l2)
-        return ([_times(self.basis.t(), residual) + inside * self.l2, residual.sum(0)],
-                (inverse, 1 / curvature))
+    def gradient(self, point: tuple, offset: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient: beta `[V N, C, P]`, and of the bias `[C, P]`."""
+        alpha, logits, bias = point
+        residual = (logits + offset).add_(bias).softmax(1).sub_(self.target).mul_(self.mask)
+        return self.without_null(torch.addcmul(residual, alpha, self.l2)), residual.sum(0)
 
-    def direction(self, gradient: list, memory: list, inverse: tuple) -> tuple:
-        """The two loops of L-BFGS: a step (heads, their logits, bias) downhill."""
-        inside, bias = (value.clone() for value in gradient)
+    def without_null(self, values: Tensor) -> Tensor:
+        """Values without what the kernel maps to 0: that has no part in a head, and is noise in
+        what has."""
+        if self.null is None:
+            return values
+        return values - _times(self.null, _times(self.null.t(), values))
+
+    def direction(self, gradient: tuple, memory: list) -> list[Tensor]:
+        """The two loops of L-BFGS: a step (alpha, its logits, bias) downhill."""
+        beta, bias = (value.neg() for value in gradient)
         shares = []
         for step, change, product in reversed(memory):
-            share = (_product((inside, bias), step) / product).masked_fill_(product <= 0, 0)
+            share = (_product((beta, bias), step) / product).masked_fill_(product <= 0, 0)
             shares.append(share)
-            inside -= share * change[0]
-            bias -= share * change[1]
-        inside, bias = inside * inverse[0], bias * inverse[1]
-        for (step, change, product), share in zip(memory, reversed(shares)):
-            share = share - (_product(change, (inside, None, bias)) / product).masked_fill_(
-                product <= 0, 0)
-            inside += share * step[0]
-            bias += share * step[2]
-        return -inside, -_times(self.basis, inside), -bias
+            for value, part in zip((beta, bias), change):
+                value.addcmul_(share, part, value=-1)
+        step = [*self.inverse(beta), bias.div_(self.curvature)]
+        for (old, change, product), share in zip(memory, reversed(shares)):
+            share = share - (_product(change, step) / product).masked_fill_(product <= 0, 0)
+            for value, part in zip(step, old):
+                value.addcmul_(share, part)
+        return step
 
-    def search(self, point: list, direction: tuple, offset: Tensor, slope: Tensor) -> Tensor:
+    def inverse(self, beta: Tensor) -> tuple[Tensor, Tensor]:
+        """The Hessian's approximate inverse, Regression._inverse at the penalty of each fold."""
+        step = None
+        for penalty, inverse in self.inverses.items():  # for all folds: one's bits are its own
+            own = inverse(beta)
+            step = own if step is None else tuple(
+                torch.where(self.l2 == penalty, new, old) for new, old in zip(own, step))
+        return step
+
+    def search(self, point: tuple, direction: list, offset: Tensor, slope: Tensor) -> Tensor:
         """Length of the step `[P]`: Newton's method on the line, along which the loss is convex."""
         base, move = point[1] + offset + point[2], direction[1] + direction[2]
         told = (self.target * move * self.mask).sum((0, 1))
-        penalty = [self.l2 * (value * direction[0]).sum((0, 1))
+        penalty = [self.l2 * (value * direction[1]).sum((0, 1))
                    for value in (point[0], direction[0])]
         low, high = torch.zeros_like(slope), torch.full_like(slope, float("inf"))
         length = torch.ones_like(slope)
         for _ in range(8):
-            p = (base + length * move).softmax(1)
+            p = torch.addcmul(base, length, move).softmax(1)
             mean = (p * move).sum(1, keepdim=True)
             first = (mean * self.mask).sum((0, 1)) - told + penalty[0] + length * penalty[1]
             enough = first.abs() <= 0.1 * slope.abs()
             if enough.all():
                 break
-            second = ((p * (move - mean).square()).sum(1, keepdim=True) * self.mask).sum((0, 1))
+            second = (p.mul_((move - mean).square_()).sum(1, keepdim=True) * self.mask).sum((0, 1))
             low, high = torch.where(first < 0, length, low), torch.where(first > 0, length, high)
             new = length - first / (second + penalty[1]).clamp(min=1e-30)
             # outside the bracket the quadratic model is wrong
@@ -361,6 +418,6 @@ class _Folds:
 
 
 def _product(gradient, step):
-    """Inner product per fold `[P]` of a gradient (of heads, of the bias) with a step (heads, their
+    """Inner product per fold `[P]` of a gradient (beta, of the bias) with a step (alpha, its
     logits, bias)."""
-    return (gradient[0] * step[0]).sum((0, 1)) + (gradient[1] * step[2]).sum(0)
+    return (gradient[0] * step[1]).sum((0, 1)) + (gradient[1] * step[2]).sum(0)
