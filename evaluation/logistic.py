@@ -197,8 +197,11 @@ class Regression:
         solution, done = own._together((everybody, stats, l2, weights), None, own._stages(
             l2, min(tolerance, ROUGH / 10), most))
         weight, bias = (value.double() for value in own.weights(solution, stats))
+        # rows that are centred make nothing of what is common to all alpha; those of all clips have
+        # another centre, which in units of a feature that hardly varies here may lie far off
+        own_alpha = solution.alpha - solution.alpha.mean(0)
         alpha = solution.alpha.new_zeros(self.views, len(keep), self.n_label, 1)
-        alpha[:, keep.to(self.device)] = solution.alpha.view(self.views, -1, self.n_label, 1)
+        alpha[:, keep.to(self.device)] = own_alpha.view(self.views, -1, self.n_label, 1)
         alpha = alpha.flatten(0, 1)
         seen = (self.features - stats.mean) / stats.std  # [V, N, D]
         logits = (seen.flatten(0, 1).double() @ weight[0].t()).unsqueeze(2)  # [V N, C, 1]
