@@ -19,7 +19,6 @@ clips that it holds out, is solved in a kernel of its own, unless those features
 they hardly count in the kernel: passes mend these as well, in far less time.
 """
 import copy
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -111,21 +110,25 @@ class Regression:
         other._label(labels, n_label)
         return other
 
-    def solve(self, training: Tensor, stats: Statistics, l2: Tensor, weights: Tensor | None = None,
-              start: Solution | None = None, tolerance: float = TOLERANCE,
-              most: int = MOST_STEPS) -> Solution:
+    def solve(self, training: Tensor, stats: Statistics, l2: float | Tensor,
+              weights: Tensor | None = None, start: Solution | None = None,
+              tolerance: float = TOLERANCE, most: int = MOST_STEPS) -> Solution:
         """Solution for the folds whose training clips are `training` (bool `[N, P]`).
 
-        stats: Statistics of the P folds; l2 `[P]`; weights `[P, C]`: of each class in the mean
-        [1]; start: a Solution to start from; tolerance: bound on the error of a logit; most: steps
-        of a minimum after which it ends all the same, with a line in print where that is
-        MOST_STEPS. Double precision where the tolerance asks for it.
+        stats: Statistics of the P folds; l2: of all, or `[P]` of each; weights `[P, C]`: of each
+        class in the mean [1]; start: a Solution to start from; tolerance: bound on the error of a
+        logit; most: steps of a minimum after which it ends all the same, with a line in print where
+        that is MOST_STEPS. Double precision where the tolerance asks for it.
         """
         ratio = self.std / stats.std * stats.varies  # [P, D]
         number = (ratio > APART).sum(1).cpu()
         far = (number > FEW_APART * stats.varies.sum(1).cpu()) | (ratio > FAR_APART).any(1).cpu()
-        near, heads = (~far).nonzero()[:, 0], {}
-        stages = self._stages(l2[near], tolerance, most)
+        near, heads, one = (~far).nonzero()[:, 0], {}, None
+        if not isinstance(l2, Tensor):
+            # a matrix of the penalty's own pays with many folds
+            one = l2 if len(near) * self.n_label > COLUMNS else None
+            l2 = torch.full((len(far),), l2)
+        stages = self._stages(tolerance, most, one)
 
         def together(chosen):
             problem = (training[:, chosen], Statistics(*(value[chosen] for value in stats)),
@@ -153,39 +156,26 @@ class Regression:
         return Solution(*(torch.cat([value.to(kind) for value in values], -1) for values in
                           zip(*(heads[fold] for fold in range(training.shape[1])))))
 
-    def _stages(self, l2, tolerance, most):
-        """(precision, tolerance, steps, the Hessian's approximate inverse for each penalty) of one
-        minimisation after the other."""
+    def _stages(self, tolerance, most, l2=None):
+        """(precision, tolerance, steps, matrix or None) of one minimisation after the other, the
+        matrix being K / (K + n l2 / c) for the penalty l2 of all folds; see `_Folds.inverse`."""
         stages = [(torch.float32, tolerance, most)]
         if tolerance < ROUGH:  # most of the way in single precision, at half the cost
             stages = [(torch.float32, ROUGH, ROUGH_STEPS), (torch.float64, tolerance, most)]
-        return [(*stage, {penalty: self._inverse(stage[0], penalty)
-                          for penalty in l2.unique().tolist()}) for stage in stages]
+        if l2 is None or self.null is None:
+            return [(*stage, None) for stage in stages]
+        rows = self.views * len(self.labels)
+        share = 1 / (self.values + rows * l2 / _curvature(l2, self.n_label))
+        return [(*stage, (self.basis[stage[0]] * share.to(stage[0])) @ self.basis[stage[0]].t())
+                for stage in stages]
 
     def _together(self, problem, start, stages):
         """(Solution, which have converged) of some folds in the kernel of all clips; problem:
         their training, stats, l2 and weights, as in `solve`."""
-        for kind, tolerance, most, inverses in stages:
+        for kind, tolerance, most, matrix in stages:
             old = start and Solution(*(value.to(kind) for value in start))
-            start, done = _Folds(self, kind, inverses, *problem).solve(old, tolerance, most)
+            start, done = _Folds(self, kind, matrix, *problem).solve(old, tolerance, most)
         return start, done
-
-    def _inverse(self, kind, l2) -> Callable:
-        """1 / (c / n X' X + l2) of the n rows X, c being the curvature of the loss, as a function
-        of a gradient: beta → (alpha, its logits), all `[V N, C, P]`; see _Folds."""
-        basis = self.basis[kind]
-        curvature = _curvature(l2, self.n_label) / len(basis)
-        # alpha = (1 - K / (K + l2 n / c)) beta / l2, logits = n / c K / (K + l2 n / c) beta
-        share = (1 / (self.values + l2 / curvature)).to(kind)
-        if self.null is None:
-            both = torch.cat([basis * (share / self.values).to(kind), basis * share]) / curvature
-            return lambda beta: _times(both, _times(basis.t(), beta)).chunk(2)
-        smoothing = (basis * share) @ basis.t()
-
-        def inverse(beta):
-            smooth = _times(smoothing, beta)
-            return (beta - smooth).div_(l2), smooth.div_(curvature)
-        return inverse
 
     def _alone(self, keep, l2, weights, tolerance, most):
         """(Solution, whether it has converged) of one fold in the kernel of its own clips `keep`
@@ -195,7 +185,7 @@ class Regression:
         stats = statistics(own.features, everybody)
         # scales that lie far apart take double precision, whatever the tolerance
         solution, done = own._together((everybody, stats, l2, weights), None, own._stages(
-            l2, min(tolerance, ROUGH / 10), most))
+            min(tolerance, ROUGH / 10), most))
         weight, bias = (value.double() for value in own.weights(solution, stats))
         # rows that are centred make nothing of what is common to all alpha; those of all clips have
         # another centre, which in units of a feature that hardly varies here may lie far off
@@ -206,7 +196,9 @@ class Regression:
         seen = (self.features - stats.mean) / stats.std  # [V, N, D]
         logits = (seen.flatten(0, 1).double() @ weight[0].t()).unsqueeze(2)  # [V N, C, 1]
         shift = (weight[0] * ((stats.mean - self.mean) / stats.std)).sum(1, keepdim=True)  # [C, 1]
-        return Solution(alpha, torch.zeros_like(logits), logits + shift,
+        logits += shift
+        basis = self.basis[torch.float64]
+        return Solution(alpha, logits - _times(basis, _times(basis.t(), alpha)), logits,
                         bias.t() - shift), bool(done.all())
 
     def weights(self, solution: Solution, stats: Statistics) -> tuple[Tensor, Tensor]:
@@ -252,7 +244,7 @@ def _times(matrix, values):
 def _eigen(rows, length):
     """(basis `[n, r]`, values `[r]`) of the kernel of rows `[n, D]`, which is basis times basis
     transposed, from the smaller side; and orthonormal vectors `[n, n - r]` that it maps to 0, or
-    None where these are no smaller matter than the basis."""
+    None where rows outnumber features or these vectors the basis."""
     wide = len(rows) <= rows.shape[1]
     side = rows if wide else rows.t()
     if rows.device.type == "cpu":
@@ -282,16 +274,16 @@ class _Folds:
     A head is X' alpha of the rows X, its logits are K alpha of the kernel K = X X', and its
     gradient is X' beta, beta being the gradient for the logits + l2 alpha. So steps are told by
     alpha and logits, gradients by beta; the inner product of both is beta' (K alpha), and the only
-    product with a matrix that a step takes is the preconditioner's.
+    product with a large matrix that a step takes is the preconditioner's.
     """
 
-    def __init__(self, regression, kind, inverses, training, stats, l2, weights):
-        device = regression.device
-        self.inverses = {penalty: inverses[penalty] for penalty in l2.unique().tolist()}
+    def __init__(self, regression, kind, matrix, training, stats, l2, weights):
+        device, self.matrix = regression.device, matrix
         self.curvature = torch.tensor([_curvature(penalty, regression.n_label) for penalty in
                                        l2.tolist()], dtype=kind, device=device)
         self.rows, self.basis = regression.rows[kind], regression.basis[kind]
         self.target, self.l2 = regression.target.to(kind), l2.to(device, kind)
+        self.values = regression.values.to(kind).view(-1, 1, 1)
         self.null = None if regression.null is None else regression.null.to(kind)
         self.keep = training.to(device).repeat(regression.views, 1).unsqueeze(1)  # [V N, 1, P]
         mask = self.keep.to(kind)
@@ -387,13 +379,18 @@ class _Folds:
         return step
 
     def inverse(self, beta: Tensor) -> tuple[Tensor, Tensor]:
-        """The Hessian's approximate inverse, Regression._inverse at the penalty of each fold."""
-        step = None
-        for penalty, inverse in self.inverses.items():  # for all folds: one's bits are its own
-            own = inverse(beta)
-            step = own if step is None else tuple(
-                torch.where(self.l2 == penalty, new, old) for new, old in zip(own, step))
-        return step
+        """(alpha, its logits), of a gradient, by 1 / (c / n X' X + l2), which is about the inverse
+        of the Hessian: alpha = (1 - S) beta / l2 and logits = n / c S beta with
+        S = K / (K + n l2 / c)."""
+        curvature = self.curvature / len(beta)
+        if self.matrix is not None:
+            smooth = _times(self.matrix, beta)
+        else:
+            inside = _times(self.basis.t(), beta) / (self.values + self.l2 / curvature)
+            smooth = _times(self.basis, inside)
+            if self.null is None:  # alpha by itself: what K maps to 0 stays out of it
+                return _times(self.basis, inside / self.values) / curvature, smooth / curvature
+        return (beta - smooth).div_(self.l2), smooth.div_(curvature)
 
     def search(self, point: tuple, direction: list, offset: Tensor, slope: Tensor) -> Tensor:
         """Length of the step `[P]`: Newton's method on the line, along which the loss is convex."""

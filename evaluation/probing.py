@@ -188,8 +188,8 @@ def solve_heads(task: Task, l2: float | None = None, groups: np.ndarray | None =
     if l2 is None:
         measured = _inner_uf1(regression, task, groups, loss, tried)
         chosen, uf1 = [PENALTIES[i] for i in measured.argmax(0)], measured.max(0).tolist()
-    solution = regression.solve(training, stats, torch.tensor(chosen), weights,
-                                tolerance=tolerance)
+    solution = regression.solve(training, stats, torch.tensor(chosen) if l2 is None else l2,
+                                weights, tolerance=tolerance)
     if not tried:
         tried.append({"l2": l2, "train_accuracy": _accuracy(solution, task.labels, training)})
     heads = FoldHeads([], stats, task.n_label, start=regression.weights(solution, stats))
@@ -212,8 +212,8 @@ def _inner_uf1(regression, task, groups, loss, tried):
     stats, uf1, solution = logistic.statistics(task.features, inner), [], None
     weights = _fold_weights(task, inner, loss)
     for l2 in PENALTIES:
-        solution = regression.solve(inner, stats, torch.full((inner.shape[1],), l2), weights,
-                                    solution, logistic.rough(l2), logistic.ROUGH_STEPS)
+        solution = regression.solve(inner, stats, l2, weights, solution, logistic.rough(l2),
+                                    logistic.ROUGH_STEPS)
         said = (solution.logits[:len(labels)] + solution.bias).argmax(1).cpu().numpy()
         said = said[np.arange(len(labels))[:, None], which[:, groups].T]  # [N, F]
         uf1.append([_uf1(labels[keep], said[keep, fold], task.n_label)

@@ -97,13 +97,16 @@ def test_heads_of_all_folds_agree_with_scikit_learn(capsys, n, dim, views, loss,
 
 
 @pytest.mark.parametrize("dim", [40, 150, 600], ids=["narrow", "alike", "wide"])
-def test_clips_that_are_alike_and_have_other_labels_agree_too(dim):
+def test_clips_that_are_alike_and_have_other_labels_agree_too(dim, monkeypatch):
     """Their rows' kernel maps differences to 0, where labels that no head can fit push for ever."""
     features, labels, fold_of = draw(60, dim)
     features[:, 1::3] = features[:, ::3]
     assert (labels[1::3] != labels[::3]).mean() > 0.5
     for l2 in L2:
         assert_agrees((features, labels, fold_of), l2)
+        monkeypatch.setattr(logistic, "COLUMNS", 2 * CLASSES)  # as with many folds
+        assert_agrees((features, labels, fold_of), l2)
+        monkeypatch.undo()
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +120,10 @@ def rendered(tmp_path_factory):
 
 
 @pytest.mark.parametrize("layer, dim", [(6, 512), (3, 2048)])
-def test_heads_on_features_of_an_encoder_agree_with_scikit_learn(small_crops, rendered, layer, dim):
+@pytest.mark.parametrize("folds", [2, 48], ids=["as with many folds", "few"])
+def test_heads_on_features_of_an_encoder_agree_with_scikit_learn(small_crops, rendered, layer, dim,
+                                                                 folds, monkeypatch):
+    monkeypatch.setattr(logistic, "COLUMNS", folds * CLASSES)
     clips, images = rendered
     torch.manual_seed(0)
     classifier = Classifier(
@@ -156,6 +162,23 @@ def test_a_start_leads_to_the_same_heads():
     warm = regression.solve(training, stats, torch.full((FOLDS,), 1e-3), start=other)
     (ours, bias), (theirs, offset) = (regression.weights(s, stats) for s in (cold, warm))
     assert (ours - theirs).norm() < 1e-3 * ours.norm() and torch.allclose(bias, offset, atol=1e-3)
+
+
+def test_a_start_from_a_kernel_of_the_folds_own_leads_to_the_same_heads(monkeypatch):
+    features, labels, fold_of = data = draw(60, 150)
+    own = features[:, fold_of == 2, 20]
+    features[:, fold_of == 2, 20] = own.mean() + 30 * (own - own.mean())
+    regression = logistic.Regression(features, labels, CLASSES)
+    training = task_of(data).training()
+    stats = logistic.statistics(features, training)
+    cold = regression.solve(training, stats, 1e-3)
+    monkeypatch.setattr(logistic, "FAR_APART", 1)
+    start = regression.solve(training, stats, 1e-2, tolerance=logistic.ROUGH)
+    monkeypatch.undo()
+    monkeypatch.setattr(logistic.Regression, "_alone", None)
+    warm = regression.solve(training, stats, 1e-3, start=start, tolerance=logistic.ROUGH)
+    off = ((cold.logits + cold.bias) - (warm.logits + warm.bias)).view(2, 60, CLASSES, FOLDS)
+    assert off[:, training.unsqueeze(1).expand(60, CLASSES, FOLDS)].abs().max() < 5 * logistic.ROUGH
 
 
 def test_weights_give_the_logits_of_the_solution():
