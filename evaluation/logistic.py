@@ -127,7 +127,7 @@ class Regression:
         if not isinstance(l2, Tensor):
             # a matrix of the penalty's own pays with many folds
             one = l2 if len(near) * self.n_label > COLUMNS else None
-            l2 = torch.full((len(far),), l2)
+            l2 = torch.full((len(far),), l2, dtype=torch.float64)
         stages = self._stages(tolerance, most, one)
 
         def together(chosen):
