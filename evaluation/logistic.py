@@ -125,7 +125,7 @@ class Regression:
         far = (number > FEW_APART * stats.varies.sum(1).cpu()) | (ratio > FAR_APART).any(1).cpu()
         near, heads, one = (~far).nonzero()[:, 0], {}, None
         if not isinstance(l2, Tensor):
-            # a matrix of the penalty's own pays with many folds
+            # a matrix of the penalty's own, one product a step for two, pays with many folds
             one = l2 if len(near) * self.n_label > COLUMNS else None
             l2 = torch.full((len(far),), l2, dtype=torch.float64)
         stages = self._stages(tolerance, most, one)
@@ -135,8 +135,8 @@ class Regression:
                        l2[chosen], None if weights is None else weights[chosen])
             old = start and Solution(*(value[..., chosen] for value in start))
             return self._together(problem, old, stages)
-        # which folds go together follows from none of their labels, and so does no bit of a head
-        # from the labels that it must not see
+        # by their number alone: were they grouped by penalty, rounding in one fold would follow
+        # from what others chose, and so from labels that its head must not see
         parts = near.tensor_split(-(-len(near) * self.n_label // COLUMNS)) if len(near) else ()
         for chosen, (part, done) in zip(parts, _side_by_side(together, parts, self.device)):
             heads |= {int(fold): Solution(*(value[..., i:i + 1] for value in part))
@@ -197,8 +197,7 @@ class Regression:
         logits = (seen.flatten(0, 1).double() @ weight[0].t()).unsqueeze(2)  # [V N, C, 1]
         shift = (weight[0] * ((stats.mean - self.mean) / stats.std)).sum(1, keepdim=True)  # [C, 1]
         logits += shift
-        basis = self.basis[torch.float64]
-        return Solution(alpha, logits - _times(basis, _times(basis.t(), alpha)), logits,
+        return Solution(alpha, logits - _kernel(self.basis[torch.float64], alpha), logits,
                         bias.t() - shift), bool(done.all())
 
     def weights(self, solution: Solution, stats: Statistics) -> tuple[Tensor, Tensor]:
@@ -241,6 +240,11 @@ def _times(matrix, values):
     return (matrix @ flat)[:, :columns].reshape(-1, *values.shape[1:])
 
 
+def _kernel(basis, alpha):
+    """The kernel's product with alpha `[V N, C, P]`: the logits of the heads."""
+    return _times(basis, _times(basis.t(), alpha))
+
+
 def _eigen(rows, length):
     """(basis `[n, r]`, values `[r]`) of the kernel of rows `[n, D]`, which is basis times basis
     transposed, from the smaller side; and orthonormal vectors `[n, n - r]` that it maps to 0, or
@@ -273,8 +277,8 @@ class _Folds:
 
     A head is X' alpha of the rows X, its logits are K alpha of the kernel K = X X', and its
     gradient is X' beta, beta being the gradient for the logits + l2 alpha. So steps are told by
-    alpha and logits, gradients by beta; the inner product of both is beta' (K alpha), and the only
-    product with a large matrix that a step takes is the preconditioner's.
+    alpha and logits, gradients by beta; the inner product of both is beta' (K alpha), and of large
+    products a step takes those of the preconditioner alone.
     """
 
     def __init__(self, regression, kind, matrix, training, stats, l2, weights):
@@ -305,7 +309,7 @@ class _Folds:
         if start and logits.dtype == torch.float64:
             # logits that were summed up in single precision are good for more digits than alpha,
             # along the largest values of the kernel; there it is brought into line with them
-            own = _times(self.basis, _times(self.basis.t(), alpha))
+            own = _kernel(self.basis, alpha)
             change, known = self.inverse((logits - own) * (self.curvature / len(alpha)))
             alpha, logits = self.without_null(alpha + change), own + known
         done = torch.zeros(self.shape[2], dtype=torch.bool, device=bias.device)
