@@ -36,7 +36,6 @@ from rendering import expression
 from training import checkpoint, epochs, supervised
 
 PEOPLE, POOL = 250, 5000  # in the unlabelled pool, and its pairs
-STRONGEST = 2000  # pairs that intensity chooses
 SHARE = 0.2  # of the pairs seen, where each of ten folds has a pre-training of its own
 SIZES = {"resnet18v1": 56, "alexnet": 112}  # crops, pixels, that two cores can do
 # whose maps have about the 7 x 7 cells there that the usual layer 5 has for crops of 224 pixels
@@ -230,7 +229,7 @@ def main_rows(bench, sets, others, pools):
                        for s in seeds]
     yield row("untrained, probe", bench.probe, "untrained", bench.untrained)
     for name in pools:
-        title = f"{name} pairs" if name.isdigit() else f"the {STRONGEST} strongest of {POOL}"
+        title = f"{name} pairs" if name.isdigit() else f"the {name.replace('_', ' ')} of {POOL}"
         yield f"pre-trained on {title} of others, probe", [
             bench.probe(name, model, s, sets[s], paths[name, s]) for s in seeds]
     for title, path in (("untrained", bench.untrained), (f"pre-trained on {middle}", None)):
@@ -287,15 +286,18 @@ def main(argv=None):
         more = () if opt.quick else ("--unlabelled", POOL)
         sets = [bench.render(f"data_{seed}", seed, *more) for seed in seeds]
         pools = {str(n): subset(others, n, range(n)) for n in opt.pools}
-        strongest = np.argsort(-intensities(others), kind="stable")[:STRONGEST]
-        pools["strongest"] = subset(others, "strongest", sorted(strongest))
+        strongest = np.argsort(-intensities(others), kind="stable")
+        for n in opt.pools:
+            if n < POOL:
+                name = f"{n}_strongest"
+                pools[name] = subset(others, name, sorted(strongest[:n]))
         started = list(main_rows(bench, sets, others, pools))
         if not opt.quick:
-            flat = [bench.render(f"flat_{seed}", seed, "--amplitude", 0, "--unlabelled", STRONGEST,
-                                 "--unlabelled_subjects", PEOPLE) for seed in seeds]
+            flat = [bench.render(f"flat_{seed}", seed, "--amplitude", 0, "--unlabelled",
+                                 bench.middle, "--unlabelled_subjects", PEOPLE) for seed in seeds]
             started += more_rows(bench, sets, others, pools, flat)
         clips = [dataset.read_clips(data) for data in sets]
-        bench.baselines(np.concatenate([c.labels for c in clips]))
+        bench.baselines([(c.labels, None, [clip.subject for clip in c.clips]) for c in clips])
         images = [dataset.load_images(c, bench.work / "cache", 4, 112)[0] for c in clips]
         bench.add("logistic regression on pixels", [
             (c.labels, regression(c, torch.from_numpy(x)), [clip.subject for clip in c.clips])
@@ -306,7 +308,6 @@ def main(argv=None):
     print(f"\nrendered stand-in data, 60 subjects x 10 clips, {opt.seeds} seeds, {opt.seen} pairs "
           f"seen in pre-training, torch {torch.__version__}, {(time.time() - began) / 60:.0f} "
           f"minutes\n\n| | UF1 | 95 % interval | seeds |\n|---|---|---|---|")
-    bench.baselines(np.concatenate([c.labels for c in clips]))
     print("\n".join(map(line, bench.rows)))
     print(f"\ntable    {bench.work / 'rows.json'}\npicture  {bench.work / 'learning.png'}")
 

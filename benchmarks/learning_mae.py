@@ -194,13 +194,13 @@ def main(argv=None):
             bench.row(f"{network}, {'pre-trained' if kind else 'from scratch'}{told(n)}",
                       [folder.result() for folder in folders])
         test = faces.read_faces("rafdb", bench.data)["test"]
+        bench.baselines([(test.labels, None, test.subjects)])
         for title, parts in regressions:
             bench.add(title, [(test.labels, part.result(), test.subjects) for part in parts])
     print(f"\nrendered stand-in data, {opt.train} training images, {opt.test} of other people to "
           f"test, {opt.pool} more to pre-train on, {opt.epochs} epochs of that, torch "
           f"{torch.__version__}, {(time.time() - began) / 60:.0f} minutes\n\n| | UF1 | 95 % "
           "interval | |\n|---|---|---|---|")
-    bench.baselines(test.labels)
     print("\n".join(map(line, bench.rows)))
     print(f"\ntable    {bench.work / 'rows.json'}")
 

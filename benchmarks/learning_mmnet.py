@@ -118,9 +118,9 @@ def main(argv=None):
     bench = Bench(opt)
     raw = bench.render("raw")
     onset = bench.prepare(raw, "--reference", "onset")
-    labels, *_ = regress(onset)
-    bench.baselines(labels)
-    bench.add("logistic regression, dis, onset", [regress(onset)])
+    measured = labels, *_ = regress(onset)
+    bench.baselines([measured])
+    bench.add("logistic regression, dis, onset", [measured])
     sets = {"dis, onset": onset}
     if not opt.quick:
         sets["dis, previous"] = bench.prepare(raw, "--reference", "previous")

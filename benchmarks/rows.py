@@ -44,18 +44,29 @@ class Rows:
         people = [(str(seed) * self.own_people, person) for seed, part in enumerate(parts)
                   for person in part[2]]
         each = [measures.evaluate(*part[:2], self.n_label)["uf1"] for part in parts]
-        row = {"name": name, "uf1": measures.evaluate(labels, said, self.n_label)["uf1"],
-               "seeds": len(each),
-               "ci95": measures.intervals(labels, said, people, self.n_label)["uf1"],
-               "std": float(np.std(each, ddof=1)) if len(each) > 1 else None}
-        self.rows.append(row)
-        util.write_json(self.work / "rows.json", self.rows)
-        print(line(row), flush=True)
+        self._add(name, measures.evaluate(labels, said, self.n_label)["uf1"],
+                  measures.intervals(labels, said, people, self.n_label)["uf1"], each)
 
-    def baselines(self, labels: np.ndarray) -> None:
-        """Prints what knows nothing of a clip scores."""
-        for name, scores in measures.baselines(labels, self.n_label).items():
-            print(f"| {name.replace('_', ' ')} | {scores['uf1']:.3f} | | |")
+    def baselines(self, parts: list[tuple]) -> None:
+        """Rows of what knows nothing of a clip, for the labels and subjects of each seed as in
+        `add`: the majority class, and classes drawn in the data's proportions, the interval being
+        that of 95 % of the draws."""
+        self.add("majority class", [
+            (labels, np.full_like(labels, np.bincount(labels).argmax()), people)
+            for labels, _, people in parts])
+        drawn = [measures.random_confusions(labels, self.n_label, seed)
+                 for seed, (labels, *_) in enumerate(parts)]
+        *each, together = (measures.scores(of)[0].mean(-1) for of in (*drawn, sum(drawn)))
+        self._add("stratified random", together.mean(), np.percentile(together, [2.5, 97.5]),
+                  [draws.mean() for draws in each])
+
+    def _add(self, name, uf1, interval, each):
+        """A row; each: UF1 of every seed."""
+        self.rows.append({"name": name, "uf1": float(uf1), "seeds": len(each),
+                          "ci95": [float(limit) for limit in interval],
+                          "std": float(np.std(each, ddof=1)) if len(each) > 1 else None})
+        util.write_json(self.work / "rows.json", self.rows)
+        print(line(self.rows[-1]), flush=True)
 
 
 class Jobs:

@@ -98,16 +98,22 @@ def bracketed(interval: Sequence[float] | None) -> str:
     return "[no interval]" if interval is None else "[{:.3f}, {:.3f}]".format(*interval)
 
 
+def random_confusions(labels: Sequence[int], n_label: int, seed: int = 0) -> np.ndarray:
+    """int64 `[DRAWS, C, C]`: confusion matrices of classes drawn in the data's own proportions."""
+    counts = np.bincount(labels, minlength=n_label)
+    rng = np.random.default_rng(seed)
+    return np.stack([rng.multinomial(c, counts / counts.sum(), DRAWS) for c in counts], 1)
+
+
 def baselines(labels: Sequence[int], n_label: int, seed: int = 0) -> dict:
     """What can be had without looking: the majority class, and the mean over draws of classes at
     random in the data's own proportions. {majority, stratified_random: {uf1, uar, accuracy}}."""
     counts = np.bincount(labels, minlength=n_label)
-    rng = np.random.default_rng(seed)
-    drawn = np.stack([rng.multinomial(c, counts / counts.sum(), DRAWS) for c in counts], 1)
     figures = {}
     majority = np.zeros((1, n_label, n_label))
     majority[0, :, counts.argmax()] = counts
-    for name, confusion in (("majority", majority), ("stratified_random", drawn)):
+    for name, confusion in (("majority", majority),
+                            ("stratified_random", random_confusions(labels, n_label, seed))):
         f1, recall, accuracy = scores(confusion)
         figures[name] = {"uf1": float(f1.mean()), "uar": float(recall.mean()),
                          "accuracy": float(accuracy.mean())}

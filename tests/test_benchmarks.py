@@ -1,6 +1,7 @@
 """The tables of the learning benchmarks."""
 import numpy as np
 import pytest
+from sklearn.metrics import f1_score
 
 from benchmarks.rows import Rows
 
@@ -19,3 +20,23 @@ def test_people_that_every_seed_tests_count_once(tmp_path, own_people):
     one, three = ([row["ci95"][1] - row["ci95"][0] for row in rows.rows])
     assert three / one == pytest.approx(3 ** -.5 if own_people else 1, rel=.1)
     assert rows.rows[1]["std"] == 0 and rows.rows[0]["uf1"] == rows.rows[1]["uf1"]
+
+
+def test_what_looks_at_no_clip_has_an_interval_too(tmp_path):
+    labels = np.repeat(range(4), [120, 60, 40, 20])
+    people = [f"s{i % 24}" for i in range(240)]
+    rows = Rows(tmp_path, 4)
+    rows.baselines([(labels, None, people), (labels[:200], None, people[:200])])
+    majority, drawn = rows.rows
+    assert majority["uf1"] == pytest.approx(2 * 240 / (240 + 440) / 4)  # of both seeds together
+    # of each: 2 h / (h + n) / 4
+    assert majority["std"] == pytest.approx(abs(1 / 6 - 240 / 320 / 4) / 2 ** .5)
+    low, high = majority["ci95"]
+    assert low < majority["uf1"] < high
+    rng = np.random.default_rng(1)
+    both, said = np.concatenate([labels, labels[:200]]), []
+    for _ in range(2000):
+        guess = np.concatenate([rng.choice(of, len(of)) for of in (labels, labels[:200])])
+        said.append(f1_score(both, guess, average="macro"))
+    assert drawn["uf1"] == pytest.approx(np.mean(said), abs=.002)
+    assert drawn["ci95"] == pytest.approx(np.percentile(said, [2.5, 97.5]), abs=.006)
