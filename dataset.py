@@ -177,9 +177,13 @@ def read_videos(folder: str | Path, size: int, sides: bool) -> tuple[Data, list[
                        f"their order; run prepare.py casme2 again")
     classes, info = arrays.info["classes"], arrays.info
     empty = [name for i, name in enumerate(classes) if i not in {clip.label for clip in clips}]
-    if empty or not clips or max(clip.label for clip in clips) >= len(classes):
-        raise BadInput(f"{folder / 'clips.csv'}: no clip of class {', '.join(empty) or '?'}; "
-                       f"training takes some of each")
+    strange = [clip for clip in clips if not 0 <= clip.label < len(classes)]
+    if strange:
+        raise BadInput(f"{folder / 'clips.csv'}: label {strange[0].label} of {strange[0].key} is "
+                       f"none of 0 to {len(classes) - 1}; run prepare.py casme2 again")
+    if empty:
+        raise BadInput(f"{folder / 'clips.csv'}: no clip of class {', '.join(empty)}; training "
+                       f"takes some of each")
     for mark, keys in unknown.items():
         print(f"action unit {mark!r} of {len(keys)} clips ({keys[0]} the first) is none; left out")
     encoding = {"classes": classes, "rendered": info.get("rendered", False)}

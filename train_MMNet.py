@@ -17,7 +17,7 @@ import torch
 import dataset
 from evaluation import heldout
 from evaluation.videos import Best, HeldOutVideos, chosen_subjects
-from images import videos
+from images import flow, videos
 from models import mmnet
 from training import checkpoint, distributed, epochs, motion, options, record
 from util import BadInput, number, positive_int
@@ -189,8 +189,9 @@ def learns_units(opt):
     return bool(mmnet.LAYOUTS[opt.model].units or opt.au_loss)
 
 
-def set_job(opt, data, units, members, name, device):
-    """A network from scratch, and what it is trained with, on the clips `members`."""
+def set_job(opt, data, units, members, name, device, masks=None):
+    """A network from scratch, and what it is trained with, on the clips `members`; masks: what
+    --mask leaves of each clip."""
     torch.manual_seed(int(np.random.SeedSequence(
         (opt.seed, zlib.crc32(name.encode()))).generate_state(1)[0]))
     layout, targets = mmnet.LAYOUTS[opt.model], None
@@ -207,10 +208,10 @@ def set_job(opt, data, units, members, name, device):
     network = network.to(device).channels_last()
     scale = opt.scale
     if scale == "fixed":
-        scale = float(motion.typical_motion(data.images)[members].mean())
+        # clips without motion are 0 by whatever is more than none
+        scale = max(float(motion.typical_motion(data.images)[members].mean()), flow.FLAT)
     source = motion.Source(data.images, layout.steps, opt.channels, scale, opt.model == "mmnet",
-                           videos.read_masks(opt.landmarks, [clip.key for clip in data.clips.clips],
-                                             opt.mask, opt.size, data.images.info["size"]))
+                           masks)
     precision = epochs.mixed_precision(opt.amp, device)
     # folds are dealt to ranks, so that a network has one rank's devices
     run = network if distributed.active() else distributed.wrap(network, device,
@@ -245,7 +246,9 @@ def tune(opt, held, group, units, device):
     out = data.clips.members(group.out)
     members = np.setdiff1d(np.arange(len(data.clips)), out)
     best = Best(data.clips, members) if opt.select == "inner" else None
-    job = set_job(opt, data, units, members if best is None else best.rest, name, device)
+    job = set_job(opt, data, units, members if best is None else best.rest, name, device,
+                  held.masks)
+    epochs.announce_dropped(len(job.members), opt.batch_size)
     state, history = held.states.pop(name, None) or {"epoch": 0}, []
     if state["epoch"] or state.get("within"):
         record.say_where(name, state)
@@ -285,6 +288,7 @@ def tune(opt, held, group, units, device):
     loop.run(train, keep, state["epoch"], state.get("within"))
     if best:
         best.take(job.network)
+        keep(stages, None)  # the network that predicts, in place of the last epoch's
         return job, lambda mine: {"choice": best.choice()}
     return job, lambda mine: {"history": np.array(history).T[mine].tolist()}
 

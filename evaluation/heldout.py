@@ -187,8 +187,7 @@ class HeldOut:
         everyone = self._groups(todo)
         self.groups = distributed.deal(everyone) if folds else \
             self._groups(distributed.deal(todo))
-        if self.groups and hasattr(opt, "model_path"):
-            self.encoders.check(self.groups[0].path)  # a wrong one leaves no run folder behind
+        self.check()
         distributed.agree(self.todo)
         names = {group.name for group in everyone} or {None}
         if folds and distributed.first():  # killed between its results and this, it would stay
@@ -199,6 +198,12 @@ class HeldOut:
             if folds else {}
         self.log = open_log(run, self.header, names, {
             name: state["epoch"] for name, state in self.states.items()}) if todo else None
+
+    def check(self) -> None:
+        """Raises BadInput for what would end the training of `groups`: before there is a run
+        folder."""
+        if self.groups and hasattr(self.run.opt, "model_path"):
+            self.encoders.check(self.groups[0].path)
 
     def _groups(self, todo):
         """The Groups that train for the persons in `todo`."""

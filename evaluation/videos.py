@@ -13,7 +13,9 @@ import dataset
 from dataset import ClipSet
 from evaluation import gradcam, heldout, measures, pictures, result_files
 from evaluation.encoders import RANDOM, Seen, people_seen
+from images import videos
 from images.lists import DATABASES
+from models import mmnet
 from training import checkpoint, motion, record
 from util import BadInput
 
@@ -89,11 +91,27 @@ class HeldOutVideos(heldout.HeldOut):
             seen = seen_by(opt.pretrained)
         if opt.landmarks and not Path(opt.landmarks).is_file():
             raise BadInput(f"--landmarks {opt.landmarks}: no such file")
+        self.units = units
+        self.masks = videos.read_masks(opt.landmarks, [clip.key for clip in data.clips.clips],
+                                       opt.mask, opt.size, data.images.info["size"])
         super().__init__(run, argv, script, data, folds, {
             "pretrained_sha256": digest_of(opt.pretrained and Path(opt.pretrained).read_bytes()),
             "landmarks_sha256": digest_of(opt.landmarks and Path(opt.landmarks).read_bytes()),
             "units_digest": digest_of(units and json.dumps([*map(sorted, units)]).encode())})
         self.encoders.seen[RANDOM] = seen
+
+    def check(self) -> None:
+        opt, clips = self.run.opt, self.data.clips
+        for group in self.groups:
+            members = np.setdiff1d(np.arange(len(clips)), clips.members(group.out))
+            if opt.select == "inner":
+                members = Best(clips, members).rest
+            count = len(videos.unit_names(self.units[i] for i in members)) if self.units else None
+        if self.groups and opt.pretrained:
+            with torch.device("meta"):
+                network = mmnet.create_mmnet(opt.model, clips.n_label, count, opt.channels,
+                                             opt.size)
+            motion.fitting(network, opt.pretrained)
 
     def seen(self, members: np.ndarray) -> dict:
         """What a checkpoint says of whom it saw: the persons of `members`, and those before."""

@@ -288,14 +288,17 @@ def read_masks(path: str | Path, keys: list[str], parts: list[str] | None, size:
     missing = [key for key in keys if key not in points]
     if missing:
         raise BadInput(f"{path}: no landmarks of {len(missing)} clips, {missing[0]} the first")
-    from scipy.spatial import ConvexHull  # a third of a second, which few runs need
+    from scipy.spatial import ConvexHull, QhullError  # a third of a second, which few runs need
     masks = np.empty((len(keys), size, size), np.uint8)
     for mask, key in zip(masks, keys):
         image = Image.new("L", (size, size), 1)
         for part in parts:
             chosen = points[key][[i for span in PARTS[part] for i in span]]
-            hull = chosen[ConvexHull(chosen).vertices] if len(np.unique(chosen, axis=0)) > 2 else []
-            if len(hull):
-                ImageDraw.Draw(image).polygon([tuple(point) for point in hull], fill=0)
+            try:
+                hull = chosen[ConvexHull(chosen).vertices]
+            except QhullError:
+                raise BadInput(f"{path}: the landmarks of {key}'s {part} lie on one line, and "
+                               f"surround nothing to be masked") from None
+            ImageDraw.Draw(image).polygon([tuple(point) for point in hull], fill=0)
         mask[:] = np.asarray(image)
     return masks

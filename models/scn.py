@@ -27,7 +27,7 @@ class Backbone(nn.Module):
         self.features = nn.Sequential(*(getattr(whole, name) for name in PARTS))
         self.width = whole.fc.in_features
         if gaussian:
-            planes = 64 * (whole.fc.in_features // 512)
+            planes = whole.layer2[0].conv1.in_channels
             self.mask = nn.Sequential(
                 nn.Conv2d(1, 64, 3, 2, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True),
                 nn.Conv2d(64, planes, 3, 2, 1, bias=False), nn.BatchNorm2d(planes),

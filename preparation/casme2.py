@@ -141,6 +141,9 @@ def read_clips(path: str | Path, bad_apex: str) -> Table:
     names = {row["label"].lower() for _, row in rows} - {""}
     table = Table([], {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
                        "rows": len(rows)}, tuple(sorted(names, key=natural)))
+    # difference images are named by the key alone, whatever the database
+    named = Counter((subject, clip, onset) for _, subject, clip, onset in {
+        (row["database"], row["subject"], row["clip"], row["onset"]) for _, row in rows})
     for place, row in rows:
         if row["database"] not in DATABASES:
             raise BadInput(f"{place}: database {row['database']!r} is not one of "
@@ -148,25 +151,22 @@ def read_clips(path: str | Path, bad_apex: str) -> Table:
         add_clip(table, (DATABASES.index(row["database"]), row["subject"], row["clip"]),
                  [row[name] for name in ("onset", "apex", "offset")],
                  (row["label"].lower(), row.get("units") or ""), (place, keys, bad_apex),
-                 (row["folder"],))
-    # difference images are named by the key alone, whatever the database
-    counts = Counter(row.key for row in table.rows)
-    table.rows = [replace(row, key=f"{DATABASES[row.database]}-{row.key}")
-                  if counts[row.key] > 1 else row for row in table.rows]
+                 (row["folder"],), f"{row['database']}-" * (
+                     named[row["subject"], row["clip"], row["onset"]] > 1))
     if not table.rows:
         raise BadInput(f"{path}: no clip in it; one row per clip")
     return table
 
 
 def add_clip(table: Table, name: tuple, numbers: list, shown: tuple, row: tuple,
-             files: tuple = ()) -> None:
+             files: tuple = (), prefix: str = "") -> None:
     """Adds one clip to a Table, or names why not.
 
     name: (database, subject, clip); numbers: onset, apex, offset as text; shown: (emotion, action
-    units); row: (where it stands, keys of the clips so far, --bad_apex).
+    units); row: (where it stands, keys of the clips so far, --bad_apex); prefix: of its key.
     """
     (database, subject, clip), (emotion, units), (where, keys, bad_apex) = name, shown, row
-    key = f"{subject}-{clip}-{numbers[0]}"
+    key = f"{prefix}{subject}-{clip}-{numbers[0]}"
     if not (annotation.is_name(subject) and annotation.is_name(clip)):
         table.dropped.append((where, f"subject {subject!r} or clip {clip!r} is no name"))
     elif not emotion:

@@ -178,9 +178,9 @@ def predict(job: Job, members: np.ndarray, batch_size: int = 32) -> tuple:
             None if units[0] is None else np.concatenate(units))
 
 
-def load_pretrained(network: MMNet, path: str | Path) -> None:
-    """Starts a network from a published checkpoint, or one of these scripts, whatever its last
-    layers; raises BadInput for another network."""
+def fitting(network: MMNet, path: str | Path) -> dict:
+    """The tensors that a network gets from a published checkpoint, or one of these scripts, all but
+    last layers of another shape; raises BadInput for another network."""
     state = files.load_weights(path)
     if any("conv_act." in name for name in state):
         state = from_published(state)
@@ -195,6 +195,12 @@ def load_pretrained(network: MMNet, path: str | Path) -> None:
         raise BadInput(f"--pretrained {path}: not a checkpoint of this --model, --channels and "
                        f"--size ({len(wrong)} tensors missing or of another shape, {len(extra)} "
                        f"unknown, {(wrong or extra)[0]} the first)")
-    network.load_state_dict({name: state[name] for name in ours.keys() - left}, strict=False)
-    print(f"{path}: {len(ours) - len(left)} of {len(ours)} tensors loaded"
+    return {name: state[name] for name in ours.keys() - left}
+
+
+def load_pretrained(network: MMNet, path: str | Path) -> None:
+    """Starts a network from a checkpoint, see `fitting`."""
+    state = fitting(network, path)
+    left = network.load_state_dict(state, strict=False).missing_keys
+    print(f"{path}: {len(state)} of {len(state) + len(left)} tensors loaded"
           + f"; {', '.join(sorted(left))} start anew" * bool(left))

@@ -14,6 +14,7 @@ from models.scn import SCN, Baseline
 from training import losses, supervised
 
 FIXTURES = PARITY / "fer.json"
+pytestmark = pytest.mark.usefixtures("full_width")
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,8 @@ from models import (
 from NCE.NCEAverage import NCEAverage
 from NCE.NCECriterion import NCECriterion, NCESoftmaxLoss
 
+pytestmark = pytest.mark.usefixtures("full_width")
+
 FIXTURE = PARITY / "encoders.json"
 RandomState = np.random.RandomState
 ALIASES = {"resnets18": "resnet18v1", "resnets50": "resnet50v1", "resnets101": "resnet101v1"}

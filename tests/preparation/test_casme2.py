@@ -213,7 +213,7 @@ def table_of_clips(path, rows):
 def test_one_key_in_two_databases_becomes_two(raw, tmp_path):
     place = "Cropped/sub01/EP02_01f,46,59,86"
     table = table_of_clips(tmp_path / "clips.csv", [
-        f"smic,s1,a,{place},happiness,", f"samm,s1,a,{place},others,",
+        f"smic,s1,a,{place},happiness,", f"samm,s1,a,{place.replace(',59,', ',/,')},others,",
         f"samm,s2,a,{place},others,", f"casme3,spNO.7,a,{place},others,"])
     prepare("--raw", raw, "--clips", table, "--data_folder", tmp_path / "set", *FLAGS)
     script("prepare").main(["casme3", "--raw", raw, "--clips", tmp_path / "set" / "onset_apex.csv",
@@ -222,6 +222,9 @@ def test_one_key_in_two_databases_becomes_two(raw, tmp_path):
     rows = [row for _, row in read_table(tmp_path / "set" / "clips.csv", fix="")[0]]
     assert {row["key"] for row in rows} == {"smic-s1-a-46", "samm-s1-a-46", "s2-a-46",
                                             "spNO.7-a-46"}
+    info = json.loads((tmp_path / "set" / "flow.json").read_text())
+    assert info["repairs"] == {"apex is no frame number: the middle of onset and offset":
+                               ["samm-s1-a-46"]}
     # CAS(ME)^3's subjects are called in lists as nowhere else
     assert {(clip.database, clip.subject, clip.key) for clip in
             dataset.read_clips(tmp_path / "images", view="RGB_gray").clips} \

@@ -16,6 +16,8 @@ from images import encoding, transforms
 from models import create_model
 from training import checkpoint, record
 
+pytestmark = pytest.mark.usefixtures("full_width")
+
 
 def train(data, out, cache, model, *flags):
     """Pre-trains; (state of last.pth, the epochs' log lines)."""

@@ -19,6 +19,7 @@ from conftest import script
 RELEASE = Path(__file__).with_name("release")
 EXPECTED = json.loads((RELEASE / "expected.json").read_text())
 COMMANDS = json.loads((RELEASE / "commands.json").read_text())
+pytestmark = pytest.mark.usefixtures("full_width")
 
 
 @pytest.fixture

@@ -232,6 +232,18 @@ def test_the_chosen_epoch_is_counted_within_its_stage(flags, tmp_path):
     uf1 = [line["inner_uf1"] for line in record.read_log(run)[1:] if "inner_uf1" in line]
     assert len(uf1) == 2
     assert results(run)["choices"]["sub05"]["epochs"] == 1 + uf1.index(max(uf1))
+    state = checkpoint.load(run / "last.pth")  # holds the network that was chosen
+    assert runs.differing(state["model"], state["best"]["model"]) == []
+
+
+def test_clips_without_motion_are_trained_on_as_zeros(prepared, flags, tmp_path, capsys):
+    folder = shutil.copytree(prepared, tmp_path / "set")
+    for name in ("flow.npy", "jitter.npy"):
+        np.save(folder / name, 0 * np.load(folder / name))
+    train(*flags, "--data_folder", folder, "--save_path", tmp_path / "r", "--scale", "fixed",
+          "--channels", "n", "--part", 5, "--epochs", 1, "--batch_size", 7)
+    assert len(runs.rows(only(tmp_path / "r"))) == 1
+    assert "would hold one alone; it is dropped" in capsys.readouterr().out  # of 8 clips
 
 
 def test_parts_of_a_batch_give_the_gradient_of_the_whole(prepared, monkeypatch):
@@ -422,6 +434,7 @@ def test_a_published_checkpoint_starts_a_network(flags, prepared, tmp_path, caps
     said = refused(capsys, *flags, "--save_path", tmp_path / "x", "--pretrained",
                    tmp_path / "short.pth", "--part", 5)
     assert "1 tensors missing" in said and "stem.external.spatial.weight" in said
+    assert not (tmp_path / "x").exists()
 
 
 def test_results_say_whom_a_pretrained_network_saw(flags, prepared, tmp_path, capsys):
@@ -522,8 +535,14 @@ def test_parts_of_the_face_are_masked(prepared, flags, tmp_path, capsys):
     assert "_eyes_jaw_" in only(tmp_path).name and len(runs.rows(only(tmp_path))) == 3
     (tmp_path / "few.csv").write_text("\n".join(rows[:3]) + "\n")
     assert "no landmarks of 7 clips" in refused(
-        capsys, *flags, "--save_path", tmp_path, "--mask", "eyes", "--landmarks",
+        capsys, *flags, "--save_path", tmp_path / "r", "--mask", "eyes", "--landmarks",
         tmp_path / "few.csv")
+    line = ",".join([keys[3], *(str(i // 2) for i in range(136))])
+    (tmp_path / "line.csv").write_text("\n".join([*rows[:4], line, *rows[5:]]) + "\n")
+    assert f"line.csv: the landmarks of {keys[3]}'s eyes lie on one line" in refused(
+        capsys, *flags, "--save_path", tmp_path / "r", "--mask", "eyes", "--landmarks",
+        tmp_path / "line.csv")
+    assert not (tmp_path / "r").exists()
 
 
 @pytest.mark.parametrize("more, expected", [
@@ -560,6 +579,10 @@ def test_sets_that_are_not_whole_are_refused(prepared, flags, tmp_path, capsys):
     def without_class(folder):
         text = (folder / "clips.csv").read_text()
         (folder / "clips.csv").write_text(text.replace(",1,repression", ",4,repression"))
+    def below(folder):
+        text = (folder / "clips.csv").read_text()
+        (folder / "clips.csv").write_text(text.replace(",1,repression", ",-1,repression"))
+    assert "label -1 of sub" in copy("n", below)
     assert "flow.npy: missing" in copy("a", lambda f: (f / "flow.npy").unlink())
     assert "no clip of class repression" in copy("b", without_class)
     assert "not the 9 clips" in copy("c", lambda f: (f / "clips.csv").write_text(
@@ -642,6 +665,7 @@ def test_a_set_without_action_units_is_refused_for_a_network_that_learns_them(
     assert "clips.csv: no training clip names an action unit" in refused(
         capsys, *flags, "--data_folder", folder, "--save_path", tmp_path / "r", "--model",
         "V6", "--part", 5)
+    assert not (tmp_path / "r").exists()
 
 
 def test_unknown_action_units_are_named(prepared, flags, tmp_path, capsys):
