@@ -68,6 +68,7 @@ def read_results(path: str | Path) -> dict:
             ("model", str), ("model_path", str), ("encoder", str), ("seed", int))))
         ensure(isinstance(result["n_label"], int) and result["n_label"] == len(result["confusion"]))
         ensure(result.get("transductive") in TRANSDUCTIVE)
+        ensure(all(isinstance(name, str) for name in result["free"]))
     except FileNotFoundError:
         raise BadInput(f"{path}: missing; name a results.json")
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
@@ -334,6 +335,8 @@ def main(argv: list[str] | None = None) -> None:
     for path, place in zip(opt.results, places):
         if places.count(place) > 1:
             raise BadInput(f"{path}: named twice; name each result once")
+    if opt.picture and not Path(opt.picture).absolute().parent.is_dir():
+        raise BadInput(f"--picture {opt.picture}: its folder does not exist")
     results = [read_results(path) for path in opt.results]
     align_classes(results)
     clips = common_clips(opt.results, results, opt.common)

@@ -17,8 +17,9 @@ import contextlib
 import functools
 import importlib.metadata
 import json
+import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, fields
 from itertools import chain
@@ -82,11 +83,17 @@ def parse_option(argv: list[str] | None) -> util.Options:
 
 # ---------------------------------------------------------------- going on
 
+def header_of(opt: util.Options, settings: Settings) -> dict:
+    """The first line of the records: what they follow from."""
+    return {"settings": asdict(settings), "inputs": sorted(map(os.path.abspath, opt.photos))}
+
+
 def begin(opt: util.Options, settings: Settings, photos: list[Photo]) -> dict[str, dict]:
     """Makes the folder, or enters it: records of the photographs that are finished, by their names.
     Files of photographs that changed or went are removed. Raises BadInput for a folder of others,
-    or of other settings."""
-    folder, header = Path(opt.save_path), {"settings": asdict(settings)}
+    for inputs by which finished ones would have other names, and for other settings."""
+    folder = Path(opt.save_path)
+    header = header_of(opt, settings)
     if opt.resume:
         util.remove_leftovers(folder)
     lines = record.read_lines(folder / RECORDS) if opt.resume else []
@@ -98,6 +105,7 @@ def begin(opt: util.Options, settings: Settings, photos: list[Photo]) -> dict[st
     kept, known = {}, {photo.name: photo for photo in photos}
     try:
         check_settings(folder / RECORDS, lines[0]["settings"] if lines else {}, settings)
+        check_inputs(folder / RECORDS, lines, header, known)
         for old in lines[1:]:
             photo = known.get(old["path"])
             if (photo and photo.stem == old["stem"] and not old["error"]
@@ -127,6 +135,17 @@ def check_settings(path: Path, old: dict, settings: Settings) -> None:
                  if old and old[field.name] != getattr(settings, field.name)]
     if differing:
         raise BadInput(f"{path}: cannot be resumed with other options: {'; '.join(differing)}")
+
+
+def check_inputs(path: Path, lines: list[dict], header: dict, known: Collection) -> None:
+    """Raises BadInput where other inputs than those of the `lines` in `path` leave out photographs
+    that are finished: their names, which begin with the folder's where there are several, are not
+    in `known`."""
+    gone = [old["path"] for old in lines[1:] if old["path"] not in known and not old["error"]]
+    if gone and lines[0].get("inputs", header["inputs"]) != header["inputs"]:
+        raise BadInput(f"{path}: {len(gone)} finished photographs are not among these ({gone[0]} "
+                       f"the first), which came from {', '.join(lines[0]['inputs'])}; name the "
+                       f"same, or another --save_path")
 
 
 def remove_files(folder: Path, names: list[str]) -> None:
@@ -164,7 +183,7 @@ def search(opt: util.Options, settings: Settings, photos: list[Photo],
             path.parent.rmdir()
         more = f"; nor could the other {len(records) - 1}" if len(records) > 1 else ""
         raise BadInput(records[0]["error"] + more)
-    write_lines(path, ({"settings": asdict(settings)}, *records))  # in order, in one run or several
+    write_lines(path, (header_of(opt, settings), *records))  # in order, in one run or several
     return records
 
 

@@ -15,6 +15,7 @@ import util  # first: it settles how threads wait before torch is imported
 
 # isort: split
 import argparse
+from pathlib import Path
 
 from images import encoding
 from prediction import clips, photographs
@@ -39,7 +40,7 @@ def parse_option(argv: list[str] | None) -> util.Options:
     parser.add_argument("photos", nargs="*", metavar="PHOTO|FOLDER",
                         help="photographs of faces, for a model of train_FER.py or "
                              "main_finetune.py")
-    add_photo_options(parser)
+    of_photos = add_photo_options(parser)
     data = parser.add_argument_group("clips: two frames with their depth, or a list")
     data.add_argument("--onset", metavar="FILE", help="RGB frame at the onset")
     data.add_argument("--apex", metavar="FILE", help="RGB frame at the apex")
@@ -67,18 +68,18 @@ def parse_option(argv: list[str] | None) -> util.Options:
     running.add_argument("--device", default="auto", metavar="NAME",
                          help="auto: cuda where there is one, else cpu; or cpu, cuda, cuda:1")
     running.add_argument("--num_workers", type=number(int, 0), default=4,
-                         help="threads that decode images")
+                         help="clips: threads that decode images")
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print JSON, not a table")
     output.add_argument("--csv", metavar="FILE", help="photographs: also write this table [none]")
     output.add_argument("--pictures", metavar="DIR", help="photographs: also draw them, with boxes "
                         "and classes, into this folder [none]")
     opt = parser.parse_args(argv)
-    check_option(parser, opt)
+    check_option(parser, opt, util.given(of_photos, argv))
     return opt
 
 
-def add_photo_options(parser: util.ArgumentParser) -> None:
+def add_photo_options(parser: util.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("photographs")
     group.add_argument("--whole", action="store_true",
                        help="they are crops of faces already: none is searched for")
@@ -87,16 +88,27 @@ def add_photo_options(parser: util.ArgumentParser) -> None:
                             f"where that is known, else {registration.MARGIN:.3f}]")
     group.add_argument("--min_face_size", type=number(int, detection.SMALLEST_FACE), default=40,
                        help="longer side of the smallest face that is looked for, pixels")
+    return group
 
 
-def check_option(parser: util.ArgumentParser, opt: util.Options) -> None:
+def check_option(parser: util.ArgumentParser, opt: util.Options, of_photos: list[str]) -> None:
+    """of_photos: the flags that were given of photographs."""
     frames = [f"--{name}" for name in (*clips.FRAMES, "box") if getattr(opt, name) is not None]
     if opt.photos:
-        if opt.list or frames or opt.data_folder:
-            parser.error(f"photographs and {(frames or ['--list'])[0]} exclude each other")
+        if others := [*frames, *(f"--{name}" for name in ("list", "data_folder", "encoding")
+                                 if getattr(opt, name))]:
+            parser.error(f"photographs and {others[0]} exclude each other")
+        if opt.whole and len(of_photos) > 1:
+            flag = next(flag for flag in of_photos if flag != "--whole")
+            parser.error(f"{flag} goes with faces that are searched for, not with --whole")
+        if opt.csv and not Path(opt.csv).absolute().parent.is_dir():
+            parser.error(f"--csv {opt.csv}: its folder does not exist")
+        if opt.pictures and Path(opt.pictures).exists() and not Path(opt.pictures).is_dir():
+            parser.error(f"--pictures {opt.pictures}: is a file; name a folder")
         return
-    if opt.csv or opt.pictures or opt.whole:
-        parser.error("--csv, --pictures and --whole go with photographs")
+    of_photos += [f"--{name}" for name in ("csv", "pictures") if getattr(opt, name)]
+    if of_photos:
+        parser.error(f"{of_photos[0]} goes with photographs")
     if opt.list and frames:
         parser.error(f"--list and {frames[0]} exclude each other")
     if bool(opt.list) != bool(opt.data_folder):

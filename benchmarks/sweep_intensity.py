@@ -6,8 +6,8 @@
 The threshold is a choice, so it is made on training subjects alone: those of --without never
 enter. The others are split into inner folds; for each threshold and fold an encoder is
 pre-trained without the fold's subjects, labelled or not, and linear heads on it predict them.
-Other flags go to pre-train_DVSCL.py; those both stages know, to LinearProbing_DVSCL_10fold.py as
-well. Prints a table (threshold, pairs kept, UF1 over all inner folds) and writes it as
+Other flags go to pre-train_DVSCL.py; those listed for both stages to LinearProbing_DVSCL_10fold.py
+as well. Prints a table (threshold, pairs kept, UF1 over all inner folds) and writes it as
 threshold.csv and threshold.png. Expect thresholds x folds pre-trainings; finished ones are used
 again.
 """
@@ -54,11 +54,13 @@ def parse_option(argv):
     both = parser.add_argument_group("both stages")
     both.add_argument("--model", choices=MODEL_NAMES, metavar="NAME", help="encoder [alexnet]")
     for flag, text in (("--size", "side of the crops, pixels"), ("--seed", "of both stages"),
-                       ("--device", "auto, cpu, cuda, cuda:1"), ("--num_workers", "threads")):
+                       ("--device", "auto, cpu, cuda, cuda:1"), ("--num_workers", "threads"),
+                       ("--encoding", "what a pixel means, where no encoding.json says it")):
         both.add_argument(flag, help=text)
+    both.add_argument("--view", default="RGB_D", metavar="RGB_NAME", help="[RGB_D]")
     opt, more = parser.parse_known_args(argv)
     shared = [f"--{name}={getattr(opt, name)}" for name in (
-        "model", "size", "seed", "device", "num_workers", "list_folder")
+        "model", "size", "seed", "device", "num_workers", "list_folder", "encoding", "view")
         if getattr(opt, name) is not None]
     return opt, more, shared
 
@@ -91,6 +93,14 @@ def run_fold(opt, more, shared, threshold, fold):
     return [[int(row[name]) for row in rows] for name in ("label", "prediction")]
 
 
+def shown(opt, threshold, out):
+    """The persons, as dataset.identity, of the pairs that a threshold leaves, but those `out`."""
+    pairs = dataset.read_pairs(opt.pairs, opt.data_folder, opt.view, opt.encoding, threshold)
+    people, out = [dataset.identity(clip.person) for clip in pairs.clips], {
+        dataset.identity(person) for person in out}
+    return [person for person in people if person not in out]
+
+
 def draw(path, rows):
     """UF1 and the number of pairs over the threshold."""
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -109,22 +119,23 @@ def draw(path, rows):
 @util.command_line
 def main(argv=None):
     opt, more, shared = parse_option(argv)
-    clips = dataset.read_clips(opt.data_folder, opt.list_folder)
-    pairs, _ = util.read_table(opt.pairs, ("subject", "intensity"), fix="--pairs names them",
-                               delimiter="\t")
-    dataset.read_pairs(opt.pairs, opt.data_folder, min_intensity=-math.inf)  # checks every row
+    clips = dataset.read_clips(opt.data_folder, opt.list_folder, opt.view, opt.encoding)
+    if len({clip.database for clip in clips.clips}) > 1:
+        raise util.BadInput(f"{opt.list_folder or opt.data_folder}: lists of several databases; a "
+                            f"threshold is chosen on one, --list_folder names its lists")
+    dataset.read_pairs(opt.pairs, opt.data_folder, opt.view, opt.encoding,
+                       min_intensity=-math.inf)  # checks every row
     out = dataset.find_without(opt, clips)
     clips = clips.subset([clip.person not in out for clip in clips.clips])
     folds = dataset.ten_folds(clips, opt.inner_folds)
-    people = [sorted({clips.names[c.person]
-                      for c, fold in zip(clips.clips, folds.of) if fold == i})
-              for i in range(len(folds.names))]
+    members = [{c.person for c, fold in zip(clips.clips, folds.of) if fold == i}
+               for i in range(len(folds.names))]
+    people = [sorted(clips.names[person] for person in fold) for fold in members]
     rows = []
     for threshold in sorted(set(opt.thresholds)):
-        left = [row["subject"] for _, row in pairs if float(row["intensity"]) >= threshold
-                and row["subject"].replace(".", "") not in opt.without]
-        if min(sum(subject.replace(".", "") not in fold for subject in left)
-               for fold in people) < 2:
+        left = shown(opt, threshold, out)
+        if min(sum(person not in set(map(dataset.identity, fold)) for person in left)
+               for fold in members) < 2:
             print(f"threshold {threshold:g}: {len(left)} pairs, too few to pre-train on; left out")
             continue
         parts = [run_fold(opt, more, shared, threshold, fold)

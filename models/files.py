@@ -57,10 +57,10 @@ def check(path, state):
                        f"'normalization' and 'seen' must be tables")
 
 
-def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
+def load_weights(path: str | Path, state: object = None) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint that anybody wrote: its `model`, `state_dict`, or the file
-    itself; raises BadInput."""
-    state = read(path)
+    itself; state: what `read` gave of it. Raises BadInput."""
+    state = read(path) if state is None else state
     for name in ("model", "state_dict", "model_state_dict"):
         state = state.get(name, state) if isinstance(state, dict) else state
     check(path, {"model": state})

@@ -164,9 +164,9 @@ def check_box(opt: util.Options, settings: cutting.Settings) -> None:
     if opt.box.roll and not settings.roll:
         raise BadInput(f"--box: {opt.model_path} was trained on crops that were not turned; drop "
                        f"the fifth number")
-    if not (opt.box.x < width and opt.box.y < height and opt.box.x + opt.box.width > 0
-            and opt.box.y + opt.box.height > 0):
-        raise BadInput(f"--box: lies outside {opt.onset}, {width}x{height} pixels")
+    if not opt.box.lies_in(width, height):
+        raise BadInput(f"--box: is no face on {opt.onset}, {width}x{height} pixels: its middle is "
+                       f"outside, or it is more than twice as large")
 
 
 def cut_frames(opt: util.Options, state: dict, folder: str) -> dataset.ClipSet:
@@ -176,7 +176,7 @@ def cut_frames(opt: util.Options, state: dict, folder: str) -> dataset.ClipSet:
     check_box(opt, settings)
     registration.require()
     if settings.crop == "mtcnn" and opt.box is None:
-        detection.require()
+        detection.require("predict.py", ", or give --box X Y W H")
     files = [str(getattr(opt, name)) for name in FRAMES[:4 if with_depth else 2]]
     names = "rgb.png", "depth.png" if with_depth else ""
     task = cutting.Task(Path(opt.apex).stem, *names, tuple(files), box=opt.box)

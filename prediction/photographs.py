@@ -44,7 +44,11 @@ def load(path: str | Path, state: dict) -> nn.Module:
         network = create_network(opt["model"], n_label, opt["arch"], 0, opt["gaussian"]) \
             if of_fer else finetuning.create_network(argparse.Namespace(**opt), n_label)
         network.load_state_dict(pretrained.predicting(state)[1])
-        util.ensure(opt["size"] >= 32 and isinstance(opt["tta_flip"], bool))
+        util.ensure(isinstance(opt["size"], int) and opt["size"] >= 32
+                    and isinstance(opt["tta_flip"], bool))
+        util.ensure(isinstance(state.get("crop") or {}, dict)
+                    and all(isinstance(name, str) for name in state["classes"]))
+        util.ensure(all(bool(value.isfinite().all()) for value in network.state_dict().values()))
         util.ensure(opt["views"] if of_fer else opt["model"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
         raise BadInput(f"{path}: cannot be read as a model of "

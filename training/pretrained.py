@@ -52,8 +52,8 @@ def load_backbone(network: nn.Module, pretrained: str, arch: str) -> None:
     if pretrained == "imagenet":
         state = imagenet_weights(arch)
     else:
-        state = files.load_weights(pretrained)
         own = files.read(pretrained)
+        state = files.load_weights(pretrained, own)
         if own.get("system") == "FER":
             which, state = predicting(own)
             print(f"{pretrained}: {which} weights")

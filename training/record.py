@@ -237,7 +237,7 @@ def read_lines(path: Path) -> list[dict]:
     """The lines of a file of JSON lines, up to the first that is not whole; none of no file."""
     lines = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().splitlines():
             try:
                 lines.append(json.loads(line))
             except ValueError:

@@ -3,6 +3,7 @@ import csv
 import itertools
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from conftest import draw_pairs, draw_set, pretrain, script
 
 import dataset
+from images.lists import write_lists
 from preparation import audit, intensity, registration
 
 UNITS = (1, 4, 12, 25, 45)
@@ -316,6 +318,28 @@ def test_bad_pairs_stop_the_sweep(tmp_path, capsys, old, new, words):
             tmp_path / "pairs.tsv"])
     assert stop.value.code == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_pairs_are_counted_whatever_the_spelling_of_a_name(tmp_path):
+    sweep = script("benchmarks.sweep_intensity")
+    draw_set(tmp_path)
+    path = draw_pairs(tmp_path)  # intensities 0 to 5, of s1 to s4 in turn
+    path.write_text(path.read_text().replace("casme3\ts2", "casme3\tS.2"))
+    opt, more, shared = sweep.parse_option([
+        "--data_folder", str(tmp_path), "--save_path", "s", "--pairs", str(path), "--view",
+        "RGB_D", "--encoding", "signed", "--epochs", "1"])
+    assert more == ["--epochs", "1"] and {"--view=RGB_D", "--encoding=signed"} <= {*shared}
+    assert sweep.shown(opt, 1, [(0, "s2")]) == [(0, "s1"), (0, "s3"), (0, "s4")]
+
+
+def test_the_sweep_takes_one_database(tmp_path, capsys):
+    clips = draw_set(tmp_path)
+    write_lists(tmp_path, [replace(clip, database=int(clip.subject == "s4")) for clip in clips])
+    with pytest.raises(SystemExit):
+        script("benchmarks.sweep_intensity").main([
+            "--data_folder", tmp_path, "--save_path", tmp_path / "out", "--pairs",
+            draw_pairs(tmp_path)])
+    assert "lists of several databases" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow

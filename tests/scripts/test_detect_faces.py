@@ -14,6 +14,7 @@ from conftest import ROOT, save_image, script
 from PIL import Image
 
 from preparation import photographs
+from training import record
 from util import BadInput
 
 FILES = {"faces.csv", "faces.json", "faces.jsonl", "without_faces.txt"}
@@ -223,6 +224,18 @@ def test_a_folder_of_others_is_refused(photos, found, tmp_path, capsys):
     line = refused(capsys, photos, "--save_path", found, "--resume", "--crop", "--size", 64)
     assert "faces.jsonl: cannot be resumed with other options: --size 112 there, 64 here" in line
     assert content(found) == before
+    other = tmp_path / "of_others"
+    other.mkdir()
+    shutil.copy(photos / "happy" / "a10.jpg", other / "b.jpg")
+    for names in ([photos, other], [other]):  # by which those that are finished have other names
+        line = refused(capsys, *names, "--save_path", found, "--resume", "--crop", "--size", 112)
+        assert "faces.jsonl: 6 finished photographs are not among these (happy/a2.png" in line
+    assert content(found) == before
+    with open(found / "faces.jsonl", "ab") as file:  # what a power cut leaves
+        file.write(b"\xff\n")
+    assert len(record.read_lines(found / "faces.jsonl")) == before["faces.jsonl"].count(b"\n")
+    (found / "faces.jsonl").write_bytes(before["faces.jsonl"])
+    shutil.rmtree(other)
     (tmp_path / "mine.txt").write_text("x")
     assert "holds no faces.jsonl" in refused(capsys, photos, "--save_path", tmp_path, "--resume")
     (tmp_path / "faces.jsonl").write_text('{"settings": {}}\n{"a": 1}\n')

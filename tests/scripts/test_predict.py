@@ -270,7 +270,13 @@ def changed(path, folder, change):
     ([], "give photographs, or --onset and --apex, or --data_folder and --list"),
     (["--onset", "x.jpg"], "or --onset and --apex"),
     (["x.jpg", "--onset", "x.jpg"], "photographs and --onset exclude each other"),
-    (["--csv", "x.csv", "--onset", "a.jpg", "--apex", "b.jpg"], "go with photographs"),
+    (["x.jpg", "--data_folder", "d"], "photographs and --data_folder exclude each other"),
+    (["x.jpg", "--encoding", "signed"], "photographs and --encoding exclude each other"),
+    (["x.jpg", "--whole", "--margin", 0], "--margin goes with faces that are searched for"),
+    (["x.jpg", "--csv", "none/x.csv"], "--csv none/x.csv: its folder does not exist"),
+    (["x.jpg", "--pictures", __file__], "is a file; name a folder"),
+    (["--csv", "x.csv", "--onset", "a.jpg", "--apex", "b.jpg"], "--csv goes with photographs"),
+    (["--margin=1", "--onset", "a.jpg", "--apex", "b.jpg"], "--margin goes with photographs"),
     (["--list", "x.txt"], "--list and --data_folder go together"),
     (["--list", "x.txt", "--data_folder", "d", "--onset", "x.jpg"], "exclude each other"),
     (["--onset", "a", "--apex", "b", "--depth_apex", "c"], "go together"),
@@ -342,7 +348,8 @@ def test_boxes_that_do_not_fit(raw, made, capsys):
     _, path = made(("box", *BOX))
     argv = ["--model_path", path, *frames(raw, ROWS[0])]
     assert "give --box X Y W H" in refused(capsys, *argv)
-    assert "lies outside" in refused(capsys, *argv, "--box", 500, 10, 20, 20)
+    for box in ((500, 10, 20, 20), (-90, 10, 100, 100), (10, 10, 900, 900)):
+        assert "--box: is no face on" in refused(capsys, *argv, "--box", *box)
     assert "not turned; drop the fifth number" in refused(capsys, *argv, "--box", *BOX, 5)
 
 

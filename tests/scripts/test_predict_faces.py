@@ -167,6 +167,12 @@ def test_what_does_not_fit_is_refused_in_one_line(tree, tmp_path, capsys, found)
                tmp_path / "bad.pth")
     assert "bad.pth: cannot be read as a model" in refused(tmp_path / "bad.pth", "--whole",
                                                            tmp_path / "small.png")
+    state = checkpoint.load(run / "last.pth")
+    for change in ({"crop": [1]}, {"classes": [*range(7)]}, {"opt": state["opt"] | {"size": 64.5}},
+                   {"ema": {k: v * np.nan for k, v in state["ema"].items()}}):
+        torch.save(state | change, tmp_path / "bad.pth")
+        assert "bad.pth: cannot be read as a model" in refused(tmp_path / "bad.pth", "--whole",
+                                                               tmp_path / "small.png"), change
     marks = tmp_path / "marks.csv"
     face_tree.write_landmarks(marks, [f"Image/aligned/{p.name}" for p in
                                       (tree / "Image" / "aligned").iterdir()])
