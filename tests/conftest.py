@@ -6,59 +6,34 @@ import importlib
 import os
 import shutil
 import tarfile
-from functools import partial
 from pathlib import Path
 
+import narrow
 import numpy as np
 import pytest
 import torch
-import torchvision
 from PIL import Image
 
 from dataset import Clip
 from evaluation import pictures
 from images import transforms
 from images.lists import write_lists
-from models import FACTORIES, resnet
 
 ROOT = Path(util.__file__).parent
 LISTS = ROOT.parent / "shared" / "casme3_lists.tar.xz"
 PARITY = ROOT.parent / "shared" / "parity"
 
 
-RESNETS = FACTORIES["resnet18v1"], torchvision.models.resnet18
-
-
-def narrow_resnet18(**kwargs):
-    """torchvision's ResNet-18 with a quarter of its channels after the stem."""
-    with pytest.MonkeyPatch.context() as patch:
-        make = torchvision.models.ResNet._make_layer
-        patch.setattr(torchvision.models.ResNet, "_make_layer", lambda self, block, planes, *more,
-                      **named: make(self, block, planes // 4, *more, **named))
-        whole = RESNETS[1](**kwargs)
-    whole.fc = torch.nn.Linear(128, 1000)
-    return whole
-
-
-NARROW = partial(resnet.resnet18, width=1 / 8), narrow_resnet18
-
-
-def set_resnets(dual_view, of_photographs):
-    FACTORIES["resnet18v1"] = FACTORIES["resnets18"] = dual_view
-    torchvision.models.resnet18 = of_photographs
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def full_width():
-    """ResNets as they are: all other tests, but in what they start by a command, get narrow ones,
-    with which scripts do what they do in a third of the time."""
-    set_resnets(*RESNETS)
+    """ResNets as they are; other tests get narrow ones, but in what they start by a command."""
+    narrow.use(False)
     yield
-    set_resnets(*NARROW)
+    narrow.use()
 
 
 def pytest_configure(config):
-    set_resnets(*NARROW)
+    narrow.use()
     # of the generated code in tensorboard_logger
     config.addinivalue_line("filterwarnings", "ignore:Call to deprecated create function")
     if "PYTEST_XDIST_WORKER" in os.environ:  # a core each, for what it starts as well

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import narrow
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -52,17 +53,18 @@ def start(script, argv, folder, environment=(), prepare=None, threads=None):
     first, there; threads: those of this process unless given."""
     process = _server.Process(target=_run, args=(
         script, list(map(str, argv)), Path(folder), dict(environment), prepare,
-        threads or torch.get_num_threads()))
+        threads or torch.get_num_threads(), narrow.in_use()))
     process.start()
     return process
 
 
-def _run(script, argv, folder, environment, prepare, threads):
+def _run(script, argv, folder, environment, prepare, threads, narrowed):
     for number, name in enumerate(("out", "err"), 1):
         with open(folder / name, "a") as file:
             os.dup2(file.fileno(), number)
     os.environ.update(environment)
     torch.set_num_threads(threads)
+    narrow.use(narrowed)
     if prepare:
         prepare()
     sys.argv = [script, *argv]

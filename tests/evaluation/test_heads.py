@@ -207,7 +207,7 @@ def test_the_head_holds_the_statistics_of_its_training_clips(drawn, quick, pretr
         rows = torch.cat([torch.cat(model(view, 6), 1) for view in (x, x.flip(-1))]).double()
     mean, std = state["classifier"]["mean"], state["classifier"]["std"]
     varies = rows.std(0) > 1e-6 * rows.abs().max()
-    assert varies.sum() > 400
+    assert varies.sum() > 100  # of 128
     assert torch.allclose(mean, rows.mean(0).float(), atol=1e-4)
     assert torch.allclose(std[varies], rows.std(0, correction=0).float()[varies], rtol=1e-3)
 

@@ -92,10 +92,11 @@ def test_the_map_of_a_pooled_vector_is_the_weighted_sum_of_channels():
     torch.manual_seed(0)
     model = create_model("resnet18v1").eval()
     head = create_classifier("resnet18v1", 6, 2)
-    x, weights = torch.randn(1, 4, 64, 64), torch.randn(1, 512)
+    x, weights = torch.randn(1, 4, 64, 64), torch.randn(1, 2 * model(
+        torch.zeros(1, 4, 64, 64), 5)[0].shape[1])
     actual = Classifier(model, head, 6, None).maps(x, weights)
     with torch.no_grad():
-        for tap, part, ours in zip(model(x, 5), weights.split(256, 1), actual):
+        for tap, part, ours in zip(model(x, 5), weights.chunk(2, 1), actual):
             expected = F.relu(torch.einsum("bchw,bc->bhw", tap, part) / tap[0, 0].numel())
             torch.testing.assert_close(ours, expected)
 
@@ -224,7 +225,7 @@ def test_maps_are_those_of_the_head_that_held_the_clip_out(runs, heads, drawn, p
         head = weight[fold] / std[fold]
         x = transforms.eval_transform(torch.from_numpy(images[i:i + 1]), old["normalization"])
         with torch.no_grad():
-            for tap, part, ours in zip(model(x, 5), head[row["prediction"]].split(256), maps):
+            for tap, part, ours in zip(model(x, 5), head[row["prediction"]].chunk(2), maps):
                 cam = F.relu(torch.einsum("chw,c->hw", tap[0], part))
                 expected = (255 * cam / cam.max().clamp(min=1e-12)).round()
                 assert abs(expected.numpy() - ours).max() <= 1

@@ -17,6 +17,7 @@ from training import checkpoint, epochs, faces, losses, pretrained
 from util import BadInput, RunFailed
 
 SIDE = 32
+pytestmark = pytest.mark.usefixtures("full_width")
 
 
 def face_set(n=21, subjects=0):
