@@ -398,6 +398,7 @@ def by_scikit_learn(data, penalties):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("full_width")
 @pytest.mark.parametrize("layer", [6, 4])
 def test_no_head_fits_more_and_tells_less_than_scikit_learns(tmp_path, layer):
     parse, actual = script("LinearProbing_DVSCL_10fold").parse_option, []

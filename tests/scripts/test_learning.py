@@ -16,8 +16,6 @@ from images import encoding, transforms
 from models import create_model
 from training import checkpoint, record
 
-pytestmark = pytest.mark.usefixtures("full_width")
-
 
 def train(data, out, cache, model, *flags):
     """Pre-trains; (state of last.pth, the epochs' log lines)."""
@@ -92,6 +90,7 @@ def test_views_of_people_never_seen_match_after_training(small_crops, blobs, cac
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("full_width")
 def test_nothing_is_learnt_from_permuted_pairs(small_crops, blobs, cache, tmp_path):
     seen, unseen = blobs
     permute(seen)
@@ -113,6 +112,7 @@ def test_nce_stays_finite(small_crops, drawn, cache, tmp_path, rate):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("full_width")
 def test_the_demos_settings_learn_from_rendered_faces(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(transforms, "CROP", 224)  # the module's other tests crop 64 pixels
     render = script("render").main
