@@ -41,12 +41,6 @@ def pytest_configure(config):
         os.environ["OMP_NUM_THREADS"] = "1"
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers(config):
-    """One more than there are cores: tests wait for processes that they start, and for the disk."""
-    return (os.cpu_count() or 1) + 1
-
-
 @pytest.fixture
 def threads():
     """How many threads there were, and are again."""
