@@ -98,9 +98,8 @@ def check_option(parser: util.ArgumentParser, opt: util.Options, of_photos: list
         if others := [*frames, *(f"--{name}" for name in ("list", "data_folder", "encoding")
                                  if getattr(opt, name))]:
             parser.error(f"photographs and {others[0]} exclude each other")
-        if opt.whole and len(of_photos) > 1:
-            flag = next(flag for flag in of_photos if flag != "--whole")
-            parser.error(f"{flag} goes with faces that are searched for, not with --whole")
+        if opt.whole and (searched := [flag for flag in of_photos if flag != "--whole"]):
+            parser.error(f"{searched[0]} goes with faces that are searched for, not with --whole")
         if opt.csv and not Path(opt.csv).absolute().parent.is_dir():
             parser.error(f"--csv {opt.csv}: its folder does not exist")
         if opt.pictures and Path(opt.pictures).exists() and not Path(opt.pictures).is_dir():

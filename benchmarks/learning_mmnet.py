@@ -118,7 +118,7 @@ def main(argv=None):
     bench = Bench(opt)
     raw = bench.render("raw")
     onset = bench.prepare(raw, "--reference", "onset")
-    measured = labels, *_ = regress(onset)
+    measured = regress(onset)
     bench.baselines([measured])
     bench.add("logistic regression, dis, onset", [measured])
     sets = {"dis, onset": onset}
@@ -139,7 +139,7 @@ def main(argv=None):
                     max(1, opt.epochs // 2))
         for name, data in sets.items():
             bench.train(f"V3NR, {name}", data, "V3NR", opt.epochs_v3)
-    print(f"\nrendered stand-in data, {len(labels)} clips, flow at 224 pixels, networks at "
+    print(f"\nrendered stand-in data, {len(measured[0])} clips, flow at 224 pixels, networks at "
           f"{opt.size}, V4 and the original {opt.epochs} epochs, V3NR {opt.epochs_v3}, controls "
           f"{max(1, opt.epochs // 2)}, torch {torch.__version__}, "
           f"{(time.time() - began) / 60:.0f} minutes\n\n| | UF1 | 95 % interval | |\n|---|---|---|"
