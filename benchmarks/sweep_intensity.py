@@ -57,7 +57,8 @@ def parse_option(argv):
                        ("--device", "auto, cpu, cuda, cuda:1"), ("--num_workers", "threads"),
                        ("--encoding", "what a pixel means, where no encoding.json says it")):
         both.add_argument(flag, help=text)
-    both.add_argument("--view", default="RGB_D", metavar="RGB_NAME", help="[RGB_D]")
+    both.add_argument("--view", default="RGB_D", metavar="RGB_NAME",
+                      help="RGB and the second view")
     opt, more = parser.parse_known_args(argv)
     shared = [f"--{name}={getattr(opt, name)}" for name in (
         "model", "size", "seed", "device", "num_workers", "list_folder", "encoding", "view")

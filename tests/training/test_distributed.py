@@ -58,6 +58,7 @@ def test_two_ranks_pretrain_to_the_weights_and_banks_of_one(drawn, tmp_path, los
         assert_close({"m": ours["momentum_buffer"]}, {"m": theirs["momentum_buffer"]}, 1e-5)
 
 
+@pytest.mark.usefixtures("full_width")
 def test_two_ranks_contrast_within_the_whole_batch(drawn, tmp_path):
     flags = ["pre-train_DVSCL", "--data_folder", drawn, "--cache", tmp_path / "cache", "--model",
              "resnet18v1", "--batch_size", 13, "--epochs", 1, "--contrast", "batch"]
@@ -68,7 +69,7 @@ def test_two_ranks_contrast_within_the_whole_batch(drawn, tmp_path):
         states.append(checkpoint.load(last))
     assert_close(states[0]["model"], states[1]["model"], 1e-5)
     for ours, theirs in zip(*(state["optimizer"]["state"].values() for state in states)):
-        assert_close({"m": ours["momentum_buffer"]}, {"m": theirs["momentum_buffer"]}, 5e-5)
+        assert_close({"m": ours["momentum_buffer"]}, {"m": theirs["momentum_buffer"]}, 1e-5)
 
 
 @pytest.mark.parametrize("script, more", [
