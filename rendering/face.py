@@ -366,10 +366,12 @@ def _sample(maps, x, y, step):
     ix, iy = gx.astype(np.int32), gy.astype(np.int32)
     fx, fy = (gx - ix)[..., None], (gy - iy)[..., None]
     flat, at = maps.reshape(n * n, -1), iy * n + ix
-    top = flat[at]
-    top += (flat[at + 1] - top) * fx
-    bottom = flat[at + n]
-    bottom += (flat[at + n + 1] - bottom) * fx
+
+    def corner(offset):  # none is outside, and what clips need not look
+        return flat.take(at + offset, 0, mode="clip")
+    top, bottom = corner(0), corner(n)
+    top += (corner(1) - top) * fx
+    bottom += (corner(n + 1) - bottom) * fx
     bottom -= top
     bottom *= fy
     top += bottom

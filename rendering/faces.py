@@ -14,7 +14,6 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter, grey_closing
 from scipy.spatial import cKDTree
-from threadpoolctl import threadpool_limits
 
 from rendering import outputs
 from rendering.face import Face, Light, Pose, locate, noise, photograph, rng_of, seam_line, shade
@@ -307,7 +306,6 @@ def plan(opt: argparse.Namespace, folder: Path) -> list[Job]:
     return jobs
 
 
-@threadpool_limits.wrap(limits=1)  # the people are what runs in parallel
 def render_subject(jobs: list[Job]) -> list[dict]:
     """Writes the images of one person; a row of each."""
     first, rows = jobs[0], []

@@ -1,5 +1,6 @@
 """What every rendered set shares: options, folder and record, processes, classes, tables, sheet."""
 import argparse
+import functools
 import io
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from util import (
@@ -109,13 +111,20 @@ def print_summary(folder: Path, counts: dict, note: str, seconds: float | None) 
     print(f"{note}: {folder}")
 
 
+def _with_one_thread(function, task):
+    """The tasks are what runs in parallel: as many threads of NumPy's in each process wait for a
+    core, and small products of matrices take sixty times as long."""
+    with threadpool_limits(1):
+        return function(task)
+
+
 def in_parallel(function: Callable, tasks: Iterable[list], num_workers: int,
                 unit: str = "clip") -> list:
     """All that `function(task)` lists, over all tasks (lists), with a progress bar."""
     tasks = sorted(tasks, key=len, reverse=True)
     pool = ProcessPoolExecutor(min(num_workers, len(tasks)), initializer=leave_signals) \
         if num_workers > 1 else None
-    rows = []
+    rows, function = [], functools.partial(_with_one_thread, function)
     with tqdm(total=sum(map(len, tasks)), desc="rendering", unit=unit, disable=None) as bar:
         try:
             for task, result in zip(tasks, (pool.map if pool else map)(function, tasks)):
