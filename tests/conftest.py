@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from threadpoolctl import threadpool_limits
 
 from dataset import Clip
 from evaluation import pictures
@@ -37,6 +38,7 @@ def pytest_configure(config):
     # of the generated code in tensorboard_logger
     config.addinivalue_line("filterwarnings", "ignore:Call to deprecated create function")
     if "PYTEST_XDIST_WORKER" in os.environ:  # a core each, for what it starts as well
+        threadpool_limits(1)  # of NumPy, and of scikit-learn
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"
 
