@@ -53,9 +53,10 @@ def parse_option(argv):
     given = util.given(optimisation, argv)
     opt.lr_schedule = options.choose_schedule(parser, given, opt.lr_schedule, opt.warmup_epochs,
                                               opt.epochs)
-    if "--warmup_epochs" not in given:
+    opt.warmup_derived = "--warmup_epochs" not in given  # from --epochs, which may grow
+    opt.free.add("warmup_derived")
+    if opt.warmup_derived:
         opt.warmup_epochs = min(opt.warmup_epochs, opt.epochs / 20)
-        opt.free.add("warmup_epochs")  # it follows from --epochs, which may grow
     options.check_size(parser, opt.model, opt.size)
     if opt.subject and opt.fold:
         parser.error("--subject and --fold exclude each other")

@@ -15,6 +15,7 @@ import torch
 from evaluation import fitting, heldout, photographs
 from images import faces as sets
 from images import regions
+from models import files
 from models.ran import NETWORKS, create_network
 from models.scn import ARCHITECTURES
 from training import checkpoint, distributed, epochs, faces, losses, options, pretrained, record
@@ -22,8 +23,8 @@ from util import BadInput, number, positive_int, read_table
 
 RATES = {"adamw": 2e-4, "adam": 1e-3, "sgd": 1e-2, "rmsprop": 1e-3}
 PUBLISHED = {"augment": "published", "label_smoothing": 0.0, "ema_decay": 0.0, "tta_flip": False,
-             "warmup_epochs": 0.0, "optimizer": "adam", "learning_rate": 1e-3,
-             "lr_schedule": "exponential", "lr_decay_rate": 0.9, "epochs": 70, "batch_size": 64}
+             "warmup_epochs": 0.0, "optimizer": "adam", "lr_schedule": "exponential", "epochs": 70,
+             "batch_size": 64}  # their rates are those of the optimizer and the schedule
 
 
 def recipe_of(opt):
@@ -32,14 +33,13 @@ def recipe_of(opt):
         return {}
     if opt.recipe == "notes":
         size = 72 if opt.model == "ran" else 450 if opt.gaussian else 600
-        chosen = PUBLISHED | {"batch_size": size, "epochs": 30}
+        chosen = PUBLISHED | {"batch_size": size, "epochs": 30, "learning_rate": 1e-3}
         return chosen | ({"optimizer": "sgd", "momentum": 0.0, "epochs": 300}
                          if opt.wloss_alpha else {})
     return PUBLISHED | {
         "scn": {"rank_margin": 0.07, "relabel_epoch": 10, "relabel_group": "all"},
-        "ran": {"optimizer": "sgd", "learning_rate": 0.01, "lr_schedule": "step",
-                "lr_decay_rate": 0.1, "epochs": 40, "augment": "flip", "views": "fixed",
-                "region_margin": 0.02, "bn_per_view": True}}.get(opt.model, {})
+        "ran": {"optimizer": "sgd", "lr_schedule": "step", "epochs": 40, "augment": "flip",
+                "views": "fixed", "region_margin": 0.02, "bn_per_view": True}}.get(opt.model, {})
 
 
 # ---------------------------------------------------------------- options
@@ -61,13 +61,19 @@ def parse_option(argv):
         opt.backbone_lr = opt.learning_rate
     if opt.lr_decay_rate is None:
         opt.lr_decay_rate = 0.1 if opt.lr_schedule == "step" else 0.9
-    if opt.warmup_epochs is None:
+    opt.warmup_derived = opt.warmup_epochs is None  # from --epochs, which may grow
+    opt.free.add("warmup_derived")
+    if opt.warmup_derived:
         opt.warmup_epochs = min(5.0, opt.epochs / 4)
-        opt.free.add("warmup_epochs")  # it follows from --epochs, which may grow
     if opt.views is None:
         opt.views = "fixed" if opt.model == "ran" else "whole"
     print(f"--recipe {opt.recipe}: " + ", ".join(f"--{name} {getattr(opt, name)}"
-                                                 for name in PUBLISHED | chosen))
+                                                 for name in {**PUBLISHED, "learning_rate": 0,
+                                                              "lr_decay_rate": 0, **chosen}))
+    for name in ("relabel_epoch", "wloss_update"):
+        if getattr(opt, name) > opt.epochs:
+            print(f"--{name} {getattr(opt, name)}: after the last of {opt.epochs} epochs, so that "
+                  f"it changes nothing")
     check_options(parser, opt, [str(word).partition("=")[0] for word in argv])
     return opt
 
@@ -78,8 +84,8 @@ def check_options(parser, opt, words):
             parser.error(f"{flag} goes with {what}")
     for flag, holds, what in (
             ("--votes", opt.dataset == "ferplus", "--dataset ferplus"),
-            ("--rank_beta", opt.model == "scn" and (opt.rank_margin or opt.relabel_epoch),
-             "--model scn, and --rank_margin or --relabel_epoch"),
+            ("--rank_beta", opt.rank_margin or (opt.relabel_epoch and opt.relabel_group == "low"),
+             "--model scn, and --rank_margin or --relabel_epoch with --relabel_group low"),
             ("--backbone_lr", not opt.freeze_backbone, "a backbone that moves, not "
              "--freeze_backbone"),
             ("--relabel_margin", opt.relabel_epoch, "--relabel_epoch"),
@@ -130,7 +136,7 @@ def add_data_options(parser):
                            "plurality: the one with most")
     data.add_argument("--size", type=number(int, 32, 1024), default=224,
                       help="side of the images, pixels; 112 takes a quarter of the time")
-    data.add_argument("--landmarks", metavar="FILE.csv",
+    data.add_argument("--landmarks", free=True, metavar="FILE.csv",
                       help="path,x1,y1,…: 68 or 5 points of each image, pixels [none]")
     data.add_argument("--val_fraction", type=number(float, 0, 0.9), default=0.1,
                       help="share of the training set that is not trained on, by class, of whole "
@@ -280,12 +286,15 @@ def set_loader(opt):
     return sources
 
 
-def read_start(path):
-    """The checkpoint that --model_path goes on from, or None."""
-    state = checkpoint.load(path) if path else None
-    if state and state.get("system") != "FER":
-        raise BadInput(f"--model_path {path}: not a checkpoint of this script; --pretrained takes "
-                       f"others")
+def read_start(opt):
+    """What the file holds that the network starts from, or None: ImageNet has no faces of a test
+    split."""
+    if not opt.model_path:
+        return None if opt.pretrained in ("none", "imagenet") else files.read(opt.pretrained)
+    state = checkpoint.load(opt.model_path)
+    if state.get("system") != "FER":
+        raise BadInput(f"--model_path {opt.model_path}: not a checkpoint of this script; "
+                       f"--pretrained takes others")
     return state
 
 
@@ -293,12 +302,12 @@ def set_model(opt, n_label, device, start=None):
     torch.manual_seed(opt.seed)
     network = create_network(opt.model, n_label, opt.arch, opt.drop_rate, opt.gaussian,
                              opt.bn_per_view)
-    if start:
+    if opt.model_path and start:
         which, weights = pretrained.predicting(start)
         checkpoint.load_model(network, start | {"model": weights}, opt.model_path, opt.model)
         print(f"--model_path {opt.model_path}: all {len(weights)} tensors loaded, {which} weights")
-    else:
-        pretrained.load_backbone(network, opt.pretrained, opt.arch)
+    elif start is not None or opt.pretrained == "imagenet":
+        pretrained.load_backbone(network, opt.pretrained, opt.arch, start)
     network.features.requires_grad_(not opt.freeze_backbone)
     return network.to(device, memory_format=torch.channels_last)
 
@@ -350,11 +359,12 @@ def set_distance(opt, classes, device):
 def train(opt, argv, device, sources):
     """One run: (its folder, its results)."""
     fit = fitting.Fit(record.Run(opt.save_path, run_name(opt), opt), sources)
-    start = read_start(opt.model_path)
-    # ImageNet has no faces of a test split; of another checkpoint nobody knows
-    fit.transductive = False if opt.pretrained in ("none", "imagenet") else None
-    if start:
-        fit.transductive = fit.check_start(start, opt.model_path)
+    start = None if fit.resume else read_start(opt)
+    if opt.model_path and start:
+        fit.check_classes(start, opt.model_path)
+    if start is not None:
+        flag = "--model_path" if opt.model_path else "--pretrained"
+        fit.start_from(flag, opt.model_path or opt.pretrained, start)
     network = set_model(opt, fit.faces.n_label, device, start)
     fit.begin(network, set_optimizer(opt, network), set_distance(opt, fit.faces.classes, device))
     header = fit.run_epochs(argv, __file__)

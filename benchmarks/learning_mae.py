@@ -28,6 +28,7 @@ import torch
 from benchmarks.rows import Jobs, Rows, grey_pixels, line, regress
 from evaluation import finetuning
 from images import faces
+from models import files
 
 LABELS = (100, 300, 1000, 0)  # 0: all
 FEWEST, MOST, SEEN = 8, 30, 5000  # epochs of fine-tuning, and the images seen that they aim at
@@ -143,7 +144,8 @@ class Bench(Rows):
         opt = finetuning.parse_option("", [
             "--model", model, "--input_size", str(size), "--data_path", "", "--finetune",
             str(checkpoint), "--cache", "off"], "rafdb", None)
-        net = finetuning.set_model(opt, self.n_label, torch.device("cpu")).eval()
+        net = finetuning.set_model(opt, self.n_label, torch.device("cpu"),
+                                   files.read(checkpoint)).eval()
         source = finetuning.source_of(opt, images)
         with torch.no_grad():
             return torch.cat([net.embed(source.plain_inputs(rows, torch.from_numpy(

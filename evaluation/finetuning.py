@@ -1,9 +1,7 @@
 """A pre-trained ViT or ConvNeXt V2 fine-tuned on labelled faces: flags, network, run."""
 import argparse
 import re
-from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from timm.data import Mixup
@@ -181,6 +179,11 @@ def parse_option(doc: str, argv: list[str], data_set: str,
         parser.error("--cls_token goes with a ViT")
     if opt.layer_decay_type == "group" and not convnext:
         parser.error("--layer_decay_type group goes with a ConvNeXt V2")
+    if opt.layer_decay_type == "group" and opt.layer_decay == 1:
+        parser.error("--layer_decay_type group goes with a --layer_decay below 1")
+    if opt.cutmix_minmax and int(opt.size * opt.cutmix_minmax[0]) >= int(
+            opt.size * opt.cutmix_minmax[1]):
+        parser.error("argument --cutmix_minmax: LOW must be below HIGH, by a pixel at least")
     if mixes(opt) and opt.batch_size % 2:
         parser.error(f"argument --batch_size: {opt.batch_size}: an even number with --mixup and "
                      f"--cutmix, which mix an image with another of its batch")
@@ -190,9 +193,15 @@ def parse_option(doc: str, argv: list[str], data_set: str,
     if opt.model_ema_eval and not opt.model_ema:
         parser.error("--model_ema_eval goes with --model_ema")
     words = [str(word).partition("=")[0] for word in argv]
-    for flag in ("--aa", "--crop_low"):
-        if opt.tricks and flag in words:
-            parser.error(f"--tricks and {flag} exclude each other")
+    for flags, holds, what in (
+            (("--aa", "--crop_low"), not opt.tricks, "random crops, not --tricks"),
+            (("--mixup_prob", "--mixup_switch_prob", "--mixup_mode"), mixes(opt),
+             "--mixup, --cutmix or --cutmix_minmax"),
+            (("--model_ema_decay",), opt.model_ema, "--model_ema"),
+            (("--votes",), opt.dataset == "ferplus", "--data_set ferplus")):
+        for flag in flags:
+            if flag in words and not holds:
+                parser.error(f"{flag} goes with {what}")
     try:
         recipe_of(opt).draw(1, torch.Generator())
     except ValueError as error:
@@ -222,17 +231,17 @@ def create_network(opt: argparse.Namespace, n_label: int) -> nn.Module:
 
 
 def set_model(opt: argparse.Namespace, n_label: int, device: torch.device,
-              resumed: bool = False) -> nn.Module:
-    """The network on its device, started from --finetune, with a new head, unless it is `resumed`;
-    raises BadInput."""
+              start: object = None) -> nn.Module:
+    """The network on its device, started from what the file of --finetune holds, `start`, with a
+    new head; raises BadInput."""
     torch.manual_seed(opt.seed)
     network = create_network(opt, n_label)
     with torch.no_grad():
         network.head.weight *= opt.head_init_scale / 0.001  # which it has as published
-    if opt.finetune and not resumed:
-        state = files.read(opt.finetune)
-        own = isinstance(state, dict) and state.get("system") == "MAE"
-        weights = pretrained.predicting(state)[1] if own else files.load_weights(opt.finetune)
+    if start is not None:
+        own = isinstance(start, dict) and start.get("system") == "MAE"
+        weights = pretrained.predicting(start)[1] if own \
+            else files.load_weights(opt.finetune, start)
         loaded, missing, unexpected = load_public(network, opt.finetune, {
             name: value for name, value in weights.items() if not HEAD.search(name)})
         others = sorted({name.split(".")[0] for name in unexpected})
@@ -292,22 +301,6 @@ def source_of(opt: argparse.Namespace, images: sets.FaceSet) -> faces.Source:
                         augment=recipe_of(opt))
 
 
-def saw_test(path: str, test: sets.FaceSet) -> bool | None:
-    """Whether the pre-training of a checkpoint saw images of the test split, without labels, by
-    their files' names and lengths; None where the checkpoint does not say."""
-    if not path:
-        return False
-    state = files.read(path) if Path(path).exists() else None  # it may be gone by now
-    seen = state.get("seen_images") if isinstance(state, dict) else None
-    if seen is None:
-        return None
-    count = int(np.isin(sets.fingerprints(test), seen.numpy()).sum())
-    if count:
-        print(f"--finetune {path}: its pre-training saw {count} of the {len(test)} test images, "
-              f"without labels")
-    return count > 0
-
-
 def finetune(opt: argparse.Namespace, argv: list[str], script: str) -> dict | None:
     """One run of a script: its results; None on a rank that writes nothing."""
     device = distributed.local_device(epochs.pick_device(opt.device))
@@ -315,10 +308,12 @@ def finetune(opt: argparse.Namespace, argv: list[str], script: str) -> dict | No
     with distributed.group(device):
         sources = set_loader(opt)
         fit = fitting.Fit(record.Run(opt.save_path, "", opt), sources, "MAE")
-        n_label = fit.faces.n_label
-        network = set_model(opt, n_label, device, fit.resume is not None)
+        n_label, start = fit.faces.n_label, None
+        if opt.finetune and not fit.resume:
+            start = files.read(opt.finetune)
+            fit.start_from("--finetune", opt.finetune, start)
+        network = set_model(opt, n_label, device, start)
         fit.begin(network, set_optimizer(opt, network), mixup=set_mixup(opt, n_label),
                   average=set_average(opt, network, len(fit.members)))
-        fit.transductive = saw_test(opt.finetune, sources["test"].faces)
         header = fit.read_only(argv, script) if opt.eval else fit.run_epochs(argv, script)
         return fit.evaluate(header)

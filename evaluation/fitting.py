@@ -1,6 +1,7 @@
 """A network fitted to labelled face images: what it is trained and chosen on, its epochs, its
 checkpoints, and its results on the test split."""
 import dataclasses
+import functools
 import hashlib
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from evaluation import measures, photographs
-from images.faces import FaceSet, content
+from images.faces import FaceSet, content, fingerprints
 from training import checkpoint, distributed, epochs, faces, losses, record
 from training.record import Run
 from util import BadInput
@@ -69,9 +70,12 @@ class Fit:
             self.members, out = photographs.hold_out(noisy.faces, opt.val_fraction, opt.seed)
         elif opt.val_fraction:
             noisy, out = sources["val"], np.arange(len(sources["val"].faces))
-        if (opt.select == "val" or opt.wloss_update) and not len(out):
-            raise BadInput("--select val and --wloss_update take validation images: give "
-                           "--val_fraction above 0")
+        self.chooses = opt.select == "val" or opt.wloss_update > 0
+        if self.chooses and not len(out):
+            flag = "--select val" if opt.select == "val" else "--wloss_update"
+            raise BadInput(f"{flag} takes validation images: give a --val_fraction above "
+                           + (f"{opt.val_fraction:g}, which is none of so few images of each class"
+                              if opt.val_fraction else "0"))
         self.validation = Validation(noisy, out, opt.select == "val")
         print(f"{len(self.members)} training images, {len(out)} to validate, "
               f"{len(sources['test'].faces)} to test")
@@ -81,34 +85,48 @@ class Fit:
             if part.landmarks is not None:
                 digest.update(part.landmarks.tobytes())
         self.digest, self.history = digest.hexdigest(), []
-        # whether the network it starts from saw the test split, and how those before it divided
-        # the training split
-        self.transductive, self.divisions = None, []
+        # what the network that it starts from saw, and whether that was of the test split
+        self.before = photographs.Seen(photographs.NOTHING, photographs.NOTHING)
+        self.transductive: bool | None = False
 
-    def check_start(self, state: dict, path: str) -> bool | None:
-        """Whether the checkpoint that a run goes on from, or one before it, saw the test split:
-        False for those of the same data, None where nobody knows. Raises BadInput for other
-        classes, and for training on images which now are to choose."""
-        opt, old = self.run.opt, state["opt"]
+    def start_from(self, flag: str, path: str, state: object) -> None:
+        """Notes what a checkpoint, that anybody wrote, says of the images that its network saw:
+        `transductive` is None where that is not known. Raises BadInput where it was fitted to the
+        labels of images which now are to choose."""
+        self.before = photographs.Seen.of(state)
+        own = fingerprints(self.faces.subset(self.members))
+
+        def count(images, among):
+            """How many of the images are known from there, and not from an equal one of these."""
+            prints = fingerprints(images)
+            return int((np.isin(prints, among) & ~np.isin(prints, own)).sum())
+        chosen_by = self.validation.source.faces.subset(self.validation.members)
+        if self.chooses and (known := count(chosen_by, self.before.labelled)):
+            raise BadInput(f"{flag} {path}: was trained on {known} of the {len(chosen_by)} images "
+                           f"that now are to choose; give the --seed and --val_fraction it was "
+                           f"trained with")
+        test = self.sources["test"].faces
+        labelled = count(test, self.before.labelled)
+        known = labelled or (self.before.any is not None and count(test, self.before.any))
+        if known:
+            print(f"{flag} {path}: was trained on {known} of the {len(test)} test images"
+                  + ", without labels" * (not labelled))
+        # an image in a table is not known from one in a file
+        alike = self.before.any is not None and (
+            self.before.any % 2 == (test.pixels is not None)).all()
+        self.transductive = True if known else False if alike else None
+
+    def check_classes(self, state: dict, path: str) -> None:
+        """Raises BadInput unless the checkpoint that a run goes on from tells the same classes."""
         if state["classes"] != list(self.faces.classes):
             raise BadInput(f"--model_path {path}: its classes are {', '.join(state['classes'])}, "
                            f"those here {', '.join(self.faces.classes)}; --pretrained {path} "
                            f"takes the network without its last layer")
-        names = "seed", "val_fraction", "noise"
-        self.divisions = [*state.get("divisions", ()), {
-            "data_digest": state.get("data_digest"), **{name: old[name] for name in names}}]
-        chooses = opt.select == "val" or opt.wloss_update
-        for one in self.divisions:
-            other = [name for name in names if one[name] != getattr(opt, name)]
-            if chooses and other and one["data_digest"] == self.digest:
-                raise BadInput(f"--model_path {path}: was trained with --{other[0]} "
-                               f"{one[other[0]]}, hence on images that now are to choose; give "
-                               f"the same")
-        if state.get("data_digest") != self.digest:
-            return None
-        # earlier releases do not say it
-        clean = old["pretrained"] in ("none", "imagenet") and not old["model_path"]
-        return state.get("transductive", False if clean else None)
+
+    @functools.cached_property
+    def seen(self) -> photographs.Seen:
+        """What the network and those before it were trained on."""
+        return self.before.joined(fingerprints(self.faces.subset(self.members)))
 
     def begin(self, network: nn.Module, optimizer: torch.optim.Optimizer,
               distance: Tensor | None = None, mixup: "Mixup | None" = None,
@@ -156,6 +174,9 @@ class Fit:
     def read_only(self, argv: list[str], script: str) -> dict:
         """Restores the checkpoint of --resume and trains nothing; returns the log's header."""
         epoch, _ = self._restore()
+        if self.run.opt.select == "val" and not self.validation.state["model"]:
+            raise BadInput(f"--resume {self.resume}: no epoch was finished of which --select val "
+                           f"could choose the best; go on with the run first")
         if self.run.opt.select == "val":
             best = self.validation.state["epoch"]
             print(f"--select val: predicted by the weights of epoch {best}, the best of the "
@@ -177,7 +198,8 @@ class Fit:
             job.distance.copy_(old["distance"])
         self.validation.state, self.history = old["best"], old["history"]
         # what tells it may be gone by now
-        self.transductive = old.get("transductive", self.transductive)
+        self.transductive = old.get("transductive")
+        self.before = photographs.Seen.of(old)
         job.source.images.lost[old["lost"].numpy()] = True
         return old["epoch"], old["within"]
 
@@ -209,7 +231,7 @@ class Fit:
             state = {
                 "system": self.system, "opt": vars(self.run.opt), "epoch": epoch,
                 "within": within, "beside": self.beside, "ranks": distributed.size(),
-                "transductive": self.transductive, "divisions": self.divisions,
+                "transductive": self.transductive, "seen_images": self.seen.content(),
                 "classes": list(self.faces.classes), "data_digest": self.digest,
                 "crop": photographs.cut_as(self.faces),
                 "model": job.network.state_dict(), "ema": job.ema and job.ema.state_dict(),

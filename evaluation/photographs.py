@@ -4,6 +4,7 @@ import json
 import math
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from training.record import Run
 from util import BadInput, write_table
 
 ACROSS = 12  # images in a row of importance.png
+NOTHING = np.zeros(0, np.int64)
 
 
 # ---------------------------------------------------------------- what is held out
@@ -35,7 +37,7 @@ def hold_out(images: FaceSet, fraction: float, seed: int) -> tuple[np.ndarray, n
         most = min(20, len(set(images.subjects)), int(np.bincount(images.labels).max()))
         if most < 2:
             raise BadInput(f"{images.folder}: one subject, who would be trained on and held out; "
-                           f"give another set")
+                           f"give another set, or one with a test split and --val_fraction 0")
         # so many of the fewest parts as come closest
         parts = min(range(2, most + 1), key=lambda n: (
             round(abs(max(1, min(n - 1, round(fraction * n))) / n - fraction), 9), n))
@@ -48,8 +50,9 @@ def hold_out(images: FaceSet, fraction: float, seed: int) -> tuple[np.ndarray, n
         out = np.sort(np.concatenate(each[:taken]))
         return np.setdiff1d(everyone, out), out
     rng = np.random.default_rng(seed)
-    out = np.concatenate([rng.permutation(own)[:round(fraction * len(own))] for own in (
-        np.flatnonzero(images.labels == label) for label in range(images.n_label))])
+    out = np.concatenate([  # one at least is left to learn a class from
+        rng.permutation(own)[:min(round(fraction * len(own)), max(len(own) - 1, 0))] for own in (
+            np.flatnonzero(images.labels == label) for label in range(images.n_label))])
     return np.setdiff1d(everyone, out), np.sort(out)
 
 
@@ -67,13 +70,25 @@ def cut_as(images: FaceSet) -> dict | None:
 def test_of(images: FaceSet) -> tuple[FaceSet, FaceSet]:
     """(training, test) of a set without splits: a fifth of it, whoever asks."""
     rest, out = hold_out(images, 0.2, 0)
+    if not len(out):
+        raise BadInput(f"{images.folder}: no test split, and too few images of each class to hold "
+                       f"one out; add images, or a folder test/")
     print(f"{images.folder}: no test split; {len(out)} of {len(images)} images are held out as one")
     return images.subset(rest), images.subset(out)
+
+
+def check_apart(opt: argparse.Namespace) -> None:
+    """Raises BadInput where a run would write its pictures among the images that are read."""
+    if Path(opt.data_folder).resolve() in (Path(opt.save_path) / "-").resolve().parents:
+        raise BadInput(f"{opt.save_path}: lies in {opt.data_folder}, whose images are read, and "
+                       f"pictures of this run would be among them; name a folder elsewhere")
 
 
 def read_splits(opt: argparse.Namespace) -> dict[str, FaceSet]:
     """The splits of --dataset below its folder: train, test, and val where it has one of its own;
     raises BadInput."""
+    if opt.dataset == "folder":
+        check_apart(opt)
     splits = sets.read_faces(opt.dataset, opt.data_folder, opt.votes)
     if "test" not in splits:
         splits["train"], splits["test"] = test_of(splits["train"])
@@ -87,6 +102,33 @@ def stored(images: FaceSet, side: int, opt: argparse.Namespace,
         return cache.OnDemand(len(images), lambda i: sets.decode(images, i, side, how),
                               (3, side, side), np.uint8, sets.stamp(images, side, how), opt.cache,
                               opt.num_workers)
+
+
+class Seen(NamedTuple):
+    """Fingerprints (images.faces) of the images that a network, and those it was started from, were
+    trained on: `any`, None where nobody knows all of them, and `labelled`, those whose labels it
+    was fitted to."""
+    any: np.ndarray | None
+    labelled: np.ndarray
+
+    @classmethod
+    def of(cls, state: object) -> "Seen":
+        """What a checkpoint says, whoever wrote it."""
+        said = state.get("seen_images") if isinstance(state, dict) else None
+        if not isinstance(said, dict):  # of others, or of an earlier release
+            said = {}
+        known = {name: said[name].numpy() for name in cls._fields if said.get(name) is not None}
+        return cls(known.get("any"), known.get("labelled", NOTHING))
+
+    def joined(self, prints: np.ndarray) -> "Seen":
+        """With those of images that a run trains on, labels and all."""
+        return Seen(None if self.any is None else np.union1d(self.any, prints),
+                    np.union1d(self.labelled, prints))
+
+    def content(self) -> dict:
+        """What a checkpoint keeps."""
+        return {name: None if prints is None else torch.from_numpy(prints)
+                for name, prints in self._asdict().items()}
 
 
 # ---------------------------------------------------------------- results

@@ -1,6 +1,7 @@
 """A masked autoencoder pre-trained on any folder of images: its run, and pictures of what it
 predicts."""
 import argparse
+import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +70,7 @@ def parse_option(parser: ArgumentParser, default: masked_options.Defaults, cell:
 
 def load_images(opt: argparse.Namespace) -> tuple[faces.FaceSet, cache.OnDemand]:
     """The images of --data_path, decoded when they are first asked for; raises BadInput."""
+    photographs.check_apart(opt)
     images = faces.read_unlabelled(opt.data_folder)
     return images, photographs.stored(images, decoding.stored_side(opt.size), opt, BICUBIC)
 
@@ -97,8 +99,12 @@ class Pretraining:
         self.run, self.job, self.images = run, job, images
         self.digest = hashlib.sha256(f"{images.digest()} {faces.content(images)}".encode()
                                      ).hexdigest()
-        self.seen = torch.from_numpy(faces.fingerprints(images).copy())
         self.log = None
+
+    @functools.cached_property
+    def seen(self) -> Tensor:
+        """Fingerprints of the images, which take reading a little of each."""
+        return torch.from_numpy(faces.fingerprints(self.images))
 
     def run_epochs(self, argv: list[str], script: str, resume: Path | None) -> None:
         """Trains what is left to do."""
@@ -131,7 +137,7 @@ class Pretraining:
             return
         state = {"system": "MAE pre-training", "opt": vars(opt), "epoch": epoch, "within": within,
                  "ranks": distributed.size(),
-                 "data_digest": self.digest, "seen_images": self.seen,
+                 "data_digest": self.digest, "seen_images": {"any": self.seen},
                  "lost": torch.from_numpy(np.flatnonzero(lost)),
                  "model": job.network.state_dict(), "optimizer": job.optimizer.state_dict(),
                  "scaler": job.precision.scaler.state_dict()}

@@ -18,6 +18,7 @@ from util import BadInput
 
 SPLITS = ("train", "val", "test")
 NO_UTF8 = "names that are no UTF-8, left out"
+OTHER_FOLDERS = "folders beside the splits, left out"
 # what a folder of `<split>/<class>/…` may be called, in small letters
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val",
                "validation": "val", "test": "test", "testing": "test"}
@@ -93,10 +94,13 @@ def names(folder: Path) -> frozenset:
 
 def subfolders(found: Found, start: str = "") -> list[str]:
     """Names of the folders in `start`, below the set's folder, in natural order, without hidden
-    ones; those that are no UTF-8 are noted."""
+    ones; those that are no UTF-8 are noted, and images beside them."""
     with os.scandir(found.folder / start) as entries:
-        below = sorted((e.name for e in entries if not e.name.startswith(".") and e.is_dir()),
-                       key=natural)
+        seen = [(e.name, e.is_dir()) for e in entries if not e.name.startswith(".")]
+    below = sorted((name for name, is_dir in seen if is_dir), key=natural)
+    found.notes["images beside the class folders, left out"] += sorted(
+        os.path.join(start, name) for name, is_dir in seen
+        if not is_dir and _is_utf8(name) and name.lower().endswith(SUFFIXES))
     found.notes[NO_UTF8] += [ascii(os.path.join(start, n)) for n in below if not _is_utf8(n)]
     return [name for name in below if _is_utf8(name)]
 
@@ -147,21 +151,27 @@ def read_class_folders(found: Found, splits: dict[str, tuple],
                        label_of: Callable[[str, str], int | str]) -> None:
     """Takes in `<split>/<class>/…`; splits: split → names its folder may have; label_of(name of
     a class folder, its path) → label, or the reason why it is left out. Raises BadInput."""
+    used = set()
     for split, choice in splits.items():
         name = next((name for name in choice if (found.folder / name).is_dir()), None)
         if name is None:
             raise BadInput(f"{found.folder}: neither the set's lists nor a folder "
                            f"{' or '.join(choice)}/ with a folder for each class; name the folder "
                            f"that holds them")
+        used.add(name)
         for number in subfolders(found, name):
             place = f"{name}/{number}"
             label = label_of(number, str(found.folder / place))
             for path in images_below(found, place):
                 found.add(split, path, label, str(found.folder / path))
+    found.notes[OTHER_FOLDERS] += [name for name in subfolders(found) if name not in used]
 
 
 def read_any_folders(found: Found) -> None:
     """Takes in `<split>/<class>/…` or `<class>/…` of any classes; raises BadInput."""
+    if (found.folder / "faces.json").is_file() and (found.folder / "crops").is_dir():
+        raise BadInput(f"{found.folder}: what detect_faces.py wrote; its crops are in "
+                       f"{found.folder / 'crops'}: name that")
     top, starts = subfolders(found), {}
     for name in top:
         split = SPLIT_NAMES.get(name.lower())
@@ -174,12 +184,12 @@ def read_any_folders(found: Found) -> None:
                        f"it, or name a folder of class folders")
     if starts:
         more = [name for name in top if f"{name}/" not in starts.values()]
-        found.notes["folders beside the splits, left out"] += more
+        found.notes[OTHER_FOLDERS] += more
     if "val" in starts and "test" not in starts:
         starts["test"] = starts.pop("val")
     starts = starts or {"train": ""}
     images = {split: {name: images_below(found, start + name)
-                      for name in subfolders(found, start)}
+                      for name in (subfolders(found, start) if start else top)}
               for split, start in starts.items()}
     found.classes = tuple(name for name, paths in images["train"].items() if paths)
     for split, folders in images.items():

@@ -26,10 +26,10 @@ def read(path: str | Path) -> object:
     # old checkpoints pickle the option namespace; it is data, and nothing else is let in
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             # torch's own message advises to switch the check off; it is not passed on
-            if "GLOBAL" in str(error) or "Unsupported" in str(error):
+            if "GLOBAL" in str(error):
                 raise BadInput(f"{path}: refused: it carries code or classes, which are never run; "
                                f"save plain types and tensors only") from None
             raise BadInput(f"{path}: not a checkpoint of torch; name a .pth or .safetensors") \
@@ -37,6 +37,9 @@ def read(path: str | Path) -> object:
         except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError,
                 AttributeError):
             raise BadInput(f"{path}: not a checkpoint, or truncated; name a whole .pth") from None
+    if content is None:
+        raise BadInput(f"{path}: holds nothing; name another checkpoint")
+    return content
 
 
 def check(path, state):
@@ -114,7 +117,9 @@ def load_public(model: nn.Module, path: str | Path,
     if wrong:
         raise BadInput(f"{path}: not of this network: {wrong[0]}"
                        + f", and {len(wrong) - 1} more" * (len(wrong) > 1)
-                       + "; name a file of the --model given")
+                       + ("; it takes the mean of the patches: leave out --cls_token"
+                          if any(name.startswith("fc_norm.") for name in unexpected) else
+                          "; name a file of the --model given"))
     model.load_state_dict(state, strict=False)
     return Loaded(sorted(ours.keys() & state.keys()), missing, unexpected)
 

@@ -6,7 +6,7 @@ Recognition", IEEE TIP 2020, section III.
 import torch
 from torch import Tensor, nn
 
-from models.scn import SCN, Backbone, Baseline
+from models.scn import SCN, Backbone, Baseline, unmixed
 
 
 class RAN(Backbone):
@@ -39,10 +39,10 @@ class RAN(Backbone):
     def attend(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features `[B, K, D]` → (their sum by both attentions `[B, 2 D]`, the self-attention and
         the relation-attention, each a softmax over the views `[B, K]`; eq. 1 to 6)."""
-        own = self.alpha(features).softmax(1)  # [B, K, 1]
+        own = unmixed(self.alpha, features).softmax(1)  # [B, K, 1]
         middle = (own * features).sum(1, keepdim=True) / own.sum(1, keepdim=True)
         pairs = torch.cat([features, middle.expand_as(features)], -1)  # [B, K, 2 D]
-        relation = self.beta(self.dropout(pairs)).softmax(1)
+        relation = unmixed(self.beta, self.dropout(pairs)).softmax(1)
         both = own * relation
         return (both * pairs).sum(1) / both.sum(1), own.squeeze(-1), relation.squeeze(-1)
 

@@ -3,12 +3,20 @@
 SCN: Wang et al., "Suppressing Uncertainties for Large-Scale Facial Expression Recognition",
 CVPR 2020, section 3.
 """
+import torch
 import torchvision
 from torch import Tensor, nn
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50")
 # torchvision's names of the parts that `features` numbers
 PARTS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool")
+
+
+def unmixed(layer: nn.Sequential, x: Tensor) -> Tensor:
+    """What a layer gives outside of mixed precision, whose eight bits leave few importances apart,
+    where they are to be ranked."""
+    with torch.autocast(x.device.type, enabled=False):
+        return layer(x.to(layer[0].weight.dtype))
 
 
 class Backbone(nn.Module):
@@ -82,5 +90,5 @@ class SCN(Baseline):
 
     def classify(self, maps: Tensor) -> tuple[Tensor, Tensor]:
         features = self.dropout(self.pool(maps))
-        importance = self.alpha(features)
+        importance = unmixed(self.alpha, features)
         return importance * self.fc(features), importance

@@ -44,7 +44,7 @@ def load(path: str | Path, state: dict) -> nn.Module:
         network = create_network(opt["model"], n_label, opt["arch"], 0, opt["gaussian"]) \
             if of_fer else finetuning.create_network(argparse.Namespace(**opt), n_label)
         network.load_state_dict(pretrained.predicting(state)[1])
-        util.ensure(isinstance(opt["size"], int) and opt["size"] >= 32
+        util.ensure(isinstance(opt["size"], int) and opt["size"] >= 16
                     and isinstance(opt["tta_flip"], bool))
         util.ensure(isinstance(state.get("crop") or {}, dict)
                     and all(isinstance(name, str) for name in state["classes"]))

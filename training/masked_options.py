@@ -150,9 +150,10 @@ def settle(parser: ArgumentParser, opt: argparse.Namespace, default: Defaults) -
     for name in ("epochs", "min_lr"):
         if getattr(opt, name) is None:
             setattr(opt, name, getattr(default, name))
-    if opt.warmup_epochs is None:
+    opt.warmup_derived = opt.warmup_epochs is None  # from --epochs, which may grow
+    opt.free.add("warmup_derived")
+    if opt.warmup_derived:
         opt.warmup_epochs = min(float(default.warmup_epochs), opt.epochs / 4)
-        opt.free.add("warmup_epochs")  # it follows from --epochs, which may grow
     if opt.warmup_epochs >= opt.epochs:
         parser.error(f"argument --warmup_epochs: {opt.warmup_epochs:g}, of {opt.epochs} --epochs")
     if opt.learning_rate is None:

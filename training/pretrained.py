@@ -1,5 +1,6 @@
 """What a network of faces starts from: ImageNet's weights, anybody's, or those of an own run."""
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -43,31 +44,38 @@ def predicting(state: dict) -> tuple[str, dict[str, Tensor]]:
     return "the last step's", state["model"]
 
 
-def load_backbone(network: nn.Module, pretrained: str, arch: str) -> None:
-    """Starts the backbone from `pretrained`: none, imagenet, or a file of torchvision's, MS1M's,
-    SCN's, RAN's or these scripts' naming. Prints what was loaded; raises BadInput where nothing
-    was, or where it is another network."""
-    if pretrained == "none":
-        return
-    if pretrained == "imagenet":
+def blocks(state: Iterable[str]) -> set[str]:
+    """Names of the residual blocks, such as features.4.0, in canonical names of tensors."""
+    return {".".join(name.split(".")[:3]) for name in state
+            if name.startswith("features.") and name.count(".") > 3}
+
+
+def load_backbone(network: nn.Module, pretrained: str, arch: str, content: object = None) -> None:
+    """Starts the backbone from `pretrained`: imagenet, or a file of torchvision's, MS1M's, SCN's,
+    RAN's or these scripts' naming, which holds `content`. Prints what was loaded; raises BadInput
+    where nothing was, or where it is another network."""
+    if content is None:
         state = imagenet_weights(arch)
     else:
-        own = files.read(pretrained)
-        state = files.load_weights(pretrained, own)
-        if own.get("system") == "FER":
-            which, state = predicting(own)
+        state = files.load_weights(pretrained, content)
+        if isinstance(content, dict) and content.get("system") == "FER":
+            which, state = predicting(content)
             print(f"{pretrained}: {which} weights")
     state = canonical(state)
     ours = {name: value for name, value in network.state_dict().items()
             if name.startswith("features.")}
-    wrong = sorted(name for name in ours.keys() & state.keys()
-                   if ours[name].shape != state[name].shape)
     found = ours.keys() & state.keys()
+    wrong = [f"{name} has the shape {list(state[name].shape)}" for name in sorted(found)
+             if ours[name].shape != state[name].shape]
+    wrong += [f"it has {block}, too" for block in sorted(blocks(state) - blocks(ours))]
+    stages = {block.rpartition(".")[0] for block in blocks(state)}  # a file may lack whole ones
+    wrong += [f"it has no {block}" for block in sorted(blocks(ours) - blocks(state))
+              if block.rpartition(".")[0] in stages]
     if wrong or not found:
         raise BadInput(f"--pretrained {pretrained}: "
-                       + (f"not of {arch}: {wrong[0]} has the shape {list(state[wrong[0]].shape)}"
-                          if wrong else f"none of its {len(state)} tensors belongs to a ResNet "
-                          f"({next(iter(state), 'it is empty')} the first)")
+                       + (f"none of its {len(state)} tensors belongs to a ResNet "
+                          f"({next(iter(state), 'it is empty')} the first)" if not found else
+                          f"not of {arch}: {wrong[0]}")
                        + "; name another file, or give --pretrained none")
     network.load_state_dict({name: state[name] for name in found}, strict=False)
     counted = {name for name in ours if not name.endswith("num_batches_tracked")}

@@ -107,6 +107,8 @@ class Run:
         """
         new, free = vars(self.opt), self.opt.free | ({"epochs"} if grow else set())
         before = BEFORE | old["opt"]
+        if new.get("warmup_derived") and before.get("warmup_derived", True):
+            free |= {"warmup_epochs"}
         differing = [f"{flag(self.opt, k)} {before[k]} there, {new[k]} here" for k in sorted(new)
                      if k in before and before[k] != new[k] and k not in free]
         if grow and before.get("epochs", 0) > new["epochs"]:

@@ -1,5 +1,6 @@
 """Sets of faces: every layout in small, what is irregular in them, decoding, landmarks."""
 import csv
+import dataclasses
 import os
 import re
 import shutil
@@ -790,3 +791,47 @@ def test_links_in_a_circle_and_names_that_cannot_be_printed_are_left_out(tmp_pat
     assert images.paths == ["1/a/1.png", "2/2.png"] and len(faces.fingerprints(images)) == 2
     assert "lie in, left out: 1 (./1/a/up)" in printed
     assert "no UTF-8, left out: 1 ('./1/na\\udcffme.png')" in printed
+
+
+def test_images_are_known_by_what_they_hold(tmp_path):
+    for name in ("a/1.png", "a/2.png", "b/1.png"):
+        draw(tmp_path / "d" / name.split("/")[0], name.split("/")[1])
+    files = sorted((tmp_path / "d").glob("*/*.png"))
+    for i, file in enumerate(files):  # of one length, and two of one name
+        Image.fromarray(np.full((8, 8), i * 40, np.uint8)).save(file.with_suffix(".bmp"))
+        file.unlink()
+    images = faces.read_unlabelled(tmp_path / "d")
+    prints = faces.fingerprints(images)
+    assert len(set(prints)) == 3 and not (prints % 2).any()
+    (tmp_path / "e").mkdir()
+    (tmp_path / "d" / images.paths[1]).rename(tmp_path / "e" / "other.bmp")
+    assert faces.fingerprints(faces.read_unlabelled(tmp_path / "e")) == prints[1]
+    missing = faces.fingerprints(images)  # by its path
+    assert missing[1] not in prints and (missing[[0, 2]] == prints[[0, 2]]).all()
+    table = dataclasses.replace(images, pixels=np.arange(3)[:, None, None] * np.ones(
+        (1, 48, 48), np.uint8))
+    assert len(set(faces.fingerprints(table))) == 3 and (faces.fingerprints(table) % 2).all()
+
+
+def test_what_lies_beside_class_folders_is_named(tmp_path, capsys):
+    for folder in ("train/a", "train/b", "test/a", "test/b", "train", "extra/a"):
+        draw(tmp_path / "d" / folder, "1.png")
+    faces.read_faces("folder", tmp_path / "d")
+    said = capsys.readouterr().out
+    assert "images beside the class folders, left out: 1 (train/1.png)" in said
+    assert "folders beside the splits, left out: 1 (extra)" in said
+    for folder in ("train/1", "train/2", "test/1", "val/1"):
+        draw(tmp_path / "r" / folder, "1.png")
+    draw(tmp_path / "r", "2.png")
+    faces.read_faces("rafdb", tmp_path / "r")
+    said = capsys.readouterr().out
+    assert "images beside the class folders, left out: 1 (2.png)" in said
+    assert "folders beside the splits, left out: 1 (val)" in said
+
+
+def test_what_detect_faces_wrote_is_no_set_of_its_own(tmp_path):
+    for folder in ("crops", "annotated"):
+        draw(tmp_path / "d" / folder, "1.png")
+    (tmp_path / "d" / "faces.json").write_text("{}")
+    with pytest.raises(BadInput, match=r"its crops are in .*crops: name that"):
+        faces.read_faces("folder", tmp_path / "d")

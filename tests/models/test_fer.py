@@ -293,3 +293,13 @@ def test_a_map_of_landmarks_weighs_layer1():
     plain.load_state_dict(model.state_dict(), strict=False)
     inside = model.features[:5](picture) * 1.5
     torch.testing.assert_close(model.maps(maps[1]), plain.features[5:8](inside))
+
+
+@pytest.mark.parametrize("kind", [SCN, RAN])
+def test_importances_stay_apart_in_mixed_precision(kind):
+    torch.manual_seed(0)
+    model = kind(7).eval()
+    maps = torch.randn(64, *(2,) * (kind is RAN), model.width, 1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, importance = model.classify(maps)
+    assert importance.dtype == torch.float32 and len(importance.unique()) >= 64

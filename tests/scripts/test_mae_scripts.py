@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from evaluation import finetuning, measures, pretraining
 from images import faces
-from models import convnextv2, mae
+from models import convnextv2, files, mae
 from training import checkpoint, epochs, record
 from training import faces as training_faces
 
@@ -259,7 +259,7 @@ def test_pretraining_leaves_its_files(before, kind, tree):
     assert [checkpoint.load(run / f"checkpoint-{i}.pth")["epoch"] for i in (0, 2, 3)] == [1, 3, 4]
     assert runs.states_differ(run / "last.pth", run / "checkpoint-3.pth") == []
     state = checkpoint.load(run / "last.pth")
-    assert len(state["seen_images"]) == N_TRAIN + N_TEST and not len(state["lost"])
+    assert len(state["seen_images"]["any"]) == N_TRAIN + N_TEST and not len(state["lost"])
     header, *lines = record.read_log(run)
     assert header["opt"]["learning_rate"] == pytest.approx(.1 * 16 / 256)
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
@@ -341,7 +341,7 @@ def test_images_of_train_alone_are_read_and_what_cannot_be_is_named(tmp_path, ca
     assert "18 images below" in printed.out and "reconstructions.png" in printed.out
     assert printed.err.count("left out: ") == 1 and "0_broken.png" in printed.err
     state = checkpoint.load(tmp_path / "r/last.pth")
-    assert state["lost"].tolist() == [0] and len(state["seen_images"]) == 18
+    assert state["lost"].tolist() == [0] and len(state["seen_images"]["any"]) == 18
     assert len(list((tmp_path / "cache").glob("*.ready.npy"))) == 1
 
 
@@ -483,16 +483,20 @@ def test_a_run_is_gone_on_from_by_the_weights_that_predicted_with_a_new_head(tun
     chosen = torch.load(run / "last.pth", weights_only=True)["best"]["model"]
     opt = finetuning.parse_option("", [str(flag) for flag in (
         *flags, "--finetune", run / "last.pth")], "rafdb", None)
-    network = finetuning.set_model(opt, len(chosen["head.bias"]), torch.device("cpu"))
+    network = finetuning.set_model(opt, len(chosen["head.bias"]), torch.device("cpu"),
+                                   files.read(opt.finetune))
     for name, value in network.state_dict().items():
         # of as many classes, but perhaps others
         assert torch.equal(value, chosen[name]) != name.startswith("head."), name
 
 
-def test_a_longer_run_of_derived_warm_up_goes_on(before, tree, tmp_path):
+def test_a_longer_run_of_derived_warm_up_goes_on(tree, tmp_path, capsys):
     call(VIT, *pretraining_flags(tree, VIT), "--output_dir", tmp_path / "r", "--epochs", 1)
     call(VIT, *pretraining_flags(tree, VIT), "--output_dir", tmp_path / "r", "--epochs", 2)
     assert [line["epoch"] for line in record.read_log(tmp_path / "r")[1:]] == [1, 2]
+    said = refused(capsys, VIT, *pretraining_flags(tree, VIT), "--output_dir", tmp_path / "r",
+                   "--epochs", 3, "--warmup_epochs", 0)
+    assert "--warmup_epochs 0.5 there, 0.0 here" in said
 
 
 def test_a_run_of_other_ranks_or_of_another_folder_is_not_gone_on_with(before, tree, tmp_path,
@@ -537,16 +541,30 @@ def test_what_the_start_saw_is_told(tree, before, tmp_path, capsys):
     assert results(tmp_path / "public")["transductive"] is None
     printed = capsys.readouterr().out
     assert f"--finetune {public}: 28 of 32 tensors loaded, not fc_norm.bias, " in printed
+    for again, expected in ((before[VIT], True), (tmp_path / "scratch", False)):
+        first = tmp_path / f"first_{expected}"
+        call(TUNE, *tuning_flags(tree), "--epochs", 1, "--finetune", again / "last.pth",
+             "--output_dir", first, *["--cls_token"] * (not expected))
+        assert results(first)["transductive"] is expected
+        call(TUNE, *tuning_flags(tree), "--epochs", 1, "--finetune", first / "last.pth",
+             "--output_dir", tmp_path / f"second_{expected}", *["--cls_token"] * (not expected))
+        assert results(tmp_path / f"second_{expected}")["transductive"] is expected
+    said = refused(capsys, TUNE, *tuning_flags(tree), "--finetune", first / "last.pth",
+                   "--output_dir", tmp_path / "r", "--seed", 5, "--select", "val", "--cls_token")
+    assert "images that now are to choose" in said
+    said = refused(capsys, TUNE, *tuning_flags(tree), "--finetune", tmp_path / "first_True" /
+                   "last.pth", "--output_dir", tmp_path / "r", "--cls_token")
+    assert "it takes the mean of the patches: leave out --cls_token" in said
 
 
 def test_a_start_that_saw_other_images_saw_no_test_image(tree, before, tmp_path):
     images = faces.read_unlabelled(tree)
     state = torch.load(before[VIT] / "last.pth", weights_only=False)
     prints = faces.fingerprints(images)
-    assert np.array_equal(state["seen_images"].numpy(), prints)
+    assert np.array_equal(state["seen_images"]["any"].numpy(), prints)
     chosen = np.array(["test_" in path for path in images.paths])
     for seen, expected in ((prints[~chosen], False), (prints, True)):
-        state["seen_images"] = torch.from_numpy(seen.copy())
+        state["seen_images"]["any"] = torch.from_numpy(seen)
         torch.save(state, tmp_path / "s.pth")
         call(TUNE, *tuning_flags(tree), "--epochs", 1, "--finetune", tmp_path / "s.pth",
              "--output_dir", tmp_path / str(expected), "--val_fraction", 0)
@@ -664,7 +682,12 @@ def test_bad_flags_of_pretraining_are_refused_in_one_line(tree, tmp_path, capsys
     (NEXT, ["--cls_token"], "--cls_token goes with a ViT"),
     (NEXT, ["--input_size", 80], "80: a multiple of 32"),
     (VIT, ["--model_ema_eval"], "goes with --model_ema"), (VIT, ["--eval"], "--resume FILE"),
-    (VIT, ["--tricks", "--aa", "rand-m9"], "exclude each other"),
+    (VIT, ["--tricks", "--aa", "rand-m9"], "--aa goes with random crops, not --tricks"),
+    (VIT, ["--cutmix_minmax", .8, .2], "LOW must be below HIGH"),
+    (NEXT, ["--layer_decay_type", "group"], "goes with a --layer_decay below 1"),
+    (VIT, ["--mixup_prob", .5], "--mixup_prob goes with --mixup, --cutmix"),
+    (VIT, ["--model_ema_decay", "auto"], "--model_ema_decay goes with --model_ema"),
+    (VIT, ["--votes", "plurality"], "--votes goes with --data_set ferplus"),
     (VIT, ["--aa", "rand-x9"], "argument --aa"), (VIT, ["--data_path", "nowhere"], "nowhere"),
     (VIT, ["--finetune", "none.pth"], "none.pth: no such checkpoint"),
     (VIT, ["--finetune", "NEXT"], "not of this network"),

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -196,6 +197,28 @@ def test_class_folders_without_a_test_split_are_split(tmp_path, capsys):
     assert len(list((tmp_path / "cache").glob("*.ready.npy"))) == 2
 
 
+def test_folders_too_small_to_hold_anything_out_are_told_so(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        path = tmp_path / "set" / face_tree.CLASSES[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        face_tree.Image.fromarray(face_tree.picture(i % 2, rng)).save(path)
+    flags = ["--dataset", "folder", "--pretrained", "none", "--size", 32, "--epochs", 1,
+             "--batch_size", 2, "--cache", "off", "--device", "cpu"]
+    said = refused(capsys, *flags, "--data_folder", tmp_path / "set", "--save_path", tmp_path / "r")
+    assert "no test split, and too few images of each class to hold one out" in said
+    said = refused(capsys, *flags, "--data_folder", tmp_path / "set", "--save_path",
+                   tmp_path / "set" / "r")
+    assert "whose images are read" in said and not (tmp_path / "set" / "r").exists()
+    for split in ("train", "test"):
+        shutil.copytree(tmp_path / "set", tmp_path / "two" / split)
+    flags += ["--data_folder", tmp_path / "two", "--save_path", tmp_path / "r"]
+    said = refused(capsys, *flags, "--select", "val")
+    assert "--select val takes validation images: give a --val_fraction above 0.1, which is" in said
+    train(*flags, "--val_fraction", .9)  # one image of each class is left to train on
+    assert "2 training images, 2 to validate, 4 to test" in capsys.readouterr().out
+
+
 def test_two_ranks_train_the_network_of_one_process(flags, tmp_path):
     """With a frozen backbone, since batch norm sees half a batch each; of batches with an image
     that cannot be read, too, and clocks of which one says to save."""
@@ -234,9 +257,11 @@ def test_a_run_goes_on_from_a_model_with_the_wasserstein_term(flags, tmp_path, c
     assert torch.equal(a["ema"]["module.fc.weight"], b["model"]["fc.weight"])
     assert not torch.equal(a["model"]["fc.weight"], b["model"]["fc.weight"])
     assert results(only(tmp_path / "b"))["transductive"] is False  # of the same split
-    said = refused(capsys, *flags[:4], *flags[6:], "--save_path", tmp_path / "d", "--model_path",
-                   first, "--seed", 1, "--select", "val")
-    assert "--seed 0, hence on images that now are to choose" in said
+    for flag in ("--model_path", "--pretrained"):
+        said = refused(capsys, *flags[:4], *flags[6:], "--save_path", tmp_path / "d", flag, first,
+                       "--seed", 1, "--select", "val")
+        assert re.search(rf"{flag} .*: was trained on \d of the \d images that now are to choose",
+                         said)
     said = refused(capsys, *flags[:4], *flags[6:], "--save_path", tmp_path / "c", "--model", "scn",
                    "--model_path", first)
     assert "not a checkpoint of scn but of baseline" in said
@@ -249,7 +274,7 @@ def test_what_a_model_before_the_last_was_trained_on_counts(flags, tree, tmp_pat
     train(*flags, "--seed", 1, "--model_path", first, "--save_path", tmp_path / "b")
     said = refused(capsys, *flags, "--seed", 1, "--select", "val", "--model_path",
                    only(tmp_path / "b") / "last.pth", "--save_path", tmp_path / "c")
-    assert "was trained with --seed 0, hence on images that now are to choose" in said
+    assert "images that now are to choose; give the --seed and --val_fraction it was" in said
     state = checkpoint.load(first)
     backbone = tmp_path / "backbone.pth"
     torch.save(state["model"], backbone)
@@ -267,6 +292,13 @@ def test_a_longer_run_of_derived_warm_up_goes_on(flags, tmp_path):
     train(*flags, "--epochs", 1)
     train(*flags, "--epochs", 2, "--resume", "auto")
     assert [line["epoch"] for line in record.read_log(only(tmp_path))[1:]] == [1, 2]
+
+
+def test_a_warm_up_that_was_given_is_given_again(flags, tmp_path, capsys):
+    flags = [*flags[:8], *flags[10:], "--save_path", tmp_path]
+    train(*flags, "--epochs", 1, "--warmup_epochs", 0)
+    said = refused(capsys, *flags, "--epochs", 2, "--resume", "auto")
+    assert "--warmup_epochs 0.0 there, 0.5 here" in said
 
 
 def test_a_run_of_half_precision_goes_on_with_a_scaler_that_has_no_state_yet(flags, tmp_path,
@@ -295,8 +327,12 @@ def test_a_run_of_half_precision_goes_on_with_a_scaler_that_has_no_state_yet(fla
         "bn_per_view": True, "views": "fixed"}),
     (["--recipe", "notes"], {"batch_size": 600, "optimizer": "adam", "learning_rate": 1e-3}),
     (["--recipe", "notes", "--model", "ran"], {"batch_size": 72, "views": "fixed"}),
-    (["--recipe", "notes", "--wloss_alpha", ".0125"], {"optimizer": "sgd", "momentum": 0,
-                                                       "epochs": 300})])
+    (["--recipe", "notes", "--wloss_alpha", ".0125"], {
+        "optimizer": "sgd", "momentum": 0, "epochs": 300, "learning_rate": 1e-3}),
+    (["--recipe", "published", "--model", "ran", "--lr_schedule", "exponential", "--optimizer",
+      "adam"], {"lr_decay_rate": .9, "learning_rate": 1e-3}),
+    (["--recipe", "published", "--model", "scn", "--lr_schedule", "step", "--optimizer", "sgd",
+      "--epochs", "40"], {"lr_decay_rate": .1, "learning_rate": 1e-2})])
 def test_recipes_set_what_no_flag_says(more, expected, capsys):
     opt = train_FER.parse_option(["--dataset", "rafdb", "--data_folder", "d", "--save_path", "s",
                                   *more])
@@ -416,6 +452,8 @@ def test_unreadable_images_and_links_to_nowhere_end_no_run_with_landmarks(tmp_pa
     (["--seeds", 1], "--seeds: give two"), (["--batch_size", 1], "at least 2"),
     (["--size", 8], "out of range"), (["--rank_beta", .5], "--model scn, and --rank_margin or"),
     (["--model", "scn", "--rank_margin", 0, "--rank_beta", .5], "--rank_margin or --relabel_epoch"),
+    (["--model", "scn", "--relabel_epoch", 2, "--relabel_group", "all", "--rank_beta", .5],
+     "--relabel_group low"),
     (["--backbone_lr", .1, "--freeze_backbone"], "a backbone that moves")])
 def test_bad_input_is_refused_in_one_line(flags, tmp_path, capsys, more, expected):
     said = refused(capsys, *flags, "--save_path", tmp_path / "r", *more)

@@ -11,6 +11,7 @@ from timm.utils import ModelEmaV3
 from evaluation import photographs
 from images import cache, regions
 from images.faces import FaceSet
+from models import files
 from models.ran import RAN
 from models.scn import SCN, Baseline
 from training import checkpoint, epochs, faces, losses, pretrained
@@ -342,7 +343,7 @@ def test_every_kind_of_checkpoint_starts_the_backbone(kind, tmp_path, capsys):
     whole = torchvision.models.resnet18()
     torch.save(named_as(kind, whole), tmp_path / "start.pth")
     network = RAN(7)
-    pretrained.load_backbone(network, str(tmp_path / "start.pth"), "resnet18")
+    pretrained.load_backbone(network, "start", "resnet18", files.read(tmp_path / "start.pth"))
     said = capsys.readouterr().out
     assert "100 of 100 tensors of the backbone loaded" in said
     assert torch.equal(network.features[0].weight, whole.conv1.weight)
@@ -350,18 +351,21 @@ def test_every_kind_of_checkpoint_starts_the_backbone(kind, tmp_path, capsys):
     assert "not taken: fc" in said or "not taken: alpha" in said
 
 
-def test_what_is_no_such_backbone_is_refused_by_name(tmp_path, capsys):
-    torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "fifty.pth")
-    torch.save({"other.weight": torch.zeros(3)}, tmp_path / "other.pth")
-    for name, said in (("fifty", "not of resnet18"), ("other", "none of its 1 tensors"),
-                       ("missing", "no such checkpoint")):
+@pytest.mark.usefixtures("full_width")
+def test_what_is_no_such_backbone_is_refused_by_name(capsys):
+    eighteen, thirty_four, fifty = (getattr(torchvision.models, f"resnet{n}")().state_dict()
+                                    for n in (18, 34, 50))
+    for content, arch, said in (
+            (fifty, "resnet18", "not of resnet18: features.4.0.conv1.weight has the shape"),
+            (thirty_four, "resnet18", "not of resnet18: it has features.4.2, too"),
+            (eighteen, "resnet34", "not of resnet34: it has no features.4.2"),
+            ({"other.weight": torch.zeros(3)}, "resnet18", "none of its 1 tensors"),
+            ({}, "resnet18", "none of its 0 tensors")):
         with pytest.raises(BadInput, match=said) as error:
-            pretrained.load_backbone(Baseline(7), str(tmp_path / f"{name}.pth"), "resnet18")
-        assert f"{name}.pth" in str(error.value)
-    partly = {k: v for k, v in torchvision.models.resnet18().state_dict().items()
-              if not k.startswith("layer4")}
-    torch.save(partly, tmp_path / "part.pth")
-    pretrained.load_backbone(Baseline(7), str(tmp_path / "part.pth"), "resnet18")
+            pretrained.load_backbone(Baseline(7, arch), "a.pth", arch, content)
+        assert "a.pth" in str(error.value)
+    partly = {k: v for k, v in eighteen.items() if not k.startswith("layer4")}
+    pretrained.load_backbone(Baseline(7), "a.pth", "resnet18", partly)
     assert "75 of 100" in capsys.readouterr().out
 
 
