@@ -202,6 +202,8 @@ def describe(results: dict) -> str:
                   f"{part['n_subjects']} subjects)"
                   for name, part in results["per_database"].items()]
     saw = "--pretrained was trained on held-out subjects" if results.get("pretrained_sha256") \
+        else "the network that it started from was trained on images of the test split" \
+        if results.get("noun") == "images" \
         else "the encoder saw held-out subjects, without labels"
     answers = {True: f"yes: {saw}", False: "no",
                None: "unknown: the checkpoint does not say whom it saw"}
