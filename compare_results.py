@@ -3,11 +3,11 @@
   python compare_results.py results/A/results.json results/B/results.json
   python compare_results.py --latex --published results/*/results.json > table.tex
 
-UF1, UAR and accuracy with 95 % intervals over subjects; results that differ in the seed alone also
-as mean and standard deviation; for each pair a permutation test of the UF1 difference that swaps
-whole subjects. Figures come from the predictions.csv beside each results.json. Markdown, or LaTeX
-for the packages booktabs and rotating: a table too large for the page is turned or made smaller.
-Seconds.
+UF1, UAR and accuracy with 95 % intervals over subjects, images where none are named; results that
+differ in the seed alone also as mean and standard deviation; for each pair a permutation test of
+the UF1 difference that swaps whole subjects, or images. Figures come from the predictions.csv
+beside each results.json. Markdown, or LaTeX for the packages booktabs and rotating: a table too
+large for the page is turned or made smaller. Seconds.
 """
 import util  # first: it settles how threads wait before torch is imported
 
@@ -40,8 +40,8 @@ Table = tuple[str, Sequence[str], list[list[str]]]  # caption, head, rows
 def parse_option(argv: list[str] | None) -> util.Options:
     parser = util.ArgumentParser(description=__doc__)
     parser.add_argument("results", nargs="+", metavar="results.json",
-                        help="files that the probing and fine-tuning scripts wrote, each with its "
-                             "predictions.csv beside it")
+                        help="files that the scripts wrote, each with its predictions.csv beside "
+                             "it")
     parser.add_argument("--common", action="store_true",
                         help="compare on the clips that all results hold; without it, results "
                              "on differing clips are refused")

@@ -142,7 +142,7 @@ def add_optimisation_options(parser):
     group.add_argument("--lr_gamma", type=number(float, 0, 1), default=0.987,
                        help="factor of the rate per epoch (C)")
     group.add_argument("--plateau_epoch", type=number(int, 0), default=50,
-                       help="epoch from which the rate stays (C)")
+                       help="epochs after which the rate stays (C)")
     group.add_argument("--weight_decay", type=number(float, 0), default=0.6, help="of AdamW (C)")
     options.add_loss_option(group)
     group.add_argument("--au_loss", type=number(float, 0), default=0.0, metavar="X",

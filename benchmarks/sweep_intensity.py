@@ -7,7 +7,7 @@ The threshold is a choice, so it is made on training subjects alone: those of --
 enter. The others are split into inner folds; for each threshold and fold an encoder is
 pre-trained without the fold's subjects, labelled or not, and linear heads on it predict them.
 Other flags go to pre-train_DVSCL.py; those listed for both stages to LinearProbing_DVSCL_10fold.py
-as well. Prints a table (threshold, pairs kept, UF1 over all inner folds) and writes it as
+as well. Prints a table (threshold, pairs kept, UF1 and UAR over all inner folds) and writes it as
 threshold.csv and threshold.png. Expect thresholds x folds pre-trainings; finished ones are used
 again.
 """

@@ -113,7 +113,8 @@ def add_model_options(parser: ArgumentParser) -> None:
 def add_augmentation_options(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("augmentation")
     group.add_argument("--aa", metavar="POLICY", default="rand-m9-mstd0.5-inc1",
-                       help="RandAugment in timm's words, or none")
+                       help="RandAugment as timm writes it, rand-mM-inc1 with mstd, n and p where "
+                            "wanted, M up to 10; or none")
     group.add_argument("--crop_low", type=number(float, 0, 1, low_open=True), default=0.08,
                        help="least area of the random resized crop, as a share; nearer to 1 where "
                             "images and epochs are few")

@@ -214,7 +214,8 @@ class Fit:
                 job.ema.module, job.precision.autocast).items()}
         means |= self.validation.follow(self.network, epoch, job.precision.autocast)
         if opt.wloss_update and epoch % opt.wloss_update == 0:
-            job.distance.copy_(losses.updated(job.distance, self.validation.confusion))
+            job.distance.copy_(losses.updated(job.distance, self.validation.confusion,
+                                              opt.wloss_norm))
             distributed.broadcast(job.distance)  # statistics of batch norm are each rank's own
         if opt.oracle_curve:
             kept, said, *_ = self._predicted(self.network)

@@ -1,4 +1,5 @@
-"""Where a linear head looked in each view, in the clips it is most confidently wrong about."""
+"""Where a network looked: in each view of the clips, or in the photographs, that it is most
+confidently wrong about."""
 import math
 from collections.abc import Callable, Sequence
 

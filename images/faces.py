@@ -21,12 +21,12 @@ from images.face_folders import SPLITS, Found
 from images.face_sets import CLASSES, SETS
 from util import BadInput, ensure, read_cells, read_table
 
-__all__ = ["CLASSES", "SETS", "FaceSet", "content", "decode", "read_faces", "read_landmarks",
-           "report", "stamp"]
+__all__ = ["CLASSES", "SETS", "FaceSet", "content", "decode", "fingerprints", "read_faces",
+           "read_landmarks", "read_unlabelled", "report", "stamp"]
 
+PROBED = 256  # bytes in the middle of a file, and at its end, that tell it from others
 # numbers of images as published, by class or, where those are not known, in all; affectnet7 is
 # affectnet8 without contempt
-PROBED = 256  # bytes in the middle of a file, and at its end, that tell it from others
 PUBLISHED = {
     "rafdb": {"train": (1290, 281, 717, 4772, 1982, 705, 2524),
               "test": (329, 74, 160, 1185, 478, 162, 680)},

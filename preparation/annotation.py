@@ -31,9 +31,10 @@ CLASS_SETS = {3: ("negative", "positive", "surprise"),
 class Row:
     """One clip. subject, video: as file names write them; onset, apex, offset: frame numbers
     (offset None where unknown); emotion: the label's name, '' unlabelled; label: its id; blank:
-    onset and apex are one; files: (onset, apex, depth onset, depth apex) where the annotation
-    names them; rgb, depth: paths of the difference images below the data folder; listed: the
-    subject's name in lists that are copied; intensity: that of an unlabelled pair, of its unit."""
+    its apex is its onset or lies outside the clip; files: (onset, apex, depth onset, depth apex)
+    where the annotation names them; rgb, depth: paths of the difference images below the data
+    folder; listed: the subject's name in lists that are copied; intensity: that of an unlabelled
+    pair, of its unit."""
     database: int
     subject: str
     video: str

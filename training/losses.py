@@ -132,9 +132,9 @@ def wasserstein(logits: Tensor, labels: Tensor, distance: Tensor,
     return each.sum() if reduction == "sum" else each.mean()
 
 
-def updated(distance: Tensor, confusion: np.ndarray) -> Tensor:
-    """Distances `[C, C]` after one --wloss_update: classes that are often taken for one another,
-    by a confusion matrix `[C, C]` (rows the true class) of a part of the training set, move
-    apart."""
+def updated(distance: Tensor, confusion: np.ndarray, norm: str = "l1") -> Tensor:
+    """Distances `[C, C]` after one --wloss_update, normalised as at the start: classes that are
+    often taken for one another, by a confusion matrix `[C, C]` (rows the true class) of a part of
+    the training set, move apart."""
     counts = torch.from_numpy(np.asarray(confusion, dtype=np.float64)).fill_diagonal_(0)
-    return normalised(distance + 0.1 * normalised(counts, "l1").to(distance), "l1")
+    return normalised(distance + 0.1 * normalised(counts, "l1").to(distance), norm)

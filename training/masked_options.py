@@ -62,8 +62,9 @@ def add_data_options(parser: ArgumentParser, path_help: str, path: str | None,
     group.add_argument("--data_path", free=True, required=path is None, default=path,
                        dest="data_folder", metavar="DIR", help=path_help)
     group.add_argument("--input_size", type=size, default=224, dest="size",
-                       help=f"side of what the network sees, pixels, a multiple of {side}; images "
-                            f"are kept with 8/7 of it")
+                       help=f"side of what the network sees, pixels, a multiple of {side}"
+                            + ", of 32 with a ConvNeXt V2" * (side < 32)
+                            + "; images are kept with 8/7 of it")
     group.add_argument("--cache", free=True, metavar="DIR|off", default="data/cache",
                        help="folder for the decoded images, 196 kB each at 224 pixels, read again "
                             "by later runs; off: keep them in memory only. Where they do not fit "

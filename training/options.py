@@ -133,8 +133,8 @@ def add_running_options(parser: ArgumentParser,
     group.add_argument("--seed", type=number(int, 0, 2 ** 62), default=0,
                        help="everything random follows from (seed, epoch, step)")
     group.add_argument("--resume", free=True, metavar="FILE|auto",
-                       help="go on from this checkpoint; auto: from the run's last.pth, or fresh "
-                            "where there is none [refuse a run folder that exists]")
+                       help="go on from this checkpoint (frozen heads have none); auto: from what "
+                            "the run's folder holds, or fresh [refuse a run folder that exists]")
     # python -m torch.distributed.launch gives it; the environment says the same
     group.add_argument("--local-rank", "--local_rank", action=Ignored, type=int)
     return group

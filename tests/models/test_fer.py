@@ -191,6 +191,7 @@ def test_distances_are_updated_the_right_way_round():
     torch.testing.assert_close(new[0], torch.tensor([0, .575, .525], dtype=new.dtype) / 1.1)
     torch.testing.assert_close(new[1], distance[1].to(new.dtype))
     assert new[0, 1] > new[0, 2] and new.diagonal().eq(0).all()
+    assert losses.updated(distance, confusion, "frobenius").norm() == pytest.approx(1)
 
 
 def test_region_margin_has_a_limit(fer):
