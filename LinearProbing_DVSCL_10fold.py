@@ -53,6 +53,8 @@ def parse_option(argv):
     opt = parser.parse_args(argv)
     options.check_options(parser, opt)
     choose_solver(parser, opt, [*util.given(sgd, argv), *["--oracle_curve"] * opt.oracle_curve])
+    if opt.select_rates and opt.select != "inner":
+        parser.error("--select_rates goes with --select inner")
     if opt.select_rates is None:
         opt.select_rates = [float(f"{share * opt.learning_rate:g}") for share in (0.3, 1, 3)]
     return opt
@@ -74,6 +76,9 @@ def set_loader(opt):
     """(dataset.Data, dataset.Folds)"""
     data = heldout.read_labelled(opt)
     folds = heldout.split(opt.protocol, data.clips)
+    if opt.select == "inner" and len(folds.names) < 3:
+        raise util.BadInput(f"{data.clips.folder}: --select inner takes three subjects, to train "
+                            f"on, to choose by and to hold out; give --select fixed")
     print(f"{len(data.clips)} clips, {len(data.clips.people)} subjects, {len(folds.names)} folds")
     return data, folds
 

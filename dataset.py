@@ -333,6 +333,11 @@ def read_pool(opt: argparse.Namespace) -> ClipSet:
     if ours != theirs:
         raise BadInput(f"{opt.pairs}: its differences are {theirs}, those of the lists {ours}; "
                        f"prepare them alike")
+    if labelled.luminance != pairs.luminance:
+        lacking = opt.pairs if pairs.luminance else labelled.folder
+        raise BadInput(f"{lacking}: has no grey view of its own, but the "
+                       f"{'lists' if pairs.luminance else 'pairs'} have one; give both v_gray/ and "
+                       f"the column gray, or neither")
     paths = {clip.paths[0] for clip in labelled.clips}
     return replace(labelled, clips=labelled.clips + [
         clip for clip in pairs.clips if clip.paths[0] not in paths])

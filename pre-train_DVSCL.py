@@ -91,11 +91,12 @@ def run_name(opt, without=None):
     kind = "batch"
     if opt.contrast == "bank":
         kind = f"memory_{'softmax' if opt.softmax else 'nce'}_{opt.nce_k}"
-    out = [*[without] * bool(without), *opt.without]
+    # apart, so that {subject} and {fold} of a path fill in the one alone
+    out = [record.name_of(names) for names in ([without] * bool(without), opt.without) if names]
     return record.join_name(
         kind, opt.model, record.rate_name(opt.learning_rate, opt.weight_decay, opt.batch_size),
         "view", opt.view, record.size_name(opt.size),
-        "amp" * opt.amp, f"seed_{opt.seed}", f"without_{record.name_of(out)}" if out else "",
+        "amp" * opt.amp, f"seed_{opt.seed}", *(f"without_{one}" for one in out),
         opt.tag)
 
 

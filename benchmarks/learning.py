@@ -298,9 +298,10 @@ def main(argv=None):
             started += more_rows(bench, sets, others, pools, flat)
         clips = [dataset.read_clips(data) for data in sets]
         bench.baselines([(c.labels, None, [clip.subject for clip in c.clips]) for c in clips])
-        images = [dataset.load_images(c, bench.work / "cache", 4, 112)[0] for c in clips]
+        images = [torch.tensor(dataset.load_images(c, bench.work / "cache", 4, 112)[0])
+                  for c in clips]
         bench.add("logistic regression on pixels", [
-            (c.labels, regression(c, torch.from_numpy(x)), [clip.subject for clip in c.clips])
+            (c.labels, regression(c, x), [clip.subject for clip in c.clips])
             for c, x in zip(clips, images)])
         for title, parts in started:
             bench.add(title, [part.result() for part in parts])

@@ -1,5 +1,6 @@
 """Which encoder each held-out person gets, from which checkpoint, and whom it saw before."""
 import argparse
+import functools
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,10 +22,11 @@ RANDOM = "random"  # in place of a checkpoint: an untrained encoder
 
 
 class Seen(NamedTuple):
-    """Persons, (database, subject), that an encoder is known to have seen, and whether they are
-    all."""
+    """Persons, (database, subject), that an encoder is known to have seen, whether they are all,
+    and whether it saw labels."""
     people: set
     complete: bool
+    labelled: bool = False
 
 
 def load_classifier(opt: argparse.Namespace, path: str, clips: ClipSet,
@@ -41,11 +43,12 @@ def load_classifier(opt: argparse.Namespace, path: str, clips: ClipSet,
         fixed = encoding.fixed_normalization(difference, clips.views, clips.channels)
         return Classifier(model, head, opt.layer, fixed), Seen(set(), True)
     state = checkpoint.load(path)
-    old = state.get("encoding") or {}
+    old, tuned = state.get("encoding") or {}, "classifier" in state
     for what, ours, theirs in (("--view", opt.view, state["opt"].get("view", opt.view)),
                                ("--size", opt.size, state["opt"].get("size", decoding.CROP)),
                                ("difference", difference, old.get("difference", difference)),
-                               ("classes", clips.encoding.get("classes"), old.get("classes"))):
+                               ("classes", clips.encoding.get("classes") if tuned else None,
+                                old.get("classes"))):
         if ours != theirs and None not in (ours, theirs):
             raise BadInput(f"{path}: trained with {what} {theirs}, but the data have {ours}")
     # fine-tuned checkpoints of earlier releases do not say it: a tower's last tensor is the bias of
@@ -57,7 +60,7 @@ def load_classifier(opt: argparse.Namespace, path: str, clips: ClipSet,
     normalization = state.get("normalization") or encoding.fixed_normalization(
         "wrap", clips.views, clips.channels)
     try:
-        seen = people_seen(state.get("seen"))
+        seen = people_seen(state.get("seen"))._replace(labelled=tuned)
         mean, std = np.float64(normalization["mean"]), np.float64(normalization["std"])
         lengths = {len(mean), len(std)} if np.isfinite([mean, std]).all() and (std > 0).all() \
             else set()
@@ -90,7 +93,7 @@ class Encoders:
 
     def __init__(self, opt: argparse.Namespace, clips: ClipSet, people: Iterable[tuple]):
         self.opt, self.clips, self.source = opt, clips, getattr(opt, "model_path", RANDOM)
-        self.paths = {person: self._path(person) for person in people}
+        self.paths = {person: self.path(person) for person in people}
         self.sha256, self.checked = {RANDOM: None}, (None, None)
         self.seen = {RANDOM: Seen(set(), True)}
         self.identities = {person: dataset.identity(person) for person in clips.people}
@@ -100,13 +103,18 @@ class Encoders:
                     raise BadInput(f"--model_path {path}: no such checkpoint")
                 self.sha256[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
-    def _path(self, person):
+    @functools.cached_property
+    def _folds(self):
+        """Name of the fold of ten that pre-training left each person out with."""
+        everyone = self.clips.origin or self.clips
+        folds = dataset.ten_folds(everyone)
+        return {clip.person: folds.names[fold] for clip, fold in zip(everyone.clips, folds.of)}
+
+    def path(self, person: tuple) -> str:
         """--model_path for one held-out person: {subject} and {fold} filled in."""
         path = self.source
         if "{fold}" in path:
-            everyone = self.clips.origin or self.clips  # the folds that pre-training made
-            folds = dataset.ten_folds(everyone)
-            path = path.replace("{fold}", folds.names[folds.of[everyone.members([person])[0]]])
+            path = path.replace("{fold}", self._folds[person])
         return path.replace("{subject}", self.clips.names[person])
 
     def create_head(self) -> nn.Module:
@@ -130,7 +138,7 @@ class Encoders:
 
     def transductive(self, path: str, person: tuple) -> bool | None:
         """Whether the encoder of a loaded `path` saw a person; None where that is unknown."""
-        people, complete = self.seen[path]
+        people, complete, _ = self.seen[path]
         if self.identities[person] in {dataset.identity(other) for other in people}:
             return True
         return False if complete else None

@@ -97,9 +97,9 @@ def make_header(opt: argparse.Namespace, argv: list[str], script: str, data: Dat
 def open_run(run: Run, header: dict, sha256: dict, besides: dict | None = None) -> set[str]:
     """Enters a run folder of held-out predictions; returns the names already finished.
 
-    sha256: name → digest of each wanted subject's checkpoint; besides: digests of the header that
-    must be equal as well. An existing folder takes --resume, or --subject, which adds to it; and
-    the options and checkpoints that made it. Raises BadInput.
+    sha256: name → path and digest of each wanted subject's checkpoint; besides: digests of the
+    header that must be equal as well. An existing folder takes --resume, or --subject, which adds
+    to it; and the options and checkpoints that made it. Raises BadInput.
     """
     folder, opt = run.folder, run.opt
     old = record.read_log(folder)
@@ -114,17 +114,21 @@ def open_run(run: Run, header: dict, sha256: dict, besides: dict | None = None) 
     if opt.resume not in (None, "auto") and not Path(opt.resume).is_file():
         raise BadInput(f"--resume {opt.resume}: no such checkpoint")
     done = {path.stem: path for path in (folder / "subjects").glob("*.json")}
-    for name in done.keys() & sha256.keys():
-        if result_files.read_subject(done[name])[0].get("sha256") != sha256[name]:
-            raise BadInput(f"{done[name]}: comes from another checkpoint than the one --model_path "
+    now = dict(sha256.values())  # path → digest
+    for name, path in done.items():
+        was = result_files.read_subject(path)[0]
+        digest = sha256[name][1] if name in sha256 else \
+            now.get(was.get("checkpoint"), was.get("sha256"))
+        if was.get("sha256") != digest:
+            raise BadInput(f"{path}: comes from another checkpoint than the one --model_path "
                            f"names now; remove it, or give another --tag")
     return set(done)
 
 
-def checked_states(run: Run, header: dict, encoders: Encoders, names: Iterable[str | None],
+def checked_states(run: Run, header: dict, encoders: Encoders, names: dict[str | None, str],
                    besides: dict | None = None) -> dict:
-    """name → checkpoint of the trainings that --resume goes on with; besides: as in `open_run`.
-    Raises BadInput."""
+    """name → checkpoint of the trainings that --resume goes on with; names: → path of the encoder
+    that each starts from; besides: as in `open_run`. Raises BadInput."""
     states = {}
     for path, state in run.states(names):
         if run.opt.resume == "auto" and state.get("unit") not in names:
@@ -132,17 +136,21 @@ def checked_states(run: Run, header: dict, encoders: Encoders, names: Iterable[s
         run.check_resumable(path, state, data_digest=header["data_digest"], **(besides or {}))
         if "folds" in state:  # of heads, from an earlier release: they start anew
             continue
+        if state.get("unit") not in names:
+            raise BadInput(f"--resume {path}: the training of {state.get('unit')}, who is finished "
+                           f"or not among --subject; give --resume auto")
         if "mean" not in state.get("classifier", {"mean"}):
             raise BadInput(f"{path}: comes from before heads standardised their features; its "
                            f"run cannot go on: start it anew without --resume")
-        if state.get("encoder_sha256") not in encoders.sha256.values():
+        if state.get("encoder_sha256") != encoders.sha256[names[state["unit"]]]:
             raise BadInput(f"{path}: was trained on another checkpoint than --model_path "
                            f"{encoders.source}; give another --tag, or remove it")
         states[state["unit"]] = state
     return states
 
 
-def open_log(run: Run, header: dict, names: set, done: dict) -> record.Log:
+def open_log(run: Run, header: dict, names: Iterable[str | None],
+             done: dict) -> record.Log:
     """The run's log, cut back to what finished subjects and checkpoints account for.
 
     names: what is still to be trained; done: name → epochs in its checkpoint. Rank 0 writes the
@@ -178,7 +186,7 @@ class HeldOut:
         self.header = make_header(opt, argv, script, data, self.encoders.sha256.get(
             self.encoders.source), **self.besides)
         done = open_run(run, self.header, {
-            self.names[p]: self.encoders.sha256[path]
+            self.names[p]: (path, self.encoders.sha256[path])
             for p, path in self.encoders.paths.items()}, self.besides)
         todo = [p for p in wanted if self.names[p] not in done]
         self.todo = [self.names[p] for p in todo]
@@ -189,7 +197,7 @@ class HeldOut:
             self._groups(distributed.deal(todo))
         self.check()
         distributed.agree(self.todo)
-        names = {group.name for group in everyone} or {None}
+        names = {group.name: group.path for group in everyone} or {None: RANDOM}
         if folds and distributed.first():  # killed between its results and this, it would stay
             for group in self._groups([p for p in wanted if p not in todo]):
                 if group.name not in names:
@@ -216,7 +224,11 @@ class HeldOut:
         if not self.folds:
             return [Group(path, people, self._unit(people), people)
                     for (path, _), people in groups.items()]
-        return [Group(path, people, self.folds.names[fold],
+        paths = {}  # of a fold, which may not be one of those that were left out of pre-training
+        for person, fold in fold_of.items():
+            paths.setdefault(fold, set()).add(self.encoders.path(person))
+        return [Group(path, people, self.folds.names[fold]
+                      + f"_{self.encoders.sha256[path]}"[:9] * (len(paths[fold]) > 1),
                       [p for p in clips.people if fold_of[p] == fold])
                 for (path, fold), people in groups.items()]
 
@@ -245,6 +257,7 @@ class HeldOut:
                 "transductive": encoders.transductive(group.path, person),
                 "checkpoint": None if group.path == RANDOM else group.path,
                 "sha256": encoders.sha256[group.path], "made_by": made_by, **notes(mine),
+                **({"start_labelled": True} if encoders.seen[group.path].labelled else {}),
                 "rows": result_files.rows_of([clips.clips[i] for i in members[mine]],
                                              probabilities[mine]),
                 **({"maps": own} if own else {})}
@@ -348,7 +361,8 @@ class Everybody:
                                   self.encoders.sha256[self.encoders.source])
         open_run(run, self.header, {})
         self.encoders.check(self.encoders.source)  # a wrong one leaves no run folder behind
-        self.states = checked_states(run, self.header, self.encoders, {"all"})
+        self.states = checked_states(run, self.header, self.encoders,
+                                     {"all": self.encoders.source})
         done = {name: state["epoch"] for name, state in self.states.items()}
         distributed.agree(done)
         self.log = open_log(run, self.header, {"all"}, done)

@@ -162,6 +162,7 @@ def write_results(folder: Path, header: dict, n_label: int, classes: list[str],
             made_by.append(subject["made_by"])
     results = {**header, "transductive": whether_transductive(s["transductive"] for s in kept),
                "made_by": made_by,
+               **({"start_labelled": True} if any(s.get("start_labelled") for s in kept) else {}),
                "checkpoints": dict(sorted({(str(s["checkpoint"]), s["sha256"]) for s in kept})),
                **measures.summarise(rows, n_label, blank_keys), "classes": classes}
     choices = {name: subject["choice"] for name, (subject, _) in named.items()
@@ -204,7 +205,8 @@ def describe(results: dict) -> str:
     saw = "--pretrained was trained on held-out subjects" if results.get("pretrained_sha256") \
         else "the network that it started from was trained on images of the test split" \
         if results.get("noun") == "images" \
-        else "the encoder saw held-out subjects, without labels"
+        else "the encoder saw held-out subjects, with" \
+             + "out" * (not results.get("start_labelled")) + " labels"
     answers = {True: f"yes: {saw}", False: "no",
                None: "unknown: the checkpoint does not say whom it saw"}
     people = f"of {results['n_subjects']} held-out subjects" \

@@ -73,8 +73,9 @@ def _grey8(image, path):
 
 
 def stored_side(size: int) -> int:
-    """Side of the stored images of which `size` pixels are cropped, both in pixels."""
-    return round(size * SIZE / CROP)
+    """Side of the stored images of which `size` pixels are cropped (transforms.crop_side), both in
+    pixels."""
+    return math.ceil(size * SIZE / CROP)
 
 
 def decode(paths: list, channels: tuple, difference: str, side: int = SIZE,

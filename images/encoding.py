@@ -31,7 +31,7 @@ def read_encoding(folder: str | Path, given: str | None = None) -> dict:
                   f"--encoding says otherwise")
         return {"difference": given or "wrap"}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         ensure(isinstance(content, dict) and content.get("difference") in DIFFERENCES)
         classes = content.get("classes", [])
         ensure(isinstance(classes, list) and all(isinstance(c, str) for c in classes))

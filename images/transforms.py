@@ -94,7 +94,7 @@ def centre_crop(images: Tensor, shift: tuple[int, int] = (0, 0)) -> Tensor:
     256 (down, right), in whole pixels."""
     side = images.shape[-1]
     crop = crop_side(side)
-    top, left = ((side - crop) // 2 + s * side // SIZE for s in shift)
+    top, left = ((side - crop) // 2 + int(s * side / SIZE) for s in shift)  # towards the middle
     return images[..., top:top + crop, left:left + crop]
 
 

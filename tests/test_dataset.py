@@ -1,4 +1,5 @@
 """Lists, clip identity and pairing, folds, decoding."""
+import argparse
 import collections
 import shutil
 from dataclasses import replace
@@ -6,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import draw_set, save_image, signed_pair
+from conftest import draw_pairs, draw_set, save_image, signed_pair
 from PIL import Image
 
 import dataset
@@ -175,8 +176,10 @@ def test_list_folder_may_be_elsewhere(fresh, tmp_path):
 
 
 def test_classes_are_named_by_encoding_json(fresh):
+    """Saved by an editor that puts a mark before the text."""
     assert dataset.read_clips(fresh).classes == ["0", "1"]
-    (fresh / "encoding.json").write_text('{"difference": "signed", "classes": ["no", "yes"]}')
+    (fresh / "encoding.json").write_text('{"difference": "signed", "classes": ["no", "yes"]}',
+                                         encoding="utf-8-sig")
     assert dataset.read_clips(fresh).classes == ["no", "yes"]
 
 
@@ -213,6 +216,18 @@ def test_gray_lists_are_taken_where_there_are_some(tmp_path):
     actual = dataset.read_clips(tmp_path, view="RGB_gray")
     assert not actual.luminance
     assert all("_diff_gray" in clip.paths[1] for clip in actual.clips)
+
+
+def test_lists_and_pairs_have_a_grey_view_of_their_own_or_neither(tmp_path):
+    draw_set(tmp_path, second="gray")
+    draw_pairs(tmp_path)
+    opt = argparse.Namespace(data_folder=tmp_path, list_folder=None, view="RGB_gray", encoding=None,
+                             pool="both", pairs=tmp_path / "pairs.tsv", min_intensity=None,
+                             subject=None, fold=None, without=[])
+    with pytest.raises(BadInput, match=r"pairs.tsv: has no grey view of its own, but the lists"):
+        dataset.read_pool(opt)
+    (tmp_path / "v_gray").rename(tmp_path / "v_other")
+    assert len(dataset.read_pool(opt)) == 18
 
 
 @pytest.mark.parametrize("channels", [1, 3])

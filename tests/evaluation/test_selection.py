@@ -215,12 +215,15 @@ def test_inner_groups_do_not_move_with_the_labels_of_a_held_out_subject(tmp_path
     assert sorted(np.bincount(groups[0])) == [4, 4, 4, 4, 8]  # whole subjects, evenly
 
 
-def test_rates_to_choose_from_follow_the_learning_rate():
+def test_rates_to_choose_from_follow_the_learning_rate(capsys):
     parse = script("LinearProbing_DVSCL_10fold").parse_option
     needed = ["--data_folder", "d", "--save_path", "s", "--model_path", "random"]
     assert parse(needed).select_rates == [0.03, 0.1, 0.3]
     assert parse([*needed, "--learning_rate", "30"]).select_rates == [9, 30, 90]
-    assert parse([*needed, "--select_rates", "1", "2"]).select_rates == [1, 2]
+    assert parse([*needed, "--select", "inner", "--select_rates", "1", "2"]).select_rates == [1, 2]
+    with pytest.raises(SystemExit):
+        parse([*needed, "--select_rates", "1"])
+    assert "--select_rates goes with --select inner" in capsys.readouterr().err
 
 
 def test_inner_selection_takes_three_subjects(drawn, quick, pretrained, tmp_path, capsys):
@@ -404,3 +407,12 @@ def test_probing_reports_the_shortcuts(drawn, quick, pretrained, tmp_path, capsy
     assert actual["retrieval"]["within"]["chance"] == pytest.approx(1 / 3)
     assert actual["head_motion"] is None
     assert "the same features name the subject of 12 clips" in capsys.readouterr().out
+
+
+def test_an_inner_choice_of_two_subjects_leaves_no_run_folder(tmp_path, capsys):
+    draw_set(tmp_path / "d", 2, 4)
+    with pytest.raises(SystemExit):
+        probe("--data_folder", tmp_path / "d", "--cache", "off", "--model", "resnet18v1",
+              "--model_path", "random", "--select", "inner", "--save_path", tmp_path / "r")
+    assert "--select inner takes three subjects" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from evaluation import probing
+from images.decoding import stored_side
 from images.encoding import estimate_normalization, fixed_normalization
 from images.transforms import centre_crop, draw, eval_transform, train_transform
 from training.epochs import generator
@@ -208,3 +210,11 @@ def test_resized_crop_agrees_with_interpolation_of_the_same_box():
     drawn = {"flip": torch.zeros(4, dtype=bool), "box": box, "gain": torch.ones(4, 2)}
     out = train_transform(images, drawn, PLAIN, "absolute", CHANNELS)
     assert torch.allclose(out, centre_crop(images).float(), atol=1e-2)
+
+
+def test_crops_have_the_size_that_was_asked_for_wherever_they_lie():
+    for size in range(32, 1025):
+        images = torch.zeros(1, 1, *[stored_side(size)] * 2)
+        for _, shift in probing.VIEWS:
+            assert centre_crop(images, shift).shape[2:] == (size, size), (size, shift)
+    assert [stored_side(size) for size in (56, 112, 224)] == [64, 128, 256]

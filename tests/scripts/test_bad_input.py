@@ -691,3 +691,15 @@ def test_a_replaced_checkpoint_of_a_template_is_noticed(drawn, quick, pretrained
         probe(*flags, "--resume", "auto")
     assert stop.value.code == 2
     assert "s2.json: comes from another checkpoint" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_training_of_another_subject_is_not_gone_on_with(drawn, quick, pretrained, tmp_path,
+                                                             capsys):
+    flags = ["--data_folder", drawn, *quick, "--model_path", pretrained, "--save_path", tmp_path,
+             "--epochs", 1]
+    finetune(*flags, "--subject", "s3")
+    (last,) = tmp_path.glob("finetune_*/last.pth")
+    with pytest.raises(SystemExit) as stop:
+        finetune(*flags, "--subject", "s1", "--resume", last)
+    assert stop.value.code == 2
+    assert "last.pth: the training of s3, who is finished or not among" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from conftest import ROOT, draw_set, finetune, pretrain, probe, published, scrip
 from runs import curves, differing, load, only, rows, same_predictions, states_differ
 
 import dataset
-from evaluation import encoders
+from evaluation import encoders, result_files
 from images import cache as image_cache
 from images import transforms
 from images.lists import write_lists
@@ -161,7 +161,7 @@ def test_persons_of_without_are_left_out_besides_those_of_each_run(drawn, quick,
     pretrain(*flags, "--model_path", tmp_path / "subject", "--subject", "s1", "--pairs",
              drawn / "pairs.tsv", "--pool", "both")
     run = only(tmp_path / "subject")
-    assert run.name.startswith(f"{RUN}_without_s1_and_2_more_")
+    assert run.name.startswith(f"{RUN}_without_s1_without_s3_and_1_more_")
     # two clips of s2, whose first one is blank, and two pairs
     assert load(run / "last.pth")["seen"] == {"people": [[0, "s2"]], "clips": 4}
     pretrain(*flags[:-1], "--model_path", tmp_path / "fold", "--fold", "1/4")
@@ -419,6 +419,50 @@ def test_checkpoints_per_fold_are_not_transductive_unless_mixed_up(drawn, quick,
               "--model_path", folder / "{fold}.pth")
         assert len(rows(only(folder / "out"))) == 12
         assert transductive(folder / "out") is bool(shift)
+
+
+def test_folds_that_pretraining_cut_otherwise_have_a_training_for_each_checkpoint(
+        strangers, quick, pretrained, tmp_path):
+    """Without s3 the folds of the others are not those of all: one takes two checkpoints."""
+    everyone = dataset.read_clips(strangers)
+    left = everyone.subset([clip.subject != "s3" for clip in everyone.clips])
+    source = {clip.subject: fold for clip, fold in zip(everyone.clips, dataset.ten_folds(
+        everyone, 3).of)}
+    folds = {clip.subject: fold for clip, fold in zip(left.clips, dataset.ten_folds(left, 3).of)}
+    one, other = next((a, b) for a in folds for b in folds
+                      if folds[a] == folds[b] and source[a] != source[b])
+    state = torch.load(pretrained, weights_only=True)
+    for i in range(3):
+        torch.save(state | {"epoch": i}, tmp_path / f"fold{i + 1}of3.pth")
+    flags = ["--data_folder", strangers, *quick, "--model_path", tmp_path / "{fold}.pth",
+             "--save_path", tmp_path / "r", "--protocol", "10fold", "--without", "s3", "--epochs",
+             1]
+    ten_folds = dataset.ten_folds
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset, "ten_folds", lambda clips, _=None, **more: ten_folds(
+            clips, 3, **more))
+        for who in ([one], [one, other]):
+            finetune(*flags, "--subject", *who, "--resume", "auto")
+        run = only(tmp_path / "r")
+        for subject in (one, other):
+            kept, _ = result_files.read_subject(run / "subjects" / f"{subject}.json")
+            assert kept["checkpoint"].endswith(f"fold{source[subject] + 1}of3.pth")
+        trained = [line["subject"] for line in record.read_log(run)[1:]]
+        assert len(trained) == 2 and all("of3_" in name for name in trained)
+        torch.save(state | {"epoch": 9}, tmp_path / f"fold{source[one] + 1}of3.pth")
+        with pytest.raises(SystemExit):  # one fold of two versions of its encoder
+            finetune(*flags, "--subject", *(s for s in folds if source[s] == source[one]
+                                            and s != one), "--resume", "auto")
+
+
+def test_a_start_that_saw_labels_is_told(drawn, quick, pretrained, tmp_path, capsys):
+    finetune("--data_folder", drawn, *quick, "--model_path", pretrained, "--save_path", tmp_path,
+             "--subject", "all", "--epochs", 1)
+    start = only(tmp_path) / "last.pth"
+    probe("--data_folder", drawn, *quick, "--model_path", start, "--save_path", tmp_path / "p",
+          "--epochs", 1)
+    assert "the encoder saw held-out subjects, with labels" in capsys.readouterr().out
+    assert json.loads((only(tmp_path / "p") / "results.json").read_text())["start_labelled"] is True
 
 
 def test_an_old_checkpoint_is_probed_and_transductive_is_unknown(drawn, quick, pretrained,
