@@ -71,7 +71,7 @@ class Bench(Rows):
     own_people = True
 
     def __init__(self, opt, jobs):
-        super().__init__(Path(opt.work), 4)
+        super().__init__(opt, 4)
         self.opt, self.jobs = opt, jobs
         self.middle = str(sorted(opt.pools)[len(opt.pools) // 2])  # the pool of most rows
         self.untrained = jobs.start(str, "random")

@@ -57,7 +57,7 @@ class Bench(Rows):
     """The runs of one call."""
 
     def __init__(self, opt, jobs):
-        super().__init__(Path(opt.work), len(faces.CLASSES["rafdb"]))
+        super().__init__(opt, len(faces.CLASSES["rafdb"]))
         self.opt, self.jobs, self.data = opt, jobs, Path(opt.work) / "faces"
 
     def start(self, name, seeds, *flags):

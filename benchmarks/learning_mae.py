@@ -65,7 +65,7 @@ class Bench(Rows):
     """The runs of one call."""
 
     def __init__(self, opt, jobs):
-        super().__init__(Path(opt.work), len(faces.CLASSES["rafdb"]))
+        super().__init__(opt, len(faces.CLASSES["rafdb"]))
         self.opt, self.jobs = opt, jobs
         self.data, self.images = self.work / "faces", self.work / "pool"
         self.labels = LABELS[:2] if opt.quick else [n for n in LABELS if n < opt.train]

@@ -60,7 +60,7 @@ class Bench(Rows):
     """The runs of one call."""
 
     def __init__(self, opt):
-        super().__init__(Path(opt.work), 5)
+        super().__init__(opt, 5)
         self.opt = opt
 
     def render(self, name, *flags):

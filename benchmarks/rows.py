@@ -1,5 +1,7 @@
 """What the learning benchmarks share: runs side by side, rows of their tables, regressions."""
+import argparse
 import importlib
+import json
 import multiprocessing
 import os
 import sys
@@ -22,6 +24,8 @@ from dataset import ClipSet
 from evaluation import measures, photographs, probing
 from images.faces import FaceSet, decode
 
+# options with which what is finished stays right
+ALIKE = ("work", "processes", "seeds", "seeds_ran", "quick")
 GREY_SIDE = 48  # of the pixels of faces that are regressed on
 PENALTIES = (1e-3, 1e-2, 1e-1, 1, 10)  # C
 
@@ -30,8 +34,17 @@ class Rows:
     """A table of UF1 in a folder `work`, for `n_label` classes."""
     own_people = False  # each seed tests people of its own, not the same ones again
 
-    def __init__(self, work: Path, n_label: int):
-        self.work, self.n_label, self.rows = work, n_label, []
+    def __init__(self, opt: argparse.Namespace, n_label: int):
+        """Raises BadInput where what is finished in --work was computed with other options."""
+        self.work, self.n_label, self.rows = Path(opt.work), n_label, []
+        path, asked = self.work / "options.json", {
+            name: value for name, value in vars(opt).items() if name not in ALIKE}
+        if path.exists() and (there := json.loads(path.read_text(encoding="utf-8"))) != asked:
+            other = next(name for name in asked if there.get(name) != asked[name])
+            raise util.BadInput(f"{path}: was run with --{other} {there.get(other)}, here "
+                                f"{asked[other]}; name another --work, or remove it")
+        self.work.mkdir(parents=True, exist_ok=True)
+        util.write_json(path, asked)
 
     def row(self, name: str, folders: list[Path]) -> None:
         """A row of the table from the run folders of the seeds."""

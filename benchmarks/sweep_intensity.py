@@ -60,6 +60,9 @@ def parse_option(argv):
     both.add_argument("--view", default="RGB_D", metavar="RGB_NAME",
                       help="RGB and the second view")
     opt, more = parser.parse_known_args(argv)
+    for flag in ("--min_intensity", "--model_path", "--subject", "--fold"):
+        if flag in (word.partition("=")[0] for word in more):
+            parser.error(f"{flag} is what the search itself gives to pre-training; leave it out")
     shared = [f"--{name}={getattr(opt, name)}" for name in (
         "model", "size", "seed", "device", "num_workers", "list_folder", "encoding", "view")
         if getattr(opt, name) is not None]

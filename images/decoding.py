@@ -46,16 +46,22 @@ def read_photo(path: str | Path, side: int | None = None) -> Image.Image:
             scale = side / min(image.size)
             image.draft("RGB", tuple(math.ceil(scale * length) for length in image.size))
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I") or image.mode == "F":
-            levels = np.asarray(image, np.float64)
-            image = Image.fromarray((levels / (257 if levels.max() > 255 else 1)).clip(0, 255)
-                                    .round().astype(np.uint8))
+        image = eight_bits(image)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except BROKEN as error:
         raise BadInput(f"{path}: cannot be decoded ({error}); replace it") from None
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """A grey image of more than 8 bits in 8, as which Pillow would clip it; others as they are."""
+    if not image.mode.startswith("I") and image.mode != "F":
+        return image
+    levels = np.asarray(image, np.float64)
+    return Image.fromarray((levels / (257 if levels.max() > 255 else 1)).clip(0, 255)
+                           .round().astype(np.uint8))
 
 
 def _grey8(image, path):

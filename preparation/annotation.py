@@ -85,7 +85,7 @@ def too_long(frames: int, max_gap: int) -> str:
 
 def is_name(text: str) -> bool:
     """Whether a subject or video can be part of file names: not empty, leading nowhere else."""
-    return re.fullmatch(r"[^\s./\\][^/\\]*", text) is not None
+    return re.fullmatch(r"[^\s./\\][^/\\\n\r\t]*", text) is not None
 
 
 def read_annotation(path: str | Path) -> Table:
@@ -148,6 +148,7 @@ def _xlsx_rows(path):
     book = _open_workbook(path, ".xlsx", "openpyxl", lambda openpyxl: openpyxl.load_workbook(
         path, read_only=True, data_only=True))
     sheet = book["label"] if "label" in book.sheetnames else book.worksheets[0]
+    sheet.reset_dimensions()  # a file may declare fewer rows than it has
     return list(enumerate(sheet.iter_rows(values_only=True), 1))
 
 
@@ -233,6 +234,9 @@ def _read_lists(folder):
         row = Row(0, name[1], name[2], int(name[4]), int(name[3]), None, "", emotion, key, label,
                   rgb=paths[0], depth=paths[1], listed=subject)
         table.rows.append(_blank_checked(table, row))
+    if sorted(names) != list(range(len(names))):
+        raise BadInput(f"{folder}: its labels are {', '.join(map(str, sorted(names)))}; they go "
+                       f"from 0 to C-1 without a gap")
     table.classes = tuple(names[i] for i in sorted(names))
     table.source["rows"] = len(table.rows)
     return table
@@ -252,7 +256,7 @@ def copy_lists(table: Table, target: Path, kept: set) -> Iterator[tuple]:
                      or line.strip().lstrip("\ufeff") in people]
         else:
             lines = [line for line in lines if not line.strip()
-                     or line.lstrip("\ufeff").rsplit(None, 2)[0].replace("\\", "/") in kept]
+                     or line.strip().lstrip("\ufeff").rsplit(None, 2)[0].replace("\\", "/") in kept]
         yield target / path.parent.name / path.name, "".join(lines)
 
 

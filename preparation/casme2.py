@@ -97,6 +97,8 @@ def check_options(parser: argparse.ArgumentParser, opt: argparse.Namespace) -> N
         parser.error("--roll takes --crop mtcnn, or boxes with a column roll")
     if opt.size % 16:
         parser.error("argument --size: a multiple of 16")
+    if opt.crop[0] == "none" and opt.margin != parser.get_default("margin"):
+        parser.error("--margin goes with a face that is cut out, not with --crop none")
 
 
 # ---------------------------------------------------------------- the workbook
@@ -145,6 +147,8 @@ def read_clips(path: str | Path, bad_apex: str) -> Table:
     named = Counter((subject, clip, onset) for _, subject, clip, onset in {
         (row["database"], row["subject"], row["clip"], row["onset"]) for _, row in rows})
     for place, row in rows:
+        if not row["folder"]:
+            raise BadInput(f"{place}: no folder; each clip has one of its own below --raw")
         if row["database"] not in DATABASES:
             raise BadInput(f"{place}: database {row['database']!r} is not one of "
                            f"{', '.join(DATABASES)}")

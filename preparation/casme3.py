@@ -10,6 +10,7 @@ without writing the set. A run that was stopped goes on when started again. Expe
 second or more on two cores, without face detection.
 """
 import argparse
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from preparation import (
     registration,
 )
 from preparation.annotation import Row, Table
-from util import add_processes, number, positive_int
+from util import BadInput, add_processes, number, positive_int
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -127,8 +128,15 @@ def check_options(parser: argparse.ArgumentParser, opt: argparse.Namespace) -> N
         parser.error("--annotation and --clips go with --raw")
     if opt.unlabelled and (opt.au is None) != (opt.intensity == "difference"):
         parser.error("--unlabelled takes --au DIR, or --intensity difference")
-    if opt.au and not opt.unlabelled:
-        parser.error("--au goes with --unlabelled")
+    of_pairs = ("au", "intensity", "au_index", "aus", "window", "floor", "min_confidence",
+                "max_rotation")
+    for names, holds, what in (
+            (of_pairs, opt.unlabelled, "--unlabelled"),
+            (("au_index", "aus", "min_confidence", "max_rotation"), opt.intensity == "au", "--au"),
+            (("tolerance", "max_gap"), not opt.clips, "--annotation, not --clips")):
+        for name in names:
+            if not holds and getattr(opt, name) != parser.get_default(name):
+                parser.error(f"--{name} goes with {what}")
     if opt.roll and opt.crop[0] not in ("mtcnn", "boxes"):
         parser.error("--roll takes --crop mtcnn, or boxes with a column roll")
     if opt.floor is None:
@@ -248,14 +256,23 @@ def run(opt: argparse.Namespace) -> None:
         audit.dry_run(settings, table, table.rows or pairs, tasks or pair_tasks, folder,
                       lambda some, aside: cutting.run_all(cutting.process, some, settings,
                                                           aside, opt.num_workers))
+        if search:
+            outputs.print_pairs(search, [(row, None, None) for row in pairs])
         return
-    outputs.begin(opt, table, folder)
+    outputs.begin(opt, table, folder, all(
+        cutting.is_current(task, settings, folder) for task in tasks + pair_tasks))
     records = cutting.run_all(cutting.process, tasks + pair_tasks, settings, folder,
                               opt.num_workers)
     labelled = sort_out(table, table.rows, tasks, records[:len(tasks)], opt.max_motion)
     unlabelled = sort_out(table, pairs, pair_tasks, records[len(tasks):], opt.max_motion)
-    unlabelled = [(row, task, record) for row, task, record in unlabelled
-                  if outputs.strength(opt.intensity, row, record) >= opt.floor]
+    strength = [outputs.strength(opt.intensity, row, record) for row, _, record in unlabelled]
+    unlabelled = [one for one, found in zip(unlabelled, strength) if found >= opt.floor]
+    if search:
+        search |= {"below_floor": len(strength) - len(unlabelled), "per_unit": dict(sorted(Counter(
+            row.units or outputs.LEVELS for row, *_ in unlabelled).items()))}
+        if strength and not unlabelled and not labelled:
+            raise BadInput(f"{opt.unlabelled}: no pair reaches --floor {opt.floor:g}; the largest "
+                           f"intensity is {max(strength):.3g}")
     if not labelled and not unlabelled:
         raise outputs.none_left(opt.raw or opt.unlabelled, table)
     outputs.write(opt, table, labelled, unlabelled, search, folder)

@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from images import encoding
-from images.decoding import PIXEL_LIMIT
+from images.decoding import PIXEL_LIMIT, eight_bits
 from preparation import detection, registration
 from preparation.registration import Box, Crops, Framing
 from util import RunFailed, handled, leave_signals, write_bytes, write_json
@@ -88,6 +88,15 @@ def process(task: Task, settings: Settings, folder: str | Path) -> dict:
     return record
 
 
+def is_current(task: Task, settings: Settings, folder: str | Path) -> bool:
+    """Whether the record that is kept of a task is of this task, these frames and settings."""
+    try:
+        record = json.loads(record_path(folder, task).read_text(encoding="utf-8"))
+        return record["stamp"] == fingerprint(task, asdict(settings))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def fingerprint(task: Task, settings: dict | list) -> str:
     """Digest of what is made of a task under these settings."""
     stat = [os.stat(name) for name in task.frames]
@@ -121,13 +130,13 @@ def _write(path, content):
 
 def read_frame(path: str) -> np.ndarray:
     """uint8 `[H, W, 3]`; raises Unusable."""
-    return np.asarray(_open(path, "RGB"))
+    return np.asarray(eight_bits(_open(path)).convert("RGB"))
 
 
 def read_depth(path: str, scale: float) -> np.ndarray:
     """Depth in mm float32 `[H, W]`, 0 where nothing was measured; raises Unusable."""
-    image = _open(path, None)
-    pixels = np.asarray(image)
+    image = _open(path)
+    pixels = np.asarray(image.convert("L") if image.mode in ("P", "LA", "1") else image)
     if pixels.ndim == 3:
         if (pixels[..., :3] != pixels[..., :1]).any():
             raise Unusable(f"{path}: a colour image, not a depth frame")
@@ -135,13 +144,13 @@ def read_depth(path: str, scale: float) -> np.ndarray:
     return pixels.astype(np.float32) * np.float32(scale)
 
 
-def _open(path, mode):
+def _open(path):
     try:
         with Image.open(path) as image:
             if image.width * image.height > PIXEL_LIMIT:
                 raise Unusable(f"{path}: {image.width}x{image.height} pixels")
             image.load()
-            return image.convert(mode) if mode else image.copy()
+            return image.copy()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         raise Unusable(f"{path}: not a readable image") from None
 
@@ -156,7 +165,10 @@ def find_box(task: Task, settings: Framing, onset: np.ndarray) -> tuple:
     if settings.crop == "none":
         return detection.central_box(width, height, settings.margin), task.frames[0]
     for name in (task.frames[0], *task.more):
-        frame = onset if name == task.frames[0] else read_frame(name)
+        try:
+            frame = onset if name == task.frames[0] else read_frame(name)
+        except Unusable:  # the clip takes no pixel of it
+            continue
         box = detection.find_face(frame, settings.roll)
         if box:
             return box, name

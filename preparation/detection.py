@@ -180,6 +180,8 @@ def read_boxes(path: str, roll: bool) -> dict:
         except ValueError:
             raise BadInput(f"{where}: needs a subject and the numbers x, y, width and height in "
                            f"pixels, the latter two above 0") from None
+        if key in boxes:
+            raise BadInput(f"{where}: a second box for this clip, video or subject; keep one")
         boxes[key] = Box(*values, angle)
     if not boxes:
         raise BadInput(f"{path}: no box in it; one row per clip, video or subject")
@@ -188,8 +190,9 @@ def read_boxes(path: str, roll: bool) -> dict:
 
 def _box_key(database, subject, video, onset):
     onset = (onset or "").strip()
+    number = re.fullmatch(r"(\d+)(\.0*)?", onset)  # tables with empty cells make 2.0 of 2
     return (database or "casme3", subject_number(subject.strip()), (video or "").strip().lower(),
-            str(int(onset)) if re.fullmatch(r"\d+", onset) else onset)
+            str(int(number[1])) if number else onset)
 
 
 def box_for(boxes: dict, *spellings: tuple) -> Box | None:

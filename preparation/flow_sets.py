@@ -9,7 +9,7 @@ from pathlib import Path
 from images import flow
 from images.lists import DATABASES, natural
 from images.videos import read_units, read_videos
-from preparation import annotation, videos
+from preparation import annotation, outputs, videos
 from preparation.annotation import Row, Table
 from util import BadInput, write_json, write_table
 
@@ -34,23 +34,17 @@ def settle(table: Table, clips: list, keep_classes: bool) -> list:
     return [(replace(row, label=table.classes.index(row.emotion)), *rest) for row, *rest in clips]
 
 
-def is_rendered(opt: argparse.Namespace, tasks: list) -> bool:
-    """Whether the frames are a stand-in, as rendered.json says: in --raw, up to two folders above,
-    beside the annotation, or between --raw and the frames."""
-    raw = Path(opt.raw)
-    places = {raw, *raw.resolve().parents[:2], Path(opt.annotation or opt.clips).parent}
-    for folder in {Path(task.frames[0]).parent for task in tasks}:
-        places |= {place for place in folder.parents if place.is_relative_to(raw)}
-    return any((place / "rendered.json").exists() for place in places)
-
-
 def stamp_of(opt: argparse.Namespace, table: Table, tasks: list,
              settings: videos.Settings) -> str:
     """Digest of everything that a set follows from: frames, flow's parameters, what was read."""
     content = [[videos.fingerprint(task, settings) for task in tasks], table.source, opt.jitters,
-               opt.middle, opt.raw, is_rendered(opt, tasks), [astuple(row) for row in table.rows],
+               opt.middle, opt.raw, _is_rendered(opt, tasks), [astuple(row) for row in table.rows],
                table.repairs, table.dropped]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _is_rendered(opt, tasks):
+    return outputs.is_rendered([opt.raw, opt.annotation or opt.clips], tasks)
 
 
 def is_finished(folder: Path, stamp: str) -> bool:
@@ -89,5 +83,5 @@ def write(opt: argparse.Namespace, table: Table, clips: list, settings: videos.S
         "middle": opt.middle, "reference": opt.reference, "flow": flow.parameters(opt.flow),
         "settings": asdict(settings), "annotation": table.source, "digests": digests,
         "tables": digests_of_tables(folder), "stamp": stamp,
-        "rendered": is_rendered(opt, [task for _, task, _ in clips]), "repairs": table.repairs,
+        "rendered": _is_rendered(opt, [task for _, task, _ in clips]), "repairs": table.repairs,
         "dropped": [{"clip": key, "reason": reason} for key, reason in table.dropped]})

@@ -65,10 +65,17 @@ class Tree:
         number, images, notes = subject_number(subject), {"rgb": {}, "depth": {}}, set()
         for folder in self._video_folders(number, video, notes):
             inner = [name for name in _folders(folder) if name.lower() in VIEWS]
+            own = {"rgb": {}, "depth": {}}
             for name in inner:
-                self._collect(os.path.join(folder, name), images)
-            if "depth" not in map(str.lower, inner) and "depth" in self._collect(folder, images):
+                self._collect(os.path.join(folder, name), own)
+            if "depth" not in map(str.lower, inner) and "depth" in self._collect(folder, own):
                 notes.add("depth folder without the inner depth/")
+            for view, there in images.items():
+                if there and own[view] and there.keys() != own[view].keys():
+                    raise BadInput(f"{folder}: another video of this name lies in "
+                                   f"{Path(next(iter(there.values()))).parent}, with other frames; "
+                                   f"name a folder that holds one of them")
+                images[view] = own[view] | there
             if images["depth"] and not SUBJECT.fullmatch(Path(folder).parent.name)[1]:
                 notes.add("subject folder without the dot (spNO210)")
         for folder in self.packaged.get((number, video.lower(), onset), ()):
@@ -101,9 +108,9 @@ class Tree:
         """Adds the numbered images of a folder to images[view]; returns the views it held."""
         view, views = self._view_of(folder), set()
         with os.scandir(folder) as entries:
-            for entry in entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
                 stem, extension = os.path.splitext(entry.name)
-                if stem.isdigit() and extension.lower() in IMAGES:
+                if stem.isdecimal() and extension.lower() in IMAGES:
                     kind = view or IMAGES[extension.lower()]
                     images[kind].setdefault(int(stem), entry.path)
                     views.add(kind)

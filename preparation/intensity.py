@@ -6,7 +6,6 @@ Without them: the change between the ends of each window, measured after registr
 import argparse
 import os
 import re
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -65,8 +64,7 @@ def find_pairs(tree: Tree, opt: argparse.Namespace, table: Table) -> tuple:
         reasons = "; ".join(f"{name}: {why}" for name, why in stopped[:3])
         raise BadInput(f"{opt.unlabelled}: no pair in {len(videos)} videos"
                        + (f"; {reasons}" if reasons else f" at --floor {opt.floor:g} or more"))
-    per_unit = dict(sorted(Counter(row.units or LEVELS for row in pairs).items()))
-    return pairs, {"videos": len(videos), "stopped": stopped, "per_unit": per_unit}
+    return pairs, {"videos": len(videos), "stopped": stopped}
 
 
 def labelled_spans(table: Table) -> dict:
@@ -105,7 +103,7 @@ def read_openface(path: str | Path) -> dict:
         table = np.array([[float(v) for v in row] for _, row in cells], dtype=float)
     except ValueError as error:
         raise BadInput(f"{path}: not a CSV file of numbers below a header ({error})") from None
-    columns = dict(zip(names, table.T)) if len(table) else {}
+    columns = dict(zip(names, table.T if len(table) else np.empty((len(names), 0))))
     wanted = ("frame", "confidence", "success", "pose_Rx", "pose_Ry", "pose_Rz")
     missing = [n for n in wanted if n not in columns]
     if missing or not any(re.fullmatch(r"AU\d+_r", n) for n in names):

@@ -44,14 +44,19 @@ def check_folder(folder: Path) -> None:
     """Raises BadInput for a folder with labelled clips, which pairs alone would take the place
     of."""
     labelled = sum(clip["label"] >= 0 for clip in read_manifest(folder)["clips"])
+    if not labelled:  # of a run that was stopped before it wrote the manifest
+        labelled = sum("/unlabelled/" not in f"/{name}" and name.endswith("_diff.png")
+                       for path in (folder / RECORDS).glob("*.json")
+                       for name in json.loads(path.read_text(encoding="utf-8"))["files"])
     if labelled:
         raise BadInput(f"{folder}: holds {labelled} labelled clips, which a run without any would "
                        f"remove; give --annotation or --clips as well, or another --data_folder")
 
 
-def begin(opt: argparse.Namespace, table: Table, folder: Path) -> None:
+def begin(opt: argparse.Namespace, table: Table, folder: Path, same: bool) -> None:
     """Prepares the folder: nothing half-done of a stopped run stays, and no list that says
-    something of images which this run will replace. Raises BadInput for a folder of others."""
+    something of images which this run will replace; same: whether it will replace none. Raises
+    BadInput for a folder of others."""
     if table.lists and table.lists.resolve() == folder.resolve():
         raise BadInput(f"{folder}: holds the lists given as --annotation; name another "
                        f"--data_folder")
@@ -61,7 +66,7 @@ def begin(opt: argparse.Namespace, table: Table, folder: Path) -> None:
     (folder / RECORDS).mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     old = read_manifest(folder)
-    if (old["options"], old["annotation"]) != (_options(opt), table.source):
+    if not same or (old["options"], old["annotation"]) != (_options(opt), table.source):
         # Training refuses a folder without subName.txt, so that a stopped run cannot be mistaken.
         for name in ("v_rgb/subName.txt", "pairs.tsv", "encoding.json", "manifest.json"):
             (folder / name).unlink(missing_ok=True)
@@ -89,6 +94,9 @@ def write(opt: argparse.Namespace, table: Table, labelled: list, unlabelled: lis
                 "depth_scale": opt.depth_scale, "size": opt.size,
                 "crop": {"by": opt.crop[0], "margin": opt.margin, "roll": opt.roll},
                 "registration": opt.register}
+    if is_rendered([opt.raw, opt.unlabelled, opt.annotation, opt.clips],
+                   [task for _, task, _ in labelled + unlabelled]):
+        encoding["rendered"] = True
     if table.classes:
         encoding["classes"] = list(table.classes)
     write_json(folder / "encoding.json", encoding)
@@ -108,6 +116,19 @@ def write(opt: argparse.Namespace, table: Table, labelled: list, unlabelled: lis
         "unlabelled": search and {**search, "pairs": len(unlabelled)},
         "digests": digests,
         "clips": [_record_of(row, record) for row, _, record in labelled + unlabelled]})
+
+
+def is_rendered(inputs: list[str | None], tasks: list) -> bool:
+    """Whether frames come from render.py: its record lies in a folder of one of them, in one of the
+    inputs, or up to two above."""
+    places = set()
+    for name in filter(None, inputs):
+        place = Path(name) if Path(name).is_dir() else Path(name).parent
+        places |= {place, *place.resolve().parents[:2]}
+    inside = tuple(map(Path, filter(None, inputs)))
+    for folder in {Path(task.frames[0]).parent for task in tasks if task.frames}:
+        places |= {place for place in folder.parents if any(map(place.is_relative_to, inside))}
+    return any((place / "rendered.json").exists() for place in places)
 
 
 def _record_of(row, record):
@@ -171,7 +192,7 @@ def pair_rows(by: str, unlabelled: list) -> Iterator[tuple]:
 def none_left(place: str, table: Table) -> BadInput:
     """The error of a run without any clip."""
     reasons = "; ".join(f"{key}: {why}" for key, why in table.dropped[:3])
-    return BadInput(f"{place}: no clip can be cut; {reasons}")
+    return BadInput(f"{place}: no clip can be cut" + (f"; {reasons}" if reasons else ""))
 
 
 def counts(table: Table, labelled: list) -> dict:

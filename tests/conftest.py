@@ -19,6 +19,7 @@ from dataset import Clip
 from evaluation import pictures
 from images import transforms
 from images.lists import write_lists
+from preparation import audit
 
 ROOT = Path(util.__file__).parent
 LISTS = ROOT.parent / "shared" / "casme3_lists.tar.xz"
@@ -54,11 +55,14 @@ def threads():
 @pytest.fixture(autouse=True)
 def pictures_unread(request, monkeypatch):
     """Every run draws its pictures, a third of its time on sets as small as these: where a test
-    does not look at them (the marker `pictures`), figures are made and one pixel is written."""
-    def save(path, _):
+    does not look at them (the marker `pictures`), figures or none are made and one pixel is
+    written."""
+    def save(path, *_):
         Image.new("L", (1, 1)).save(path, "PNG")
     if not request.node.get_closest_marker("pictures"):
         monkeypatch.setattr(pictures, "write_figure", save)
+        for sheet in ("draw_rows", "draw_histograms"):
+            monkeypatch.setattr(audit, sheet, save)
 
 
 script = importlib.import_module  # also takes names with dashes, as the import statement does not

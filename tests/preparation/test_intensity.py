@@ -289,6 +289,22 @@ def test_bad_action_unit_files_are_named(videos, tmp_path, capsys):
     assert not (tmp_path / "set").exists()
 
 
+def test_a_table_without_rows_stops_its_video_alone(tmp_path):
+    path = tmp_path / "spNO.1_a.csv"
+    path.write_text("frame, confidence, success, pose_Rx, pose_Ry, pose_Rz, AU01_r\n")
+    columns = intensity.read_openface(path)
+    with pytest.raises(ValueError, match="0 rows of action units for 3 frames"):
+        intensity.rows_of(columns, {}, np.arange(3), "numeric")
+
+
+def test_what_the_search_gives_itself_is_not_taken_from_the_command(capsys):
+    with pytest.raises(SystemExit):
+        script("benchmarks.sweep_intensity").parse_option([
+            "--data_folder", "d", "--pairs", "p", "--save_path", "s", "--thresholds", "1",
+            "--without", "s1", "--min_intensity", "1"])
+    assert "--min_intensity is what the search itself gives" in capsys.readouterr().err
+
+
 def test_hidden_files_are_no_action_units(tmp_path):
     for name in ("spNO.1_a.csv", "._spNO.1_a.csv"):
         (tmp_path / name).touch()

@@ -4,12 +4,14 @@ import csv
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+import zipfile
 
 import irregular
 import numpy as np
@@ -407,6 +409,110 @@ def test_every_irregularity_of_rendered_frames(tmp_path):
     assert actual["counts"]["clips"] == 24 - 2
 
 
+def test_two_videos_of_one_name_are_not_one(raw, tmp_path, capsys):
+    shutil.copytree(raw, tmp_path / "raw" / "A")
+    shutil.copytree(raw, tmp_path / "raw" / "B")
+    argv = ["--raw", tmp_path / "raw", "--annotation", raw / "labels.csv", "--data_folder",
+            tmp_path / "set", *PLAIN]
+    prepare(*argv)  # twice the same
+    (extra,) = (tmp_path / "raw" / "B").rglob("spNO.1/a/color")
+    shutil.copyfile(next(extra.glob("*.jpg")), extra / "999.jpg")
+    assert "another video of this name lies in" in refusal(capsys, *argv)
+
+
+def test_lists_are_read_as_they_are_copied(cut, raw, tmp_path, capsys):
+    shutil.copytree(cut, tmp_path / "lists")
+    paths = [path for view in ("v_rgb", "v_depth") for path in (tmp_path / "lists" / view).glob(
+        "*_t*.txt")]
+    for path in paths:
+        path.write_text("".join(f"  {line}" for line in path.read_text().splitlines(True)))
+    argv = ["--raw", raw, "--annotation", tmp_path / "lists", "--data_folder", tmp_path / "set",
+            *PLAIN]
+    prepare(*argv)
+    lines = [len((tmp_path / part / "v_rgb" / "spNO1_test.txt").read_text().split("\n"))
+             for part in ("set", "lists")]
+    assert lines[0] == lines[1] > 2
+    for path in paths:
+        path.write_text(path.read_text().replace(" 0 casme3", " 5 casme3").replace(" 0 0", " 5 0"))
+    said = refusal(capsys, *argv)
+    assert "its labels are 1, 2, 3, 5; they go from 0 to C-1 without a gap" in said
+
+
+def test_a_workbook_that_declares_fewer_rows_is_read_whole(tmp_path):
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for row in [["Subject", "Filename", "Onset", "Apex", "Offset", "AU", "Emotion"], *ROWS]:
+        book.active.append(row)
+    book.save(tmp_path / "a.xlsx")
+    with zipfile.ZipFile(tmp_path / "a.xlsx") as old, zipfile.ZipFile(
+            tmp_path / "b.xlsx", "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name.endswith("sheet1.xml"):
+                content = re.sub(rb'<dimension ref="[^"]*"', b'<dimension ref="A1:G2"', content)
+            new.writestr(name, content)
+    tables = [annotation.read_annotation(tmp_path / f"{name}.xlsx") for name in "ab"]
+    assert tables[0].rows == tables[1].rows and len(tables[1].rows) > 2
+
+
+def test_frames_of_sixteen_bits_are_those_of_eight(tmp_path):
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 256, (40, 50), np.uint8)
+    Image.fromarray(grey).save(tmp_path / "8.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    assert np.array_equal(*(cutting.read_frame(str(tmp_path / f"{n}.png")) for n in (8, 16)))
+    Image.fromarray(grey).convert("P").save(tmp_path / "p.png")
+    Image.fromarray(grey).convert("LA").save(tmp_path / "la.png")
+    for name in ("p", "la"):
+        assert np.array_equal(cutting.read_depth(str(tmp_path / f"{name}.png"), 1), grey)
+
+
+def test_a_table_of_boxes_with_empty_cells_names_onsets_as_numbers_do(tmp_path):
+    head = "database,subject,video,onset,x,y,width,height"
+    (tmp_path / "b.csv").write_text(f"{head}\ncasme3,spNO.1,a,2.0,1,2,3,4\n"
+                                    "casme3,spNO.1,a,,5,6,7,8\n")
+    boxes = detection.read_boxes(tmp_path / "b.csv", False)
+    assert detection.box_for(boxes, ("casme3", "spNO.1", "a", "2")).x == 1
+    assert detection.box_for(boxes, ("casme3", "spNO.1", "a", "3")).x == 5
+    (tmp_path / "b.csv").write_text(f"{head}\ncasme3,spNO.1,a,2,1,2,3,4\n"
+                                    "casme3,spno1,A,2.0,5,6,7,8\n")
+    with pytest.raises(util.BadInput, match=r"b\.csv:3: a second box"):
+        detection.read_boxes(tmp_path / "b.csv", False)
+
+
+def test_other_boxes_take_the_lists_away_until_they_are_cut(raw, cut, tmp_path, monkeypatch,
+                                                            capsys):
+    shutil.copytree(cut, tmp_path / "set")
+    boxes = tmp_path / "boxes.csv"
+    boxes.write_text("subject,x,y,width,height\n" + "".join(
+        f"spNO.{i},20,10,40,40\n" for i in (1, 2, 3, 4, 10)))
+    argv = ["--raw", raw, "--annotation", raw / "labels.csv", "--data_folder", tmp_path / "set",
+            *PLAIN[2:], "--crop", "boxes", boxes]
+    prepare(*argv)
+    boxes.write_text(boxes.read_text().replace(",20,10,", ",22,10,"))
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(cutting, "run_all", stopped)
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        prepare(*argv)
+    assert not (tmp_path / "set" / "v_rgb" / "subName.txt").exists()
+    assert not (tmp_path / "set" / "manifest.json").exists()
+    said = refusal(capsys, "--unlabelled", raw, "--intensity", "difference", "--data_folder",
+                   tmp_path / "set", *PLAIN)  # of which no manifest speaks any more
+    assert "labelled clips, which a run without any would remove" in said
+
+
+@pytest.mark.parametrize("more, expected", [
+    (["--window", 9], "--window goes with --unlabelled"),
+    (["--unlabelled", "x", "--intensity", "difference", "--aus", 4], "--aus goes with --au"),
+    (["--max_gap", 9], "--max_gap goes with --annotation, not --clips")])
+def test_flags_that_would_do_nothing_are_refused(tmp_path, capsys, more, expected):
+    said = refusal(capsys, "--raw", tmp_path, "--clips", "c.csv", "--data_folder", tmp_path / "s",
+                   *more)
+    assert expected in said
+
+
 @pytest.mark.slow
 def test_rendered_clip_package(tmp_path):
     render(tmp_path / "raw", "ME_clip", "--subjects", 2, "--clips_per_subject", 4)
@@ -418,6 +524,7 @@ def test_rendered_clip_package(tmp_path):
 
 # ---------------------------------------------------------------- bytes and stops
 
+@pytest.mark.pictures
 def test_second_run_changes_nothing_pictures_included(raw, cut):
     before = digests(cut, but="none")
     assert {n for n in before if n.startswith("audit/")} == {

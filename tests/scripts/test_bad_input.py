@@ -558,7 +558,8 @@ def test_data_unlike_those_of_the_checkpoint_are_refused(fresh, quick, pretraine
     path = pretrained
     if "classes" in content:
         state = torch.load(pretrained, weights_only=True)
-        state["encoding"] = {"difference": "signed", "classes": ["yes", "no"]}
+        # of a network that was fitted to them; another never saw a label
+        state |= {"encoding": {"difference": "signed", "classes": ["yes", "no"]}, "classifier": {}}
         path = tmp_path / "named.pth"
         torch.save(state, path)
     (fresh / "encoding.json").write_text(json.dumps(content))

@@ -549,7 +549,7 @@ def test_an_empty_name_in_a_checkpoint_is_somebody_unknown(drawn, quick, pretrai
     ({"people": None, "named": []}, set(), False), ({"people": None}, set(), False),
     ({}, set(), False), (None, set(), False)])
 def test_whom_an_encoder_saw_and_whether_these_are_all(seen, people, all_of_them):
-    assert encoders.people_seen(seen) == (people, all_of_them)
+    assert encoders.people_seen(seen) == (people, all_of_them, False)
 
 
 # ---------------------------------------------------------------- fine-tuning
