@@ -1,4 +1,5 @@
-"""Runs a script of the project with batch norm in evaluation mode: `eval_norm.py NAME ARGV...`.
+"""Runs a script of the project with narrow ResNets, batch norm in evaluation mode:
+`eval_norm.py NAME ARGV...`.
 
 `--die` first makes the last rank end without a word after its second training step.
 """
@@ -11,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import util  # noqa: F401  sets what protobuf needs
+import narrow
 import torch
 from forked import no_batch_statistics
 
@@ -28,6 +30,7 @@ def die_after_two_steps():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    narrow.use()
     no_batch_statistics()
     argv = sorted(sys.argv[1:], key=lambda word: word.startswith("--local-rank"))  # else the first
     if argv[0] == "--die":

@@ -94,7 +94,7 @@ def test_preparation_leaves_what_others_are_writing(tmp_path):
 
     class Table:
         lists, source = None, {}
-    outputs.begin(argparse.Namespace(), Table, folder)
+    outputs.begin(argparse.Namespace(), Table, folder, True)
     assert mine.exists() and others.exists() and not dead.exists()
 
 

@@ -100,7 +100,6 @@ def test_folds_dealt_to_two_ranks_give_the_predictions_of_one(drawn, tmp_path, s
     assert torch.allclose(ours, theirs, atol=1e-4 if "--epochs" not in more else 1e-5)
 
 
-@pytest.mark.usefixtures("full_width")  # as in what is launched
 def test_one_model_on_every_clip_is_trained_by_the_first_of_two_ranks(drawn, tmp_path):
     flags = ["fine-tune_DVSCL", "--data_folder", drawn, "--cache", tmp_path / "cache", "--model",
              "resnet18v1", "--model_path", "random", "--batch_size", 8, "--epochs", 1,
