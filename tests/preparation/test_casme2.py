@@ -364,6 +364,12 @@ def test_a_stand_in_is_known_from_any_folder_of_it(raw, tmp_path, place, raw_fol
     prepare("--raw", copy / (raw_folder or "Cropped"), "--annotation",
             tmp_path / "coding" / "coding.csv", "--data_folder", tmp_path / "set", *FLAGS)
     assert info(tmp_path / "set")["rendered"] == (raw_folder is not None)
+    script("prepare").main(["casme3", "--raw", copy / (raw_folder or "Cropped"), "--clips",
+                            tmp_path / "set" / "onset_apex.csv", "--data_folder",
+                            tmp_path / "images", "--crop", "none", "--size", 64, "--classes", 7,
+                            "--num_workers", 0])
+    encoding = json.loads((tmp_path / "images" / "encoding.json").read_text())
+    assert encoding.get("rendered", False) == (raw_folder is not None and place != "coding")
 
 
 def test_what_was_dropped_is_named_in_flow_json(raw, tmp_path, capsys):
