@@ -203,7 +203,7 @@ class HeldOut:
                 if group.name not in names:
                     run.finished(group.name)
         self.states = checked_states(run, self.header, self.encoders, names, self.besides) \
-            if folds else {}
+            if folds and todo else {}
         self.log = open_log(run, self.header, names, {
             name: state["epoch"] for name, state in self.states.items()}) if todo else None
 

@@ -117,7 +117,8 @@ class Seen(NamedTuple):
         said = state.get("seen_images") if isinstance(state, dict) else None
         if not isinstance(said, dict):  # of others, or of an earlier release
             said = {}
-        known = {name: said[name].numpy() for name in cls._fields if said.get(name) is not None}
+        known = {name: said[name].numpy() for name in cls._fields
+                 if torch.is_tensor(said.get(name))}
         return cls(known.get("any"), known.get("labelled", NOTHING))
 
     def joined(self, prints: np.ndarray) -> "Seen":
