@@ -113,7 +113,8 @@ def main(argv=None):
     device = distributed.local_device(epochs.pick_device(opt.device))
     with distributed.group(device):
         data, folds = set_loader(opt)
-        heldout.over_seeds(opt, lambda one: evaluate(one, argv, device, data, folds))
+        heldout.over_seeds(opt, lambda one: evaluate(one, argv, device, data, folds),
+                           run_name)
 
 
 if __name__ == "__main__":

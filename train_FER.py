@@ -377,7 +377,7 @@ def main(argv=None):
     device = distributed.local_device(epochs.pick_device(opt.device))
     with distributed.group(device):
         sources = set_loader(opt)
-        heldout.over_seeds(opt, lambda one: train(one, argv, device, sources))
+        heldout.over_seeds(opt, lambda one: train(one, argv, device, sources), run_name)
 
 
 if __name__ == "__main__":

@@ -312,7 +312,8 @@ def main(argv=None):
     device = distributed.local_device(epochs.pick_device(opt.device))
     with distributed.group(device):
         data, units, folds = set_loader(opt)
-        heldout.over_seeds(opt, lambda one: evaluate(one, argv, device, data, units, folds))
+        heldout.over_seeds(opt, lambda one: evaluate(one, argv, device, data, units, folds),
+                           run_name)
 
 
 if __name__ == "__main__":

@@ -387,15 +387,25 @@ def keep_frozen(held: HeldOut, group: Group, classifier: Classifier,
     held.run.finished(group.name)
 
 
-def over_seeds(opt: argparse.Namespace, evaluate: Callable) -> None:
+def over_seeds(opt: argparse.Namespace, evaluate: Callable, run_name: Callable) -> None:
     """Calls `evaluate(opt)`, which returns (run folder, results or None), for every one of --seeds,
-    and writes and prints mean and standard deviation over them."""
-    runs = []
+    and writes and prints mean and standard deviation over them; run_name(opt): of one's folder.
+    Raises BadInput before the first one trains for hours, where another has a folder already, or
+    no checkpoint to start from."""
+    path, each = getattr(opt, "model_path", ""), []
     for seed in opt.seeds or [opt.seed]:
-        one = opt.changed(seed=seed)
-        if getattr(opt, "model_path", ""):
-            one.model_path = opt.model_path.replace("{seed}", str(seed))
-        runs.append(evaluate(one))
+        each.append(opt.changed(seed=seed))
+        if path:
+            each[-1].model_path = path.replace("{seed}", str(seed))
+    for one in each[1:]:
+        folder = Path(opt.save_path) / run_name(one)
+        if not opt.resume and not getattr(opt, "subject", None) and folder.exists():
+            raise BadInput(f"{folder}: exists; go on with --resume auto, give another --tag, or "
+                           f"remove it")
+        if path not in ("", RANDOM) and "{" not in one.model_path \
+                and not Path(one.model_path).is_file():
+            raise BadInput(f"--model_path {one.model_path}: no such checkpoint")
+    runs = [evaluate(one) for one in each]
     results = [results for _, results in runs if results]
     if not opt.seeds or not results:
         return

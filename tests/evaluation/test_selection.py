@@ -267,6 +267,13 @@ def test_several_seeds_are_run_and_averaged(drawn, quick, tmp_path, capsys):
         assert actual[name]["std"] == pytest.approx(abs(a - b) / 2 ** 0.5)
     uf1 = actual["uf1"]
     assert f"uf1 {uf1['mean']:.3f} ± {uf1['std']:.3f}" in capsys.readouterr().out
+    flags = ["--data_folder", drawn, *quick, "--protocol", "loso", "--save_path", tmp_path,
+             "--seeds", 7]
+    for seed, model, said in ((4, "random", "_seed_4: exists"), (
+            5, tmp_path / "{seed}.pth", "5.pth: no such checkpoint")):
+        with pytest.raises(SystemExit):  # before the first seed trains
+            probe(*flags, seed, "--model_path", model)
+        assert said in capsys.readouterr().err and not list(tmp_path.glob("*_seed_7*"))
 
 
 # ---------------------------------------------------------------- picked on the test subjects
