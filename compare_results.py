@@ -168,7 +168,8 @@ def plain(scores: dict) -> list[str]:
 def system(result: dict) -> str:
     """What a result was computed with but for seeds, as a comparable text."""
     same = {k: v for k, v in result["opt"].items()
-            if k not in {*result["free"], "seed", "seeds", *STARTS}}
+            if k not in {*result["free"], "seed", "seeds", *STARTS}
+            and not (k == "warmup_epochs" and result["opt"].get("warmup_derived"))}
     starts = [re.sub(r"_seed_\d+", "", start) for start in started_from(result)]
     return json.dumps([result["stage"], result["protocol"], result.get("data_digest"), starts,
                        same], sort_keys=True)

@@ -25,7 +25,7 @@ from evaluation import measures, photographs, probing
 from images.faces import FaceSet, decode
 
 # options with which what is finished stays right
-ALIKE = ("work", "processes", "seeds", "seeds_ran", "quick")
+ALIKE = ("work", "processes", "seeds", "seeds_ran", "quick", "pools")
 GREY_SIDE = 48  # of the pixels of faces that are regressed on
 PENALTIES = (1e-3, 1e-2, 1e-1, 1, 10)  # C
 
@@ -40,9 +40,9 @@ class Rows:
         path, asked = self.work / "options.json", {
             name: value for name, value in vars(opt).items() if name not in ALIKE}
         if path.exists() and (there := json.loads(path.read_text(encoding="utf-8"))) != asked:
-            other = next(name for name in asked if there.get(name) != asked[name])
+            other = next(name for name in {**there, **asked} if there.get(name) != asked.get(name))
             raise util.BadInput(f"{path}: was run with --{other} {there.get(other)}, here "
-                                f"{asked[other]}; name another --work, or remove it")
+                                f"{asked.get(other)}; name another --work, or remove it")
         self.work.mkdir(parents=True, exist_ok=True)
         util.write_json(path, asked)
 

@@ -181,7 +181,7 @@ def parse_option(doc: str, argv: list[str], data_set: str,
     if opt.layer_decay_type == "group" and not convnext:
         parser.error("--layer_decay_type group goes with a ConvNeXt V2")
     if opt.layer_decay_type == "group" and opt.layer_decay == 1:
-        parser.error("--layer_decay_type group goes with a --layer_decay below 1")
+        print("--layer_decay_type group: with --layer_decay 1 all layers have one rate")
     if opt.cutmix_minmax and int(opt.size * opt.cutmix_minmax[0]) >= int(
             opt.size * opt.cutmix_minmax[1]):
         parser.error("argument --cutmix_minmax: LOW must be below HIGH, by a pixel at least")

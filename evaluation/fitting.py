@@ -1,7 +1,6 @@
 """A network fitted to labelled face images: what it is trained and chosen on, its epochs, its
 checkpoints, and its results on the test split."""
 import dataclasses
-import functools
 import hashlib
 import time
 from collections.abc import Callable
@@ -85,15 +84,19 @@ class Fit:
             if part.landmarks is not None:
                 digest.update(part.landmarks.tobytes())
         self.digest, self.history = digest.hexdigest(), []
-        # what the network that it starts from saw, and whether that was of the test split
-        self.before = photographs.Seen(photographs.NOTHING, photographs.NOTHING)
+        # what the network that it starts from saw, what it itself saw besides, and whether that
+        # was of the test split
+        self.before, self.seen = photographs.Seen(photographs.NOTHING, photographs.NOTHING), None
         self.transductive: bool | None = False
 
     def start_from(self, flag: str, path: str, state: object) -> None:
         """Notes what a checkpoint, that anybody wrote, says of the images that its network saw:
         `transductive` is None where that is not known. Raises BadInput where it was fitted to the
         labels of images which now are to choose."""
-        self.before = photographs.Seen.of(state)
+        self.before, self.transductive = photographs.Seen.of(state), None
+        if self.before.any is None and not len(self.before.labelled):
+            self._check_earlier(flag, path, state)
+            return
         own = fingerprints(self.faces.subset(self.members))
 
         def count(images, among):
@@ -116,17 +119,24 @@ class Fit:
             self.before.any % 2 == (test.pixels is not None)).all()
         self.transductive = True if known else False if alike else None
 
+    def _check_earlier(self, flag, path, state):
+        """`start_from` a checkpoint of an earlier release, which said how the set was divided."""
+        old = state.get("opt") if isinstance(state, dict) else None
+        if not isinstance(old, dict) or state.get("data_digest") != self.digest:
+            return
+        other = [name for name in ("seed", "val_fraction", "noise")
+                 if name in old and old[name] != getattr(self.run.opt, name)]
+        if self.chooses and other:
+            raise BadInput(f"{flag} {path}: was trained with --{other[0]} {old[other[0]]}, hence "
+                           f"on images that now are to choose; give the same")
+        self.transductive = state.get("transductive")
+
     def check_classes(self, state: dict, path: str) -> None:
         """Raises BadInput unless the checkpoint that a run goes on from tells the same classes."""
         if state["classes"] != list(self.faces.classes):
             raise BadInput(f"--model_path {path}: its classes are {', '.join(state['classes'])}, "
                            f"those here {', '.join(self.faces.classes)}; --pretrained {path} "
                            f"takes the network without its last layer")
-
-    @functools.cached_property
-    def seen(self) -> photographs.Seen:
-        """What the network and those before it were trained on."""
-        return self.before.joined(fingerprints(self.faces.subset(self.members)))
 
     def begin(self, network: nn.Module, optimizer: torch.optim.Optimizer,
               distance: Tensor | None = None, mixup: "Mixup | None" = None,
@@ -228,6 +238,10 @@ class Fit:
         job = self.job
         job.source.images.save()
         lost = distributed.any_of(job.source.images.lost)
+        if self.seen is None:  # once: a little of every image is read
+            self.seen = self.before.joined(fingerprints(self.faces.subset(self.members))) \
+                if distributed.first() else self.before
+            distributed.barrier()
         if distributed.first():
             state = {
                 "system": self.system, "opt": vars(self.run.opt), "epoch": epoch,

@@ -399,7 +399,10 @@ def over_seeds(opt: argparse.Namespace, evaluate: Callable, run_name: Callable) 
             each[-1].model_path = path.replace("{seed}", str(seed))
     for one in each[1:]:
         folder = Path(opt.save_path) / run_name(one)
-        if not opt.resume and not getattr(opt, "subject", None) and folder.exists():
+        if opt.resume:
+            continue
+        if not getattr(opt, "subject", None) and folder.exists() and any(
+                path.suffix != ".part" for path in folder.iterdir()):
             raise BadInput(f"{folder}: exists; go on with --resume auto, give another --tag, or "
                            f"remove it")
         if path not in ("", RANDOM) and "{" not in one.model_path \

@@ -3,6 +3,7 @@ import argparse
 import json
 import math
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from torch import nn
 from evaluation import gradcam, measures, pictures, result_files
 from images import cache
 from images import faces as sets
+from images.face_folders import SPLIT_NAMES
 from images.faces import FaceSet
 from training import distributed, faces
 from training.record import Run
@@ -77,19 +79,29 @@ def test_of(images: FaceSet) -> tuple[FaceSet, FaceSet]:
     return images.subset(rest), images.subset(out)
 
 
-def check_apart(opt: argparse.Namespace) -> None:
-    """Raises BadInput where a run would write its pictures among the images that are read."""
-    if Path(opt.data_folder).resolve() in (Path(opt.save_path) / "-").resolve().parents:
-        raise BadInput(f"{opt.save_path}: lies in {opt.data_folder}, whose images are read, and "
-                       f"pictures of this run would be among them; name a folder elsewhere")
+def check_apart(opt: argparse.Namespace, folder: Path, paths: Iterable[str]) -> None:
+    """Raises BadInput where a run would write its pictures among the images that are read, `paths`
+    below a folder of splits, of classes, or of anything."""
+    place = Path(opt.save_path).resolve()
+    if not place.is_relative_to(folder.resolve()):
+        return
+    inside = place.relative_to(folder.resolve()).parts
+    tops = {path.partition("/")[0] for path in paths}
+    of_splits = all(top.lower() in SPLIT_NAMES for top in tops)
+    if any(part.startswith(".") for part in inside) or (of_splits and inside[:1] not in {
+            (top,) for top in tops}):
+        return  # what is hidden, or beside the splits, is not read
+    raise BadInput(f"{opt.save_path}: lies in {folder}, whose images are read, and pictures of "
+                   f"this run would be among them; name a folder elsewhere")
 
 
 def read_splits(opt: argparse.Namespace) -> dict[str, FaceSet]:
     """The splits of --dataset below its folder: train, test, and val where it has one of its own;
     raises BadInput."""
-    if opt.dataset == "folder":
-        check_apart(opt)
     splits = sets.read_faces(opt.dataset, opt.data_folder, opt.votes)
+    if opt.dataset == "folder":
+        check_apart(opt, splits["train"].folder, (
+            path for images in splits.values() for path in images.paths))
     if "test" not in splits:
         splits["train"], splits["test"] = test_of(splits["train"])
     return splits

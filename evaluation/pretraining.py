@@ -1,7 +1,6 @@
 """A masked autoencoder pre-trained on any folder of images: its run, and pictures of what it
 predicts."""
 import argparse
-import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -70,8 +69,8 @@ def parse_option(parser: ArgumentParser, default: masked_options.Defaults, cell:
 
 def load_images(opt: argparse.Namespace) -> tuple[faces.FaceSet, cache.OnDemand]:
     """The images of --data_path, decoded when they are first asked for; raises BadInput."""
-    photographs.check_apart(opt)
     images = faces.read_unlabelled(opt.data_folder)
+    photographs.check_apart(opt, images.folder, images.paths)
     return images, photographs.stored(images, decoding.stored_side(opt.size), opt, BICUBIC)
 
 
@@ -99,12 +98,7 @@ class Pretraining:
         self.run, self.job, self.images = run, job, images
         self.digest = hashlib.sha256(f"{images.digest()} {faces.content(images)}".encode()
                                      ).hexdigest()
-        self.log = None
-
-    @functools.cached_property
-    def seen(self) -> Tensor:
-        """Fingerprints of the images, which take reading a little of each."""
-        return torch.from_numpy(faces.fingerprints(self.images))
+        self.log, self.seen = None, None
 
     def run_epochs(self, argv: list[str], script: str, resume: Path | None) -> None:
         """Trains what is left to do."""
@@ -133,6 +127,10 @@ class Pretraining:
         opt, job = self.run.opt, self.job
         job.images.save()
         lost = distributed.any_of(job.images.lost)
+        if self.seen is None:  # once: a little of every image is read
+            prints = faces.fingerprints(self.images) if distributed.first() else np.zeros(0)
+            self.seen = torch.from_numpy(prints)
+            distributed.barrier()
         if not distributed.first():
             return
         state = {"system": "MAE pre-training", "opt": vars(opt), "epoch": epoch, "within": within,

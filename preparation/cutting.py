@@ -89,10 +89,12 @@ def process(task: Task, settings: Settings, folder: str | Path) -> dict:
 
 
 def is_current(task: Task, settings: Settings, folder: str | Path) -> bool:
-    """Whether the record that is kept of a task is of this task, these frames and settings."""
+    """Whether what is kept of a task is of this task, these frames and settings: nothing, too."""
     try:
         record = json.loads(record_path(folder, task).read_text(encoding="utf-8"))
         return record["stamp"] == fingerprint(task, asdict(settings))
+    except FileNotFoundError:
+        return True
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -180,9 +180,8 @@ def read_boxes(path: str, roll: bool) -> dict:
         except ValueError:
             raise BadInput(f"{where}: needs a subject and the numbers x, y, width and height in "
                            f"pixels, the latter two above 0") from None
-        if key in boxes:
-            raise BadInput(f"{where}: a second box for this clip, video or subject; keep one")
-        boxes[key] = Box(*values, angle)
+        if boxes.setdefault(key, Box(*values, angle)) != Box(*values, angle):
+            raise BadInput(f"{where}: another box for the same clip, video or subject; keep one")
     if not boxes:
         raise BadInput(f"{path}: no box in it; one row per clip, video or subject")
     return boxes

@@ -1,5 +1,6 @@
 """What the preparation writes beside the images: lists, boxes, pairs, manifest, report."""
 import argparse
+import contextlib
 import hashlib
 import json
 import re
@@ -44,10 +45,11 @@ def check_folder(folder: Path) -> None:
     """Raises BadInput for a folder with labelled clips, which pairs alone would take the place
     of."""
     labelled = sum(clip["label"] >= 0 for clip in read_manifest(folder)["clips"])
-    if not labelled:  # of a run that was stopped before it wrote the manifest
-        labelled = sum("/unlabelled/" not in f"/{name}" and name.endswith("_diff.png")
-                       for path in (folder / RECORDS).glob("*.json")
-                       for name in json.loads(path.read_text(encoding="utf-8"))["files"])
+    if not (folder / "manifest.json").exists():  # of a run that was stopped before it wrote that
+        for path in (folder / RECORDS).glob("*.json"):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                labelled += sum("/unlabelled/" not in f"/{name}" and name.endswith("_diff.png")
+                                for name in json.loads(path.read_text(encoding="utf-8"))["files"])
     if labelled:
         raise BadInput(f"{folder}: holds {labelled} labelled clips, which a run without any would "
                        f"remove; give --annotation or --clips as well, or another --data_folder")

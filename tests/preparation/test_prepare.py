@@ -476,7 +476,7 @@ def test_a_table_of_boxes_with_empty_cells_names_onsets_as_numbers_do(tmp_path):
     assert detection.box_for(boxes, ("casme3", "spNO.1", "a", "3")).x == 5
     (tmp_path / "b.csv").write_text(f"{head}\ncasme3,spNO.1,a,2,1,2,3,4\n"
                                     "casme3,spno1,A,2.0,5,6,7,8\n")
-    with pytest.raises(util.BadInput, match=r"b\.csv:3: a second box"):
+    with pytest.raises(util.BadInput, match=r"b\.csv:3: another box"):
         detection.read_boxes(tmp_path / "b.csv", False)
 
 

@@ -684,7 +684,6 @@ def test_bad_flags_of_pretraining_are_refused_in_one_line(tree, tmp_path, capsys
     (VIT, ["--model_ema_eval"], "goes with --model_ema"), (VIT, ["--eval"], "--resume FILE"),
     (VIT, ["--tricks", "--aa", "rand-m9"], "--aa goes with random crops, not --tricks"),
     (VIT, ["--cutmix_minmax", .8, .2], "LOW must be below HIGH"),
-    (NEXT, ["--layer_decay_type", "group"], "goes with a --layer_decay below 1"),
     (VIT, ["--mixup_prob", .5], "--mixup_prob goes with --mixup, --cutmix"),
     (VIT, ["--model_ema_decay", "auto"], "--model_ema_decay goes with --model_ema"),
     (VIT, ["--votes", "plurality"], "--votes goes with --data_set ferplus"),

@@ -212,7 +212,10 @@ def test_folders_too_small_to_hold_anything_out_are_told_so(tmp_path, capsys):
     assert "whose images are read" in said and not (tmp_path / "set" / "r").exists()
     for split in ("train", "test"):
         shutil.copytree(tmp_path / "set", tmp_path / "two" / split)
-    flags += ["--data_folder", tmp_path / "two", "--save_path", tmp_path / "r"]
+    said = refused(capsys, *flags, "--data_folder", tmp_path / "two", "--save_path",
+                   tmp_path / "two" / "train" / "r")
+    assert "whose images are read" in said
+    flags += ["--data_folder", tmp_path / "two", "--save_path", tmp_path / "two" / "r"]  # beside
     said = refused(capsys, *flags, "--select", "val")
     assert "--select val takes validation images: give a --val_fraction above 0.1, which is" in said
     train(*flags, "--val_fraction", .9)  # one image of each class is left to train on
@@ -262,6 +265,11 @@ def test_a_run_goes_on_from_a_model_with_the_wasserstein_term(flags, tmp_path, c
                        "--seed", 1, "--select", "val")
         assert re.search(rf"{flag} .*: was trained on \d of the \d images that now are to choose",
                          said)
+    old = {name: value for name, value in a.items() if name != "seen_images"}
+    checkpoint.save(tmp_path / "old.pth", old)  # of an earlier release
+    said = refused(capsys, *flags[:4], *flags[6:], "--save_path", tmp_path / "d", "--model_path",
+                   tmp_path / "old.pth", "--seed", 1, "--select", "val")
+    assert "was trained with --seed 0, hence on images that now are to choose" in said
     said = refused(capsys, *flags[:4], *flags[6:], "--save_path", tmp_path / "c", "--model", "scn",
                    "--model_path", first)
     assert "not a checkpoint of scn but of baseline" in said
