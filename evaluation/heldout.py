@@ -6,7 +6,7 @@ not see them.
 import argparse
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,19 +126,21 @@ def open_run(run: Run, header: dict, sha256: dict, besides: dict | None = None) 
 
 
 def checked_states(run: Run, header: dict, encoders: Encoders, names: dict[str | None, str],
-                   besides: dict | None = None) -> dict:
+                   finished: Collection[str] = (), besides: dict | None = None) -> dict:
     """name → checkpoint of the trainings that --resume goes on with; names: → path of the encoder
-    that each starts from; besides: as in `open_run`. Raises BadInput."""
+    that each starts from; finished: of whom nothing is left to do; besides: as in `open_run`.
+    Raises BadInput."""
     states = {}
     for path, state in run.states(names):
-        if run.opt.resume == "auto" and state.get("unit") not in names:
+        if state.get("unit") in finished or (
+                run.opt.resume == "auto" and state.get("unit") not in names):
             continue  # last.pth, of one that is finished, maybe in another job
         run.check_resumable(path, state, data_digest=header["data_digest"], **(besides or {}))
         if "folds" in state:  # of heads, from an earlier release: they start anew
             continue
         if state.get("unit") not in names:
-            raise BadInput(f"--resume {path}: the training of {state.get('unit')}, who is finished "
-                           f"or not among --subject; give --resume auto")
+            raise BadInput(f"--resume {path}: the training of {state.get('unit')}, who is not "
+                           f"among --subject; give --resume auto")
         if "mean" not in state.get("classifier", {"mean"}):
             raise BadInput(f"{path}: comes from before heads standardised their features; its "
                            f"run cannot go on: start it anew without --resume")
@@ -198,12 +200,13 @@ class HeldOut:
         self.check()
         distributed.agree(self.todo)
         names = {group.name: group.path for group in everyone} or {None: RANDOM}
+        finished = {group.name for group in self._groups([p for p in wanted if p not in todo])} \
+            - names.keys()
         if folds and distributed.first():  # killed between its results and this, it would stay
-            for group in self._groups([p for p in wanted if p not in todo]):
-                if group.name not in names:
-                    run.finished(group.name)
-        self.states = checked_states(run, self.header, self.encoders, names, self.besides) \
-            if folds and todo else {}
+            for name in finished:
+                run.finished(name)
+        self.states = checked_states(run, self.header, self.encoders, names, finished,
+                                     self.besides) if folds and todo else {}
         self.log = open_log(run, self.header, names, {
             name: state["epoch"] for name, state in self.states.items()}) if todo else None
 
