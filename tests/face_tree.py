@@ -33,6 +33,15 @@ def write(folder, train=56, test=21, subjects=0, side=32, seed=0):
     return labels
 
 
+def write_classes(folder, n, classes):
+    """`n` images in folders of the first so many classes, in turn."""
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        path = folder / CLASSES[i % classes] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(i % classes, rng)).save(path)
+
+
 def face_points(side=32, rng=None):
     """68 points of a face that fills an image of `side` pixels, float `[68, 2]`."""
     angle = np.linspace(0, np.pi, 17)

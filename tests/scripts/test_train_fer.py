@@ -183,11 +183,7 @@ def test_images_that_cannot_be_read_are_named_and_left_out(flags, tmp_path, caps
 
 
 def test_class_folders_without_a_test_split_are_split(tmp_path, capsys):
-    rng = np.random.default_rng(0)
-    for i in range(42):
-        path = tmp_path / "set" / face_tree.CLASSES[i % 3] / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        face_tree.Image.fromarray(face_tree.picture(i % 3, rng)).save(path)
+    face_tree.write_classes(tmp_path / "set", 42, 3)
     train("--dataset", "folder", "--data_folder", tmp_path / "set", "--pretrained", "none",
           "--size", 32, "--epochs", 1, "--batch_size", 8, "--cache", tmp_path / "cache",
           "--device", "cpu", "--save_path", tmp_path / "r")
@@ -198,11 +194,7 @@ def test_class_folders_without_a_test_split_are_split(tmp_path, capsys):
 
 
 def test_folders_too_small_to_hold_anything_out_are_told_so(tmp_path, capsys):
-    rng = np.random.default_rng(0)
-    for i in range(4):
-        path = tmp_path / "set" / face_tree.CLASSES[i % 2] / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        face_tree.Image.fromarray(face_tree.picture(i % 2, rng)).save(path)
+    face_tree.write_classes(tmp_path / "set", 4, 2)
     flags = ["--dataset", "folder", "--pretrained", "none", "--size", 32, "--epochs", 1,
              "--batch_size", 2, "--cache", "off", "--device", "cpu"]
     said = refused(capsys, *flags, "--data_folder", tmp_path / "set", "--save_path", tmp_path / "r")
