@@ -30,8 +30,9 @@ from torch import Tensor
 MEMORY = 4  # pairs of steps and gradient changes that L-BFGS keeps
 MOST_STEPS, MOST_PASSES, ROUGH_STEPS = 500, 50, 100
 # deviation of a feature over all clips, in the fold's own, that passes can still mend in any number
-# of features; in no more than this share of those that vary
-APART, FAR_APART, FEW_APART = 30, 300, 1e-3
+# of features; in no more than this share of those that vary, to the last digit or roughly: what is
+# said of clips outside the fold, which may lie as many deviations away, is then some per cent off
+APART, FEW_APART, FAR_APART, ROUGHLY_APART = 30, 1e-3, 300, 1000
 LEAST = 0.01  # curvature: where all rows are fitted, that of the loss is no guide any more
 COLUMNS = 192  # classes of all folds a thread solves at a time: what it touches stays near it
 BLOCK = 24  # columns: numbers it does not divide take MKL up to twice the time without AVX-512
@@ -122,7 +123,8 @@ class Regression:
         """
         ratio = self.std / stats.std * stats.varies  # [P, D]
         number = (ratio > APART).sum(1).cpu()
-        far = (number > FEW_APART * stats.varies.sum(1).cpu()) | (ratio > FAR_APART).any(1).cpu()
+        most_apart = FAR_APART if tolerance < ROUGH else ROUGHLY_APART
+        far = (number > FEW_APART * stats.varies.sum(1).cpu()) | (ratio > most_apart).any(1).cpu()
         near, heads, one = (~far).nonzero()[:, 0], {}, None
         if not isinstance(l2, Tensor):
             # a matrix of the penalty's own, one product a step for two, pays with many folds

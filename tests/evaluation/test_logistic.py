@@ -379,3 +379,24 @@ def test_a_feature_that_lives_in_the_held_out_clips_is_no_obstacle(kind, capsys,
         assert_agrees((features, labels, fold_of), l2)
     assert bool(alone) != many  # it hardly counts in the kernel, which saves one of the fold's own
     assert "converged" not in capsys.readouterr().out
+
+
+def test_a_feature_of_the_held_out_clips_takes_no_kernel_to_choose_a_penalty(monkeypatch):
+    rng = np.random.default_rng(0)
+    features = torch.from_numpy(rng.normal(size=(2, 60, 2000))).float()
+    features[:, :10, 0] *= 500
+    task = task_of((features, rng.integers(0, 4, 60), np.repeat(np.arange(6), 10)), range(6))
+    training = task.training()
+    stats = logistic.statistics(features, training)
+    regression = logistic.Regression(features, task.labels, task.n_label)
+    for l2 in (1e-1, 1e-3, 1e-5):
+        exact = regression.solve(training, stats, l2)
+        with monkeypatch.context() as patch:
+            patch.setattr(logistic.Regression, "_alone", None)  # it is not called
+            roughly = regression.solve(training, stats, l2, tolerance=logistic.rough(l2))
+        right, about = (s.logits + s.bias for s in (exact, roughly))
+        inside = training.repeat(2, 1)[:, None].expand_as(right)
+        assert (right - about)[inside].abs().max() < 10 * logistic.rough(l2)
+        assert (right.argmax(1) == about.argmax(1)).double().mean() > 0.99  # but for ties
+        far = right[:10, :, 0]  # what is 500 deviations away moves logits by as much
+        assert (far - about[:10, :, 0]).abs().max() < 0.1 * far.abs().max()
