@@ -19,13 +19,14 @@ clips that it holds out, is solved in a kernel of its own, unless those features
 they hardly count in the kernel: passes mend these as well, in far less time.
 """
 import copy
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from models.threads import side_by_side
 
 MEMORY = 4  # pairs of steps and gradient changes that L-BFGS keeps
 MOST_STEPS, MOST_PASSES, ROUGH_STEPS = 500, 50, 100
@@ -140,7 +141,7 @@ class Regression:
         # by their number alone: were they grouped by penalty, rounding in one fold would follow
         # from what others chose, and so from labels that its head must not see
         parts = near.tensor_split(-(-len(near) * self.n_label // COLUMNS)) if len(near) else ()
-        for chosen, (part, done) in zip(parts, _side_by_side(together, parts, self.device)):
+        for chosen, (part, done) in zip(parts, side_by_side(together, parts, self.device)):
             heads |= {int(fold): Solution(*(value[..., i:i + 1] for value in part))
                       for i, fold in enumerate(chosen)}
             # passes may have run out; of few steps, those of a fold with no scales apart may have
@@ -212,25 +213,6 @@ class Regression:
         weight = weight.permute(2, 1, 0) * ratio[:, None] / length  # [P, C, D]
         shift = (stats.mean - self.mean) / stats.std  # [P, D]
         return weight.float(), (solution.bias.t() + (weight * shift[:, None]).sum(2)).float()
-
-
-def _side_by_side(function, items, device):
-    """The values of a function of each item, in order. On the CPU items go side by side, and each
-    takes its share of the threads: those of one small step after the other wait for each other."""
-    threads = torch.get_num_threads()
-    while len(items):
-        workers = min(threads, len(items)) if device.type == "cpu" else 1
-        even = len(items) // workers * workers  # those left over share the threads anew
-        some, items = items[:even], items[even:]
-        if workers == 1:
-            yield from map(function, some)
-            continue
-        try:
-            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads,
-                                    initargs=(threads // workers,)) as pool:
-                yield from pool.map(function, some)
-        finally:
-            torch.set_num_threads(threads)  # new threads take what was set last, wherever that was
 
 
 def _times(matrix, values):

@@ -1,8 +1,12 @@
 """What all dual-view encoders share: numbered taps in one view, and the two views side by side."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from models.threads import side_by_side
 
 
 class Tower(nn.Module):
@@ -36,6 +40,48 @@ class Tower(nn.Module):
         return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
 
 
+class _SideBySide(torch.autograd.Function):
+    """Both towers at once, forwards and backwards; one graph would go backwards through one after
+    the other."""
+
+    @staticmethod
+    def forward(ctx, towers, views, layer, *weights):
+        with torch.enable_grad():
+            ctx.taps = _taps(towers, views, layer)
+        ctx.save_for_backward(*weights)
+        ctx.first = len(_trained(towers[0]))
+        ctx.set_materialize_grads(False)
+        return tuple(tap.detach() for tap in ctx.taps)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        def back(tap, weights, gradient):
+            if gradient is None or not weights:
+                return [None] * len(weights)
+            return torch.autograd.grad(tap, weights, gradient, allow_unused=True)
+        weights = ctx.saved_tensors
+        parts = zip(ctx.taps, (weights[:ctx.first], weights[ctx.first:]), gradients)
+        back_of = [partial(back, *part) for part in parts]
+        first, second = side_by_side(lambda call: call(), back_of, ctx.taps[0].device)
+        return None, None, None, *first, *second
+
+
+def _trained(tower):
+    return [weight for weight in tower.parameters() if weight.requires_grad]
+
+
+def _taps(towers, views, layer):
+    """The tap of each tower, side by side, which takes this thread's modes to the others."""
+    graph, half = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+    kind = torch.get_autocast_dtype("cpu")
+
+    def tap(pair):
+        tower, view = pair
+        with torch.set_grad_enabled(graph), torch.autocast("cpu", kind, half):
+            return tower(view, layer)
+    return tuple(side_by_side(tap, list(zip(towers, views)), views[0].device))
+
+
 class DualView(nn.Module):
     """One tower per view, without shared weights: the split encoder of CMC.
 
@@ -60,9 +106,15 @@ class DualView(nn.Module):
         """
         # a channel slice is dense in neither layout, and convolutions are slower on it
         layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-        rgb, depth = (view.contiguous(memory_format=layout)
-                      for view in x.split(self.in_channels, dim=1))
-        return self.rgb_to_d(rgb, layer), self.d_to_rgb(depth, layer)
+        views = [view.contiguous(memory_format=layout)
+                 for view in x.split(self.in_channels, dim=1)]
+        towers = self.towers()
+        if x.device.type != "cpu" or torch.get_num_threads() == 1 or x.requires_grad:
+            return tuple(tower(view, layer) for tower, view in zip(towers, views))
+        weights = [weight for tower in towers for weight in _trained(tower)]
+        if torch.is_grad_enabled() and weights:
+            return _SideBySide.apply(towers, views, layer, *weights)
+        return _taps(towers, views, layer)
 
     def towers(self) -> tuple[Tower, Tower]:
         """The encoders of both views."""

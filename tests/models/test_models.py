@@ -1,5 +1,6 @@
 """Encoders and heads: parity with the public implementation, taps, gradients, initial weights."""
 
+import copy
 import json
 import zlib
 
@@ -102,6 +103,55 @@ def test_one_view_does_not_reach_the_other_encoder():
     model(torch.randn(2, 4, 32, 32))[1].sum().backward()
     assert all(p.grad is None for p in model.rgb_to_d.parameters())
     assert all(p.grad is not None for p in model.d_to_rgb.parameters())
+
+
+def passed(encode, model, x, layer, half):
+    """(taps, gradients of the weights, running statistics) of a pass forwards and backwards."""
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, half):
+        taps = encode(x, layer)
+    sum(tap.float().square().mul(torch.arange(1, 1 + tap[0].numel()).view_as(tap[0])).mean()
+        for tap in taps if tap.requires_grad).backward()
+    return ([tap.detach() for tap in taps],
+            {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
+            {name: value.clone() for name, value in model.named_buffers()})
+
+
+@pytest.mark.parametrize("layer, half", [(None, False), (3, False), (None, True)])
+@pytest.mark.parametrize("frozen", [None, "rgb_to_d", "d_to_rgb.conv1"])
+def test_towers_side_by_side_give_the_bits_of_one_thread(threads, layer, half, frozen):
+    torch.set_num_threads(2)
+    model = create_model("resnet18v1", feat_dim=8).train()
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(not (frozen and name.startswith(frozen)))
+    x, state = torch.randn(4, 4, 32, 32), copy.deepcopy(model.state_dict())
+
+    def after_each_other(x, layer):
+        return [tower(view.contiguous(), layer)
+                for tower, view in zip(model.towers(), x.split((3, 1), 1))]
+    together = passed(model, model, x, layer, half)
+    assert torch.get_num_threads() == 2
+    model.load_state_dict(state)
+    torch.set_num_threads(1)
+    apart = passed(after_each_other, model, x, layer, half)
+    for ours, theirs in zip(together[0], apart[0]):
+        assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
+    for ours, theirs in zip(together[1:], apart[1:]):
+        assert ours.keys() == theirs.keys() and len(ours)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    with torch.no_grad():
+        assert not any(tap.requires_grad for tap in model(x))
+
+
+def test_an_error_in_a_tower_is_raised_and_threads_stay_as_they_were(threads):
+    torch.set_num_threads(2)
+    model = create_model("resnet18v1", feat_dim=8)
+    with pytest.raises(ValueError, match="layer 99"):
+        model(torch.randn(2, 4, 32, 32), 99)
+    model(torch.randn(2, 4, 32, 32))[0].sum().backward()
+    assert torch.get_num_threads() == 2
+    assert model.rgb_to_d.conv1.weight.grad is not None
+    assert model.d_to_rgb.conv1.weight.grad is None
 
 
 @pytest.mark.parametrize("name, side", [("alexnet", 224), ("resnet18v1", 64)])
