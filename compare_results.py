@@ -21,7 +21,7 @@ from pathlib import Path
 
 from evaluation import measures, result_files
 from evaluation.measures import MEASURES
-from util import BadInput, ensure, read_table
+from util import BadInput, check_output, ensure, read_table
 
 PUBLISHED = Path(measures.__file__).with_name("published.csv")
 VERIFIED = ("verified", "unverified")  # whether both figures were seen in the source named
@@ -171,7 +171,9 @@ def system(result: dict) -> str:
             if k not in {*result["free"], "seed", "seeds", *STARTS}
             and not (k == "warmup_epochs" and result["opt"].get("warmup_derived"))}
     starts = [re.sub(r"_seed_\d+", "", start) for start in started_from(result)]
-    return json.dumps([result["stage"], result["protocol"], result.get("data_digest"), starts,
+    # folders may have been renamed since; a release before wrote no command
+    script = str(result.get("command") or result["stage"]).split()[:2]
+    return json.dumps([script, result["protocol"], result.get("data_digest"), starts,
                        same], sort_keys=True)
 
 
@@ -336,8 +338,11 @@ def main(argv: list[str] | None = None) -> None:
     for path, place in zip(opt.results, places):
         if places.count(place) > 1:
             raise BadInput(f"{path}: named twice; name each result once")
-    if opt.picture and not Path(opt.picture).absolute().parent.is_dir():
-        raise BadInput(f"--picture {opt.picture}: its folder does not exist")
+    if opt.picture:
+        check_output("--picture", opt.picture)
+        if Path(opt.picture).suffix.lower() != ".png":
+            raise BadInput(f"--picture {opt.picture}: a PNG is drawn; name a file that ends in "
+                           f".png")
     results = [read_results(path) for path in opt.results]
     align_classes(results)
     clips = common_clips(opt.results, results, opt.common)

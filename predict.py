@@ -100,8 +100,8 @@ def check_option(parser: util.ArgumentParser, opt: util.Options, of_photos: list
             parser.error(f"photographs and {others[0]} exclude each other")
         if opt.whole and (searched := [flag for flag in of_photos if flag != "--whole"]):
             parser.error(f"{searched[0]} goes with faces that are searched for, not with --whole")
-        if opt.csv and not Path(opt.csv).absolute().parent.is_dir():
-            parser.error(f"--csv {opt.csv}: its folder does not exist")
+        if opt.csv:
+            util.check_output("--csv", opt.csv)
         if opt.pictures and Path(opt.pictures).exists() and not Path(opt.pictures).is_dir():
             parser.error(f"--pictures {opt.pictures}: is a file; name a folder")
         return

@@ -78,6 +78,8 @@ def command_line(main: Callable) -> Callable:
     """Decorate a script's `main(argv=None)`: failures end in one `error:` line, no traceback."""
     @functools.wraps(main)
     def run(argv=None):
+        if hasattr(sys.stdout, "reconfigure"):  # a name that it cannot show ends no run
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             with handled(_raise_stopped):  # temporary files are removed on the way out
                 return main(sys.argv[1:] if argv is None else [str(a) for a in argv])
@@ -331,6 +333,9 @@ def read_cells(path: str | Path, fix: str,
         raise BadInput(f"{path}: not a table in UTF-8 ({error}); {fix}") from None
 
 
+MANY = 20  # columns: a message names the first and the last of so many
+
+
 def read_table(path: str | Path, columns: Sequence[str] = (), *, fix: str,
                delimiter: str = ",") -> tuple[list[tuple[str, dict]], list[str]]:
     """Rows below a header: ([('<path>:<line>', dict column → text), …], the columns).
@@ -341,13 +346,28 @@ def read_table(path: str | Path, columns: Sequence[str] = (), *, fix: str,
     (_, header), *rows = [*read_cells(path, fix, delimiter)] or [(1, [])]
     missing = [name for name in columns if name not in header]
     if missing:
+        mark = next((mark for mark in (";", "\t") if len(header) == 1 and mark in header[0]), "")
+        if mark and mark != delimiter:
+            raise BadInput(f"{path}:1: columns are separated by {mark!r}; save it with "
+                           f"{delimiter!r}")
+        needed = columns if len(columns) < MANY else (*columns[:3], "…", columns[-1])
         raise BadInput(f"{path}:1: no column {missing[0]!r}; needs the columns "
-                       f"{','.join(columns)}; {fix}")
+                       f"{','.join(needed)}; {fix}")
+    rows = [(number, row) for number, row in rows if any(row)]  # spreadsheets leave such behind
     for number, row in rows:
         if len(row) != len(header):
             raise BadInput(f"{path}:{number}: {len(row)} fields, not as many fields as the header "
                            f"({len(header)})")
     return [(f"{path}:{number}", dict(zip(header, row))) for number, row in rows], header
+
+
+def check_output(flag: str, path: str | Path) -> None:
+    """Raises BadInput for a file that cannot be written, before anything is computed for it."""
+    path = Path(path)
+    if not path.absolute().parent.is_dir():
+        raise BadInput(f"{flag} {path}: its folder does not exist")
+    if path.is_dir():
+        raise BadInput(f"{flag} {path}: is a folder; name a file")
 
 
 def write_table(path: str | Path, columns: Sequence[str], rows: Iterable[dict | Sequence],

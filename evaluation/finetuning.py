@@ -196,8 +196,10 @@ def parse_option(doc: str, argv: list[str], data_set: str,
     words = [str(word).partition("=")[0] for word in argv]
     for flags, holds, what in (
             (("--aa", "--crop_low"), not opt.tricks, "random crops, not --tricks"),
-            (("--mixup_prob", "--mixup_switch_prob", "--mixup_mode"), mixes(opt),
-             "--mixup, --cutmix or --cutmix_minmax"),
+            (("--mixup_prob", "--mixup_mode"), mixes(opt), "--mixup, --cutmix or --cutmix_minmax"),
+            (("--mixup_switch_prob",), opt.mixup > 0 and (opt.cutmix > 0 or opt.cutmix_minmax),
+             "--mixup and --cutmix both"),
+            (("--remode", "--recount"), opt.reprob > 0, "--reprob above 0"),
             (("--model_ema_decay",), opt.model_ema, "--model_ema"),
             (("--votes",), opt.dataset == "ferplus", "--data_set ferplus")):
         for flag in flags:

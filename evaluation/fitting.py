@@ -2,7 +2,6 @@
 checkpoints, and its results on the test split."""
 import dataclasses
 import hashlib
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -168,16 +167,16 @@ class Fit:
         """Trains what is left to do; returns the log's header."""
         opt = self.run.opt
         done, within = self._restore()
-        self.steps = epochs.announce(opt, len(self.members), "images")
+        steps = epochs.announce(opt, len(self.members), "images")
         if self.job.ema is not None and not self.beside:
-            total = opt.epochs * self.steps
+            total = opt.epochs * steps
             print(f"--ema_decay {opt.ema_decay:g}: the average's decay rises to "
                   f"{self.job.ema.get_decay(total):.4g} in {total} steps")
         distributed.agree(self.digest, done, within.get("step"))
         header = record.header(script, opt, argv, data_digest=self.digest)
         log = self.run.log(header, (lambda line: line["epoch"] <= done) if self.resume else None,
                            writes=distributed.first())
-        epochs.Loop(opt, log, steps=self.steps, together=True).run(self._epoch, self._save, done,
+        epochs.Loop(opt, log, steps=steps, together=True).run(self._epoch, self._save, done,
                                                               within)
         return header
 
@@ -214,11 +213,9 @@ class Fit:
         return old["epoch"], old["within"]
 
     def _epoch(self, epoch, within, on_step):
-        opt, job, start = self.run.opt, self.job, time.perf_counter()
+        opt, job = self.run.opt, self.job
         means = faces.train_epoch(opt, job, epoch, within, on_step)
-        share = 1 - within.get("step", 0) / self.steps
-        means |= {"learning_rate": epochs.rate_now(job.optimizer), "images_per_second":
-                  share * len(self.members) / (time.perf_counter() - start)}
+        means["learning_rate"] = epochs.rate_now(job.optimizer)
         if self.beside and opt.model_ema_eval:
             means |= {f"ema_{name}": value for name, value in self.validation.figures(
                 job.ema.module, job.precision.autocast).items()}

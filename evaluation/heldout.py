@@ -140,7 +140,7 @@ def checked_states(run: Run, header: dict, encoders: Encoders, names: dict[str |
             continue
         if state.get("unit") not in names:
             raise BadInput(f"--resume {path}: the training of {state.get('unit')}, who is not "
-                           f"among --subject; give --resume auto")
+                           f"among those to hold out; give --resume auto")
         if "mean" not in state.get("classifier", {"mean"}):
             raise BadInput(f"{path}: comes from before heads standardised their features; its "
                            f"run cannot go on: start it anew without --resume")

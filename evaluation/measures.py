@@ -70,8 +70,9 @@ def intervals(labels: Sequence[int], predictions: Sequence[int], subjects: Seque
               seed: int = 0) -> dict:
     """95 % percentile intervals by resampling subjects, conditional on the trained models.
 
-    subjects: as in `per_subject`. Returns {uf1, uar, accuracy: [low, high]}; None instead of
-    limits where there is but one subject, from which nothing is known of others.
+    subjects: as in `per_subject`. A class of which a draw holds no clip has no part in that draw's
+    means: a perfect classifier's stay 1. Returns {uf1, uar, accuracy: [low, high]}; None instead
+    of limits where there is but one subject, from which nothing is known of others.
     """
     each = per_subject(labels, predictions, subjects, n_label)
     if len(each) < 2:
@@ -82,10 +83,15 @@ def intervals(labels: Sequence[int], predictions: Sequence[int], subjects: Seque
     else:
         times = rng.multinomial(len(each), np.full(len(each), 1 / len(each)), DRAWS)  # [R, S]
         drawn = times @ each
-    f1, recall, accuracy = scores(drawn.reshape(DRAWS, n_label, n_label))
+    drawn = drawn.reshape(DRAWS, n_label, n_label)
+    f1, recall, accuracy = scores(drawn)
+    there = each.sum(0).reshape(n_label, n_label).any(1)
+    counts = drawn.any(-1) | ~there  # one that nobody has scores 0, as in the figure itself
+
+    def mean(of_classes):
+        return np.where(counts, of_classes, 0).sum(-1) / counts.sum(-1)
     return {name: np.percentile(draws, [2.5, 97.5]).tolist()
-            for name, draws in (("uf1", f1.mean(-1)), ("uar", recall.mean(-1)),
-                                ("accuracy", accuracy))}
+            for name, draws in (("uf1", mean(f1)), ("uar", mean(recall)), ("accuracy", accuracy))}
 
 
 def too_few(subjects: int | None) -> bool:

@@ -29,7 +29,7 @@ def stamp(paths: Iterable[str | Path], *settings) -> str:
             if os.path.islink(place):
                 place = os.path.realpath(place)
             digest.update(f"{place} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-        except FileNotFoundError:  # a link to nowhere; who decodes it says so
+        except OSError:  # a link to nowhere; who decodes it says so
             digest.update(f"{path} missing\n".encode())
     return digest.hexdigest()
 

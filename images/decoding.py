@@ -60,6 +60,10 @@ def eight_bits(image: Image.Image) -> Image.Image:
     if not image.mode.startswith("I") and image.mode != "F":
         return image
     levels = np.asarray(image, np.float64)
+    if not np.isfinite(levels).all():
+        raise ValueError("pixels that are not finite")
+    if image.mode == "F" and levels.max() <= 1:  # in shares of white
+        levels = levels * 255
     return Image.fromarray((levels / (257 if levels.max() > 255 else 1)).clip(0, 255)
                            .round().astype(np.uint8))
 

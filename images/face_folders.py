@@ -96,7 +96,7 @@ def subfolders(found: Found, start: str = "") -> list[str]:
     """Names of the folders in `start`, below the set's folder, in natural order, without hidden
     ones; those that are no UTF-8 are noted, and images beside them."""
     with os.scandir(found.folder / start) as entries:
-        seen = [(e.name, e.is_dir()) for e in entries if not e.name.startswith(".")]
+        seen = [(e.name, _is_dir(e)) for e in entries if not e.name.startswith(".")]
     below = sorted((name for name, is_dir in seen if is_dir), key=natural)
     found.notes["images beside the class folders, left out"] += sorted(
         os.path.join(start, name) for name, is_dir in seen
@@ -118,9 +118,9 @@ def images_below(found: Found, start: str) -> list[str]:
                 path = f"{at}/{entry.name}"
                 if not _is_utf8(entry.name):
                     found.notes[NO_UTF8].append(ascii(path))
-                elif entry.name.lower().endswith(SUFFIXES) and not entry.is_dir():
+                elif entry.name.lower().endswith(SUFFIXES) and not _is_dir(entry):
                     images.append(path)
-                elif entry.is_dir():
+                elif _is_dir(entry):
                     if entry.is_symlink() and _identity(entry) in above:
                         found.notes["links to a folder they lie in, left out"].append(path)
                     else:
@@ -130,6 +130,14 @@ def images_below(found: Found, start: str) -> list[str]:
     if not images:
         found.notes["empty class folders"].append(start)
     return sorted(images)
+
+
+def _is_dir(entry):
+    """Whether it is a folder; a link to itself is none, and nobody can read it."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _identity(place):

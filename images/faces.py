@@ -158,6 +158,8 @@ def read_unlabelled(folder: str | Path) -> FaceSet:
         raise BadInput(f"{folder}: no such folder; name the one that holds the images")
     named = [name for name in face_folders.subfolders(Found(folder))
              if face_folders.SPLIT_NAMES.get(name.lower()) == "train"]
+    if len(named) > 1:
+        raise BadInput(f"{folder}: {' and '.join(named)} are both the training split; leave one")
     folder = folder / named[0] if named else folder
     found = Found(folder)
     paths = [path.removeprefix("./") for path in face_folders.images_below(found, ".")]
@@ -325,7 +327,7 @@ def _lengths(faces: FaceSet) -> Iterator[int | str]:
     for path in faces.paths:
         try:
             yield os.stat(faces.folder / path).st_size
-        except FileNotFoundError:
+        except OSError:
             yield "missing"
 
 

@@ -185,7 +185,8 @@ class MAE(Trunk):
                 noise: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
         """Images `[N, 3, S, S]` → (loss, prediction `[N, L, 768]`, mask `[N, L]`, 1 where a patch
         is hidden). noise: `[N, L]` in place of the draw. In training the prediction is None: of
-        the last block only what the loss reads is computed."""
+        the last block only what the loss reads is computed. Raises ValueError for a ratio that
+        hides none."""
         patches = masking.patchify(images, PATCH)
         if noise is None:
             noise = torch.rand(patches.shape[:2], device=images.device)
@@ -193,6 +194,8 @@ class MAE(Trunk):
         latent = self.norm(self.encode(patches, order[:, :n_kept]))
         said = self.decode(latent, order)
         hidden = masking.take(patches, order[:, n_kept:])
+        if not hidden.shape[1]:
+            raise ValueError(f"mask_ratio {mask_ratio}: no patch of {self.grid ** 2} is hidden")
         loss = F.mse_loss(said[:, -hidden.shape[1]:].to(hidden),
                           masking.pixel_targets(hidden, self.norm_pix_loss))
         return loss, None if self.training else masking.take(said, order.argsort(1)), mask

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from dataset import identity
 from images import flow
 from images.lists import DATABASES, natural
 from images.videos import jittered
@@ -116,8 +117,7 @@ def read_workbook(path: str | Path, bad_apex: str) -> Table:
         if not any(values.values()):
             continue
         table.source["rows"] += 1
-        subject = f"sub{int(values['subject']):02d}" if NUMBER.fullmatch(values["subject"]) \
-            else values["subject"]
+        subject = subject_name(values["subject"])
         names.setdefault(values["filename"], set()).add(subject)
         add_clip(table, (DATABASES.index("casme2"), subject, values["filename"]),
                  [values[name] for name in ("onsetframe", "apexframe", "offsetframe")],
@@ -130,6 +130,12 @@ def read_workbook(path: str | Path, bad_apex: str) -> Table:
         raise BadInput(f"{path}: no clip of the five classes in it; the rows below the header name "
                        f"one each")
     return table
+
+
+def subject_name(text: str) -> str:
+    """The subject of a workbook's cell as the folders spell it: 1, Sub1 and sub01 are sub01."""
+    number = re.fullmatch(r"(?i)(?:sub)?0*(\d+)", text)
+    return f"sub{int(number[1]):02d}" if number else text
 
 
 def read_clips(path: str | Path, bad_apex: str) -> Table:
@@ -146,6 +152,13 @@ def read_clips(path: str | Path, bad_apex: str) -> Table:
     # difference images are named by the key alone, whatever the database
     named = Counter((subject, clip, onset) for _, subject, clip, onset in {
         (row["database"], row["subject"], row["clip"], row["onset"]) for _, row in rows})
+    spelled = {}
+    for place, row in rows:
+        person = row["database"], row["subject"]
+        first = spelled.setdefault(identity(person), person)
+        if first != person:
+            raise BadInput(f"{place}: subject {person[1]!r}, whom another row calls {first[1]!r}; "
+                           f"spell a person one way, or they are trained on and held out at once")
     for place, row in rows:
         if not row["folder"]:
             raise BadInput(f"{place}: no folder; each clip has one of its own below --raw")
@@ -181,10 +194,13 @@ def add_clip(table: Table, name: tuple, numbers: list, shown: tuple, row: tuple,
               and int(numbers[0]) < int(numbers[2])):
         table.dropped.append((key, f"{where}: onset {numbers[0]!r} and offset {numbers[2]!r} are "
                                    f"not two frame numbers in their order"))
-    elif (database, key.lower()) in keys:
+    elif (said := (database, subject.lower(), clip.lower(), numbers[0])) in keys:
         table.dropped.append((key, f"{where}: a second row for this subject, clip and onset"))
+    elif key.lower() in keys:
+        table.dropped.append((key, f"{where}: another subject and clip make the same name; rename "
+                                   f"one of them"))
     else:
-        keys.add((database, key.lower()))
+        keys |= {said, key.lower()}
         onset, offset = int(numbers[0]), int(numbers[2])
         apex, rule = int(numbers[1]) if NUMBER.fullmatch(numbers[1]) else None, ""
         if apex is None:
@@ -268,9 +284,9 @@ def find_frames(opt: argparse.Namespace, table: Table) -> list[videos.Task]:
     folders = find_folders(root) if opt.annotation else {}
     kept, tasks = [], []
     for row in table.rows:
-        digits = re.sub(r"\D", "", row.subject)
+        number = re.fullmatch(r"sub(\d+)", row.subject)
         folder = root / row.files[0] if row.files else \
-            folders.get((int(digits or -1), row.video.lower()))
+            folders.get((int(number[1]) if number else None, row.video.lower()))
         path_of = numbered(folder) if folder and folder.is_dir() else {}
         variants = jittered(row.onset, row.apex, row.offset, opt.middle == "published",
                             opt.jitters, opt.reference)
@@ -351,6 +367,8 @@ def run(opt: argparse.Namespace) -> None:
             continue
         if record["failed"]:
             table.repaired("frames that did not register: left as they were", row.key)
+        if record["replaced"]:
+            table.repaired("jittered frame that cannot be used: the plain one", row.key)
         clips.append((row, task, record))
     if not clips:
         raise outputs.none_left(opt.raw, table)

@@ -77,15 +77,36 @@ def whole_matrix(width: int, height: int, size: int) -> np.ndarray:
     return np.concatenate([np.diag(scale), (scale / 2 - 0.5)[:, None]], 1)
 
 
-def cut_frames(task: Task, settings: Settings) -> tuple[np.ndarray, int]:
+def read_frames(task: Task) -> tuple[list[np.ndarray], int]:
+    """(all frames of a clip, of one size; how many jittered ones cannot be used and have the plain
+    one in their place). Raises Unusable for one of the plain five."""
+    frames = []
+    for i, name in enumerate(task.frames):
+        try:
+            frame = read_frame(name)
+            if frames and frame.shape != frames[0].shape:
+                raise Unusable(f"{name}: {frame.shape[1]}x{frame.shape[0]} pixels, but the onset "
+                               f"has {frames[0].shape[1]}x{frames[0].shape[0]}")
+        except Unusable:
+            if i in (0, *task.plain):
+                raise
+            frame = None
+        frames.append(frame)
+    lost = sum(frame is None for frame in frames)
+    for variant in task.variants:
+        chosen = [task.steps[variant[0]][0], *(task.steps[step][1] for step in variant)]
+        for i, plain in zip(chosen, task.plain):
+            if frames[i] is None:
+                frames[i] = frames[plain]
+    return frames, lost
+
+
+def cut_frames(task: Task, settings: Settings) -> tuple[np.ndarray, int, int]:
     """(crops uint8 `[F, S, S, 3]` of all frames of a clip, registered onto the onset; how many did
-    not register and stayed where they were). Raises Unusable."""
-    size, frames = settings.size, [read_frame(name) for name in task.frames]
+    not register and stayed where they were; how many jittered ones the plain one replaces). Raises
+    Unusable."""
+    size, (frames, replaced) = settings.size, read_frames(task)
     height, width = frames[0].shape[:2]
-    for name, frame in zip(task.frames, frames):
-        if frame.shape[:2] != (height, width):
-            raise Unusable(f"{name}: {frame.shape[1]}x{frame.shape[0]} pixels, but the onset has "
-                           f"{width}x{height}")
     box, margin, failed = None, settings.margin, 0
     if settings.crop != "none":
         box, _ = find_box(task, settings, frames[0])
@@ -107,34 +128,35 @@ def cut_frames(task: Task, settings: Settings) -> tuple[np.ndarray, int]:
             failed += not converged
             warps[i] = registration.resized(warp, side, size)
     return np.stack([registration.cut(frame, registration.compose(matrix, warp), size)
-                     for frame, warp in zip(frames, warps)]), failed
+                     for frame, warp in zip(frames, warps)]), failed, replaced
 
 
 def process(task: Task, settings: Settings, folder: str | Path) -> dict:
     """Writes the frames and the flow of one clip to its record below `folder`, unless they are
     there already.
 
-    Returns {path, steps, failed}, or {dropped: reason}.
+    Returns {path, steps, failed, replaced}, or {dropped: reason}.
     """
     stamp = fingerprint(task, settings)
     path = Path(folder) / RECORDS / f"{stamp[:24]}.npz"
     try:
         with np.load(path) as content:
-            return {"path": str(path), "steps": len(task.steps), "failed": int(content["failed"])}
+            return {"path": str(path), "steps": len(task.steps), "failed": int(content["failed"]),
+                    "replaced": int(content.get("replaced", 0))}
     except UNREADABLE:
         pass
     try:
-        crops, failed = cut_frames(task, settings)
+        crops, failed, replaced = cut_frames(task, settings)
     except Unusable as error:
         return {"dropped": str(error)}
     grey = [flow.grey(crop) for crop in crops]
     steps = np.stack([flow.flow_between(grey[a], grey[b], settings.flow) for a, b in task.steps])
     file = io.BytesIO()
     np.savez(file, frames=crops[list(task.plain)].transpose(0, 3, 1, 2),
-             steps=steps.astype(np.float16), failed=failed)
+             steps=steps.astype(np.float16), failed=failed, replaced=replaced)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, file.getvalue())
-    return {"path": str(path), "steps": len(task.steps), "failed": failed}
+    return {"path": str(path), "steps": len(task.steps), "failed": failed, "replaced": replaced}
 
 
 def fingerprint(task: Task, settings: Settings) -> str:

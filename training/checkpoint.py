@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from models import files
-from util import BadInput, RunFailed, replacing
+from util import BadInput, RunFailed, Stopped, replacing
 
 WEIGHTS = ("model", "classifier")  # the parts of a checkpoint that hold weights
 
@@ -32,15 +32,24 @@ def save(path: str | Path, state: dict, weights: Iterable[str] = WEIGHTS) -> Non
         with replacing(path) as part, open(part, "wb") as file:
             torch.save(state, file)
     except (RuntimeError, OSError) as error:
+        # torch hides a signal as well, behind a file that it cannot close
+        for stop in filter(lambda cause: isinstance(cause, Stopped), _causes(error)):
+            raise stop from None
         raise RunFailed(f"{path}: cannot be written: {_reason(error, path)}, then go on with "
                         f"--resume auto") from error
 
 
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it came from, and so on."""
+    while error:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def _reason(error: Exception, path: Path) -> str:
     """Why a checkpoint cannot be written, in the system's words, and what to do."""
-    cause = error
-    while cause and not isinstance(cause, OSError):  # torch.save hides it behind a RuntimeError
-        cause = cause.__cause__ or cause.__context__
+    # torch.save hides it behind a RuntimeError
+    cause = next((cause for cause in _causes(error) if isinstance(cause, OSError)), None)
     said = (cause and cause.strerror) or str(cause or error).partition("\n")[0]
     if not cause or cause.errno not in (errno.ENOSPC, errno.EDQUOT):
         return f"{said}; put that right"

@@ -1,5 +1,6 @@
 """One supervised epoch of a network on face images, and what it predicts."""
 import argparse
+import time
 import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,7 +14,7 @@ from images.crops import Recipe
 from images.faces import FaceSet
 from training import distributed, epochs, losses
 from training.supervised import draw_order
-from util import BadInput
+from util import BadInput, RunFailed
 
 if TYPE_CHECKING:  # it takes seconds, which a wrong path or --help should not
     from timm.data import Mixup
@@ -214,7 +215,8 @@ def train_epoch(opt: argparse.Namespace, job: Job, epoch: int, within: dict,
     """One epoch; returns the means of its losses, and how many images were relabelled.
 
     Images that cannot be read are left out. Every rank takes its part of a batch. within,
-    on_step: see epochs.Loop.run. Raises RunFailed if a loss is not finite.
+    on_step: see epochs.Loop.run. Raises RunFailed if a loss is not finite or a batch is
+    unreadable, BadInput if all are.
     """
     source, members = job.source, job.members
     device = next(job.network.parameters()).device
@@ -227,7 +229,7 @@ def train_epoch(opt: argparse.Namespace, job: Job, epoch: int, within: dict,
     weights = loss_weights(opt, known, source.faces.n_label, device)
     order = draw_order(known, opt.oversample, rng)
     groups, length = epochs.groups(opt, len(members), rng)
-    steps = list(enumerate(groups, 1))[within.get("step", 0):]
+    start, steps = time.perf_counter(), list(enumerate(groups, 1))[within.get("step", 0):]
     wanted = [members[order[distributed.part(index)].numpy()] for _, group in steps
               for index in group]
     coming = zip(wanted, cache.fetch(source.images, wanted, device))
@@ -257,9 +259,14 @@ def train_epoch(opt: argparse.Namespace, job: Job, epoch: int, within: dict,
             job.ema.update(job.network, (epoch - 1) * len(groups) + step
                            if job.ema.use_warmup else None)
         on_step({"step": step, "meters": means.state(), "labels": began})
+    if not means["train_loss"].count:
+        raise BadInput(f"{source.faces.folder}: none of its {len(members)} training images can be "
+                       f"read; see that they are there")
+    count = sum(len(index) for _, group in steps for index in group)
+    figures = means.means() | {"images_per_second": count / (time.perf_counter() - start)}
     if opt.relabel_epoch:
-        return means.means() | {"relabelled": sum(row[-1] == epoch for row in job.relabelled)}
-    return means.means()
+        figures["relabelled"] = sum(row[-1] == epoch for row in job.relabelled)
+    return figures
 
 
 def relabel(opt: argparse.Namespace, job: Job, rows: Tensor, logits: Tensor,
@@ -321,5 +328,8 @@ def predict(network: nn.Module, source: Source, members: np.ndarray, autocast: C
                 each.append(of_image.float().cpu().numpy())
     if not kept:
         raise BadInput(f"{source.faces.folder}: no image of {len(members)} can be read")
+    if not all(np.isfinite(each).all() for each in probabilities):
+        raise RunFailed(f"{source.faces.folder}: the predictions for its images are not finite; "
+                        f"lower the learning rate")
     return Predicted(np.concatenate(kept), np.concatenate(probabilities), *(
         np.concatenate(each) if each else None for each in beside.values()))

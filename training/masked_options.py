@@ -148,9 +148,8 @@ def add_output_options(parser: ArgumentParser, default: Defaults) -> argparse._A
 def settle(parser: ArgumentParser, opt: argparse.Namespace, default: Defaults) -> None:
     """Fills in what follows from other flags: the rate from --blr, the warm-up, where curves and
     checkpoints go."""
-    for name in ("epochs", "min_lr"):
-        if getattr(opt, name) is None:
-            setattr(opt, name, getattr(default, name))
+    if opt.epochs is None:
+        opt.epochs = default.epochs
     opt.warmup_derived = opt.warmup_epochs is None  # from --epochs, which may grow
     opt.free.add("warmup_derived")
     if opt.warmup_derived:
@@ -163,6 +162,8 @@ def settle(parser: ArgumentParser, opt: argparse.Namespace, default: Defaults) -
         opt.learning_rate = opt.blr * a_step / 256
     elif opt.blr is not None:
         parser.error("--lr and --blr exclude each other")
+    if opt.min_lr is None:
+        opt.min_lr = min(default.min_lr, opt.learning_rate)
     if opt.min_lr > opt.learning_rate:
         parser.error(f"argument --min_lr: {opt.min_lr:g} is above the rate, "
                      f"{opt.learning_rate:g}")

@@ -89,6 +89,8 @@ class Run:
             if resume is None and self.folder.exists() and any(self.folder.iterdir()):
                 raise BadInput(f"{self.folder}: exists; go on with --resume auto, give another "
                                f"{self._elsewhere}, or remove it")
+            if resume and not self.last().exists():
+                self._check_others()
             return self.last() if resume and self.last().exists() else None
         if not Path(resume).is_file():
             raise BadInput(f"--resume {resume}: no such checkpoint")
@@ -97,6 +99,15 @@ class Run:
             # a checkpoint kept elsewhere goes on in its own run's folder, not in another's
             self.check_resumable(self.folder / "log.jsonl", header[0], grow=True)
         return Path(resume)
+
+    def _check_others(self):
+        """Raises BadInput where a folder that the user named holds what another run left: a new
+        one would write over it. A run whose name follows from its options is the same one."""
+        others = sorted(self.folder.glob("checkpoint-*.pth")) + [
+            path for path in [self.folder / "results.json"] if path.exists()]
+        if hasattr(self.opt, "accum_iter") and others:
+            raise BadInput(f"{self.folder}: holds {others[0].name}, and no last.pth to go on from; "
+                           f"give another {self._elsewhere}")
 
     def check_resumable(self, path: str | Path, old: dict, grow: bool = False,
                         **identity: object) -> None:

@@ -89,7 +89,9 @@ def test_intervals_equal_a_loop_over_the_same_resamples(monkeypatch):
                                                       300):
         chosen = np.concatenate([np.flatnonzero(subjects == s).repeat(t)
                                  for s, t in zip(names, times)])
-        pair, ids = (labels[chosen], predictions[chosen]), {"labels": range(4), "zero_division": 0}
+        pair = labels[chosen], predictions[chosen]
+        # of the classes that were drawn
+        ids = {"labels": np.unique(labels[chosen]), "zero_division": 0}
         draws.append([sklearn.f1_score(*pair, average="macro", **ids),
                       sklearn.recall_score(*pair, average="macro", **ids),
                       sklearn.accuracy_score(*pair)])
@@ -98,12 +100,17 @@ def test_intervals_equal_a_loop_over_the_same_resamples(monkeypatch):
         assert actual[name] == pytest.approx(np.percentile(column, [2.5, 97.5]))
 
 
-def test_a_class_without_support_in_a_resample_scores_zero():
+def test_a_class_that_a_resample_lacks_has_no_part_in_it():
     # three subjects, a class each, all right: 3 of 27 resamples hold one class, 18 two, 6 all
     labels = np.repeat([0, 1, 2], 4)
     actual = measures.intervals(labels, labels, labels, 3)
-    assert actual == {"uf1": pytest.approx([1 / 3, 1]), "uar": pytest.approx([1 / 3, 1]),
-                     "accuracy": [1, 1]}
+    assert all(limits == [1, 1] for limits in actual.values())
+    # one that nobody has counts as in the figure itself, beside one, two or three others
+    actual = measures.intervals(labels, labels, labels, 4)
+    assert actual["uf1"] == actual["uar"] == pytest.approx([1 / 2, 3 / 4])
+    # all of one subject's are wrong: their class, or what is taken for it, is drawn alone
+    actual = measures.intervals(labels, np.where(labels == 2, 0, labels), labels, 3)
+    assert actual["uar"] == pytest.approx([0, 1]) and actual["accuracy"] == pytest.approx([0, 1])
 
 
 def test_intervals_and_baselines_follow_from_the_seed():

@@ -778,6 +778,17 @@ def test_test_images_beside_a_training_split_are_not_pretrained_on(tmp_path):
         draw(tmp_path / "d" / name / "a", "1.png")
     images = faces.read_unlabelled(tmp_path / "d")
     assert images.folder == tmp_path / "d" / "Training" and images.paths == ["a/1.png"]
+    draw(tmp_path / "d" / "train" / "a", "2.png")
+    with pytest.raises(BadInput, match="are both the training split"):
+        faces.read_unlabelled(tmp_path / "d")
+
+
+def test_a_link_to_itself_is_an_image_that_cannot_be_read(tmp_path):
+    draw(tmp_path / "d/a", "1.png")
+    (tmp_path / "d/a/loop.png").symlink_to("loop.png")
+    images = faces.read_unlabelled(tmp_path / "d")
+    assert images.paths == ["a/1.png", "a/loop.png"]
+    assert len(faces.content(images)) == 64
 
 
 def test_links_in_a_circle_and_names_that_cannot_be_printed_are_left_out(tmp_path, capsys):

@@ -1,4 +1,5 @@
 """prepare.py casme2: both workbooks, frames, flow once, irregularities by rule, bad input."""
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import runs
 from conftest import script
+from PIL import Image
 
 import dataset
 from images import flow
@@ -90,7 +92,7 @@ def test_rows_of_the_index_are_the_flow_of_their_frames(raw, prepared):
     settings = videos.Settings(size=32, register="none")
     for frames, rows in zip(variants, index[2]):
         files = tuple(str(place / f"reg_img{n}.jpg") for n in frames)
-        crops, _ = videos.cut_frames(videos.Task("k", files, (), (), ()), settings)
+        crops, *_ = videos.cut_frames(videos.Task("k", files, (), (), ()), settings)
         expected = flow.flow_steps(np.stack([flow.grey(crop) for crop in crops]))
         assert abs(steps[rows] - expected).max() < 2e-3  # half precision
 
@@ -410,6 +412,61 @@ def test_a_clip_in_two_folders_is_refused(tmp_path):
     assert len(casme2.find_folders(tmp_path)) == 2
 
 
+@pytest.mark.parametrize("reference", ["previous", "onset"])
+def test_a_jittered_frame_that_cannot_be_used_has_the_plain_one_in_its_place(raw, tmp_path,
+                                                                           reference):
+    place, files = raw / "Cropped/sub01/EP02_01f", {}
+    for n in range(46, 53):
+        shutil.copy(place / f"reg_img{n}.jpg", tmp_path)
+        files[n] = str(tmp_path / f"reg_img{n}.jpg")
+    plain, jittered = (46, 47, 48, 49, 50), [(51, 47, 48, 49, 50), (46, 47, 48, 49, 52)]
+    settings = videos.Settings("none", 0, 32, register="none")
+    (tmp_path / "reg_img51.jpg").write_bytes(b"no image")
+    Image.new("RGB", (8, 8)).save(tmp_path / "reg_img52.jpg")
+    task = videos.plan("k", [plain, *jittered], files, reference, None)
+    record = videos.process(task, settings, tmp_path)
+    assert record["replaced"] == 2
+    assert videos.process(task, settings, tmp_path) == record  # it is kept
+    with np.load(record["path"]) as content:
+        steps = content["steps"]
+    for variant in task.variants[1:]:
+        assert np.array_equal(steps[list(variant)], steps[:4])
+    shutil.copy(tmp_path / "reg_img51.jpg", files[48])  # one of the five
+    assert "reg_img48" in videos.process(task, settings, tmp_path)["dropped"]
+
+
+def test_a_person_has_one_name(raw, tmp_path, capsys):
+    rows = list(csv.reader((raw / "coding.csv").open(encoding="utf-8-sig", newline="")))
+    subject = [name.strip().lower() for name in rows[0]].index("subject")
+    before = casme2.read_workbook(raw / "coding.csv", "middle").rows
+    for row, spelling in zip(rows[1:], ("sub{}", "Sub{:02d}", "SUB0{}", "{}") * len(rows)):
+        row[subject] = spelling.format(int(row[subject]))
+    with open(tmp_path / "coding.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    assert casme2.read_workbook(tmp_path / "coding.csv", "middle").rows == before
+
+
+@pytest.mark.parametrize("rows, said", [
+    (["samm,s1,c1,f,1,5,9,a", "samm,S1,c2,g,1,5,9,a"], "t.csv:3: subject 'S1', whom another row "
+                                                       "calls 's1'"),
+    (["samm;s1;c1;f;1;5;9;a"], "t.csv:1: columns are separated by ';'; save it with ','")])
+def test_tables_of_clips_that_cannot_be_told_apart_are_refused(tmp_path, rows, said):
+    mark = ";" if ";" in rows[0] else ","
+    (tmp_path / "t.csv").write_text("\n".join([mark.join(casme2.CLIP_COLUMNS), *rows]))
+    with pytest.raises(BadInput) as error:
+        casme2.read_clips(tmp_path / "t.csv", "middle")
+    assert said in str(error.value)
+
+
+def test_names_that_meet_in_a_key_are_told_apart_and_blank_rows_left_out(tmp_path):
+    (tmp_path / "t.csv").write_text("\n".join([",".join(casme2.CLIP_COLUMNS),
+                                               "smic,a-b,c,f,1,5,9,a", "smic,a,b-c,g,1,5,9,a",
+                                               ",,,,,,,", "smic,a-b,c,f,1,5,9,a", ",,,,,,,"]))
+    table = casme2.read_clips(tmp_path / "t.csv", "middle")
+    assert [row.key for row in table.rows] == ["a-b-c-1"] and table.source["rows"] == 3
+    assert "rename" in table.dropped[0][1] and "second row" in table.dropped[1][1]
+
+
 @pytest.mark.parametrize("content", [b"", b"PK", b"none"])
 def test_an_unreadable_record_is_no_record(raw, tmp_path, content):
     files = [str(raw / f"Cropped/sub01/EP02_01f/reg_img{n}.jpg") for n in range(46, 51)]
@@ -516,7 +573,7 @@ def test_small_crops_are_registered_as_large_ones_are(tmp_path, motion, turn):
         cv2.imwrite(file, image)
     off = []
     for register in ("none", motion):
-        (onset, other), failed = videos.cut_frames(
+        (onset, other), failed, _ = videos.cut_frames(
             videos.Task("k", tuple(files), (), (), ()), videos.Settings(size=48, register=register))
         assert not failed and onset.shape == (48, 48, 3)
         off.append(np.abs(onset.astype(float) - other)[6:-6, 6:-6].mean())

@@ -57,17 +57,26 @@ def test_the_largest_of_two_faces_is_first(astronaut):
 
 
 @pytest.mark.parametrize("mode, suffix", [("L", "png"), ("L", "jpg"), ("CMYK", "jpg"), ("P", "png"),
-                                          ("I;16", "png"), ("RGBA", "png"), ("LA", "png")])
+                                          ("I;16", "png"), ("RGBA", "png"), ("LA", "png"),
+                                          ("F", "tif"), ("F1", "tif")])
 def test_photographs_of_all_kinds_give_the_same_face(astronaut, face, tmp_path, mode, suffix):
     image = Image.fromarray(astronaut)
     if mode == "I;16":
         image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    elif mode == "F1":  # in shares of white
+        image = Image.fromarray(np.asarray(image.convert("F")) / 255)
     else:
         image = image.convert(mode)
     image.save(tmp_path / f"a.{suffix}")
     (found,) = detection.find_faces(np.asarray(read_photo(tmp_path / f"a.{suffix}")))
     assert middle(found) == pytest.approx(middle(face), abs=4) and found.score > .99
     assert abs(found.points - face.points).max() < 4
+
+
+def test_pixels_that_are_no_numbers_are_refused(tmp_path):
+    Image.fromarray(np.full((9, 9), np.nan, np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(BadInput, match=r"a.tif: cannot be decoded \(pixels that are not finite"):
+        read_photo(tmp_path / "a.tif")
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))

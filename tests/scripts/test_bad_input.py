@@ -703,5 +703,5 @@ def test_the_training_of_another_subject_is_not_gone_on_with(drawn, quick, pretr
     with pytest.raises(SystemExit) as stop:
         finetune(*flags, "--subject", "s1", "--resume", last)
     assert stop.value.code == 2
-    assert "last.pth: the training of s3, who is not among --subject" in capsys.readouterr().err
+    assert "the training of s3, who is not among those to hold out" in capsys.readouterr().err
     finetune(*flags, "--subject", "s3", "--resume", last)  # there is nothing left to do

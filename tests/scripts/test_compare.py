@@ -2,9 +2,11 @@
 import csv
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -232,6 +234,32 @@ def test_table_changed_options_and_tests_of_three_results(make, capsys):
     adjusted = measures.holm([p for _, p in expected])
     for test, (difference, p), holm in zip(tests, expected, adjusted):
         assert test[1:4] == [f"{difference:+.3f}", f"{p:.4f}", f"{holm:.4f}"]
+
+
+def test_seeds_are_pooled_whatever_their_folders_are_called(make, capsys):
+    paths = [make(name, 0.5, seed=seed, details={"command": f"python {script}.py --seed {seed}"})
+             for name, seed, script in (("first", 0, "train_FER"), ("second", 1, "train_FER"),
+                                        ("third", 2, "train_MMNet"))]
+    rows = tables(compare(capsys, *paths))["Held-out subjects,"]
+    pooled = [row[0] for row in rows if "standard deviation" in row[0]]
+    assert len(pooled) == 1 and pooled[0].startswith("1, 2: ")
+
+
+@pytest.mark.parametrize("picture, said", [(".", "is a folder; name a file"),
+                                           ("none/p.png", "its folder does not exist"),
+                                           ("p.jpg", "name a file that ends in .png")])
+def test_a_picture_that_cannot_be_written_is_refused_first(make, capsys, tmp_path, picture, said):
+    with pytest.raises(SystemExit) as stop:
+        compare_results.main([str(make("a", 0.5)), "--picture", str(tmp_path / picture)])
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and said in printed.err and not printed.out
+
+
+def test_a_terminal_that_lacks_a_letter_ends_nothing(make):
+    done = subprocess.run([sys.executable, "compare_results.py", make("a", 0.5, tag="ä"),
+                           make("b", 0.5, seed=1)], capture_output=True, text=True, check=False,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and r"\xe4" in done.stdout and not done.stderr
 
 
 def test_one_result_and_two_that_differ_in_bookkeeping_alone(make, capsys):

@@ -297,6 +297,18 @@ def test_a_finished_run_has_nothing_left_to_do(before, tree, capsys):
     assert "--output_dir" in said and "exists" in said
 
 
+@pytest.mark.parametrize("kept", ["checkpoint-1.pth", "results.json"])
+def test_what_another_run_left_is_not_written_over(before, tree, tmp_path, capsys, kept):
+    run, start = tmp_path / "r", tmp_path / "r" / "checkpoint-1.pth"
+    run.mkdir()
+    (run / kept).write_bytes((before[VIT] / "checkpoint-3.pth").read_bytes())
+    old = (run / kept).read_bytes()
+    said = refused(capsys, TUNE, *tuning_flags(tree), "--output_dir", run, "--finetune",
+                   start if start.exists() else before[VIT] / "checkpoint-3.pth")
+    assert f"holds {kept}, and no last.pth to go on from; give another --output_dir" in said
+    assert [path.name for path in run.iterdir()] == [kept] and (run / kept).read_bytes() == old
+
+
 def struck(stop):
     """A Keeper.step that is told to stop at so many steps."""
     look, count = epochs.Keeper.step, []
@@ -353,6 +365,23 @@ def test_images_of_which_none_can_be_read_are_refused(tmp_path, capsys):
     assert said == (f"error: {tmp_path / 'd'}: none of its 16 images can be read; give another "
                     f"--data_path")
     assert not list((tmp_path / "r").glob("*.pth"))
+
+
+def test_training_images_of_which_none_can_be_read_are_refused(tmp_path, capsys):
+    for name in ("a", "b"):
+        drawn_images(tmp_path / "d/test" / name, 2)
+        (tmp_path / "d/train" / name).mkdir(parents=True)
+        for i in range(4):
+            (tmp_path / f"d/train/{name}/{i}.png").write_bytes(b"nothing")
+    said = refused(capsys, TUNE, *tuning_flags(tmp_path / "d"), "--data_set", "folder",
+                   "--val_fraction", 0, "--batch_size", 4, "--output_dir", tmp_path / "r")
+    assert "none of its 8 training images can be read" in said
+    assert not list((tmp_path / "r").glob("*.pth"))
+
+
+def test_a_derived_rate_below_the_least_stays(parsed):
+    opt = parsed(TUNE, "--data_set", "rafdb", "--data_path", "R", "--blr", 1e-6, "--batch_size", 4)
+    assert opt.learning_rate < 1e-6 and opt.min_lr == opt.learning_rate
 
 
 def test_reconstructions_show_what_is_hidden_and_what_is_seen():
@@ -685,6 +714,8 @@ def test_bad_flags_of_pretraining_are_refused_in_one_line(tree, tmp_path, capsys
     (VIT, ["--tricks", "--aa", "rand-m9"], "--aa goes with random crops, not --tricks"),
     (VIT, ["--cutmix_minmax", .8, .2], "LOW must be below HIGH"),
     (VIT, ["--mixup_prob", .5], "--mixup_prob goes with --mixup, --cutmix"),
+    (VIT, ["--mixup", .8, "--mixup_switch_prob", .2], "--mixup_switch_prob goes with --mixup and"),
+    (VIT, ["--reprob", 0, "--recount", 3], "--recount goes with --reprob above 0"),
     (VIT, ["--model_ema_decay", "auto"], "--model_ema_decay goes with --model_ema"),
     (VIT, ["--votes", "plurality"], "--votes goes with --data_set ferplus"),
     (VIT, ["--aa", "rand-x9"], "argument --aa"), (VIT, ["--data_path", "nowhere"], "nowhere"),

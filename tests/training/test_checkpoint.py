@@ -1,5 +1,6 @@
 """A checkpoint that cannot be written: what is said of it, and what is left on the disk."""
 import errno
+import io
 import os
 import resource
 import shutil
@@ -101,6 +102,22 @@ def test_the_reason_is_found_behind_a_runtime_error(tmp_path, monkeypatch, numbe
     monkeypatch.setattr(torch, "save", behind)
     said = refused(tmp_path / "a.pth", save(tmp_path / "a.pth"), state())
     assert os.strerror(number) in said and (ROOM in said) == room and "pos" not in said
+
+
+def test_a_stop_while_it_is_written_is_a_stop(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path / "last.pth", state())
+
+    class File(io.FileIO):
+        def write(self, content):
+            if self.tell() > 1000:
+                raise util.Stopped(15)
+            return super().write(content)
+    monkeypatch.setattr("builtins.open", lambda path, mode="r", **_: File(path, mode))
+    with pytest.raises(util.Stopped) as stop:
+        checkpoint.save(tmp_path / "last.pth", state(2))
+    monkeypatch.undo()
+    assert stop.value.exit_code == 143
+    assert checkpoint.load(tmp_path / "last.pth")["epoch"] == 1
 
 
 def test_a_runtime_error_of_its_own_is_said_in_its_first_line(tmp_path, monkeypatch):
