@@ -1,4 +1,4 @@
-# make demo       DVSCL on rendered data, from a fresh machine: about 5 minutes
+# make demo       DVSCL on rendered data, from a fresh machine: about 4 minutes
 # make demo-mmnet TM-MMNet on rendered clips: about 5 minutes
 # make demo-fer   FER on rendered faces: about 5 minutes
 # make demo-mae   MAE-SFER on rendered faces: about 7 minutes
