@@ -105,9 +105,14 @@ class Run:
         one would write over it. A run whose name follows from its options is the same one."""
         others = sorted(self.folder.glob("checkpoint-*.pth")) + [
             path for path in [self.folder / "results.json"] if path.exists()]
-        if hasattr(self.opt, "accum_iter") and others:
+        if not hasattr(self.opt, "accum_iter") or not others:
+            return
+        header = read_log(self.folder)[:1]
+        if not header:
             raise BadInput(f"{self.folder}: holds {others[0].name}, and no last.pth to go on from; "
                            f"give another {self._elsewhere}")
+        # this run's own, killed between its first two files
+        self.check_resumable(self.folder / "log.jsonl", header[0], grow=True)
 
     def check_resumable(self, path: str | Path, old: dict, grow: bool = False,
                         **identity: object) -> None:

@@ -307,6 +307,19 @@ def test_what_another_run_left_is_not_written_over(before, tree, tmp_path, capsy
                    start if start.exists() else before[VIT] / "checkpoint-3.pth")
     assert f"holds {kept}, and no last.pth to go on from; give another --output_dir" in said
     assert [path.name for path in run.iterdir()] == [kept] and (run / kept).read_bytes() == old
+    shutil.copy(before[VIT] / "log.jsonl", run)
+    said = refused(capsys, TUNE, *tuning_flags(tree), "--output_dir", run)
+    assert "log.jsonl: cannot be resumed with other options" in said
+    assert (run / kept).read_bytes() == old
+
+
+def test_a_run_that_was_killed_between_its_first_two_files_starts_anew(before, tree, tmp_path):
+    shutil.copytree(before[VIT], tmp_path / "r")
+    (tmp_path / "r/last.pth").unlink()
+    call(VIT, *pretraining_flags(tree), "--output_dir", tmp_path / "r")
+    ours, theirs = (checkpoint.load(run / "last.pth")["model"]
+                    for run in (tmp_path / "r", before[VIT]))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def struck(stop):
