@@ -165,14 +165,14 @@ def plain(scores: dict) -> list[str]:
     return [f"{scores[m]:.3f}" for m in MEASURES]
 
 
-def system(result: dict) -> str:
-    """What a result was computed with but for seeds, as a comparable text."""
+def system(result: dict, told: bool) -> str:
+    """What a result was computed with but for seeds, as a comparable text; told: all results say by
+    which command, which tells it where folders have been renamed."""
     same = {k: v for k, v in result["opt"].items()
             if k not in {*result["free"], "seed", "seeds", *STARTS}
             and not (k == "warmup_epochs" and result["opt"].get("warmup_derived"))}
     starts = [re.sub(r"_seed_\d+", "", start) for start in started_from(result)]
-    # folders may have been renamed since; a release before wrote no command
-    script = str(result.get("command") or result["stage"]).split()[:2]
+    script = str(result["command"] if told else result["stage"]).split()[:2]
     return json.dumps([script, result["protocol"], result.get("data_digest"), starts,
                        same], sort_keys=True)
 
@@ -184,10 +184,10 @@ def started_from(result: dict) -> tuple:
 
 def seed_rows(results: list[dict], figures: list[dict]) -> list[list[str]]:
     """A row of mean and deviation for each system that was run with several seeds."""
-    groups = {}
+    groups, told = {}, all("command" in result for result in results)
     for number, (result, scores) in enumerate(zip(results, figures), 1):
         seed = result["opt"]["seed"], started_from(result)
-        groups.setdefault(system(result), {}).setdefault(seed, (number, result, scores))
+        groups.setdefault(system(result, told), {}).setdefault(seed, (number, result, scores))
     rows = []
     for group in groups.values():
         if len(group) > 1:

@@ -78,7 +78,8 @@ def command_line(main: Callable) -> Callable:
     """Decorate a script's `main(argv=None)`: failures end in one `error:` line, no traceback."""
     @functools.wraps(main)
     def run(argv=None):
-        if hasattr(sys.stdout, "reconfigure"):  # a name that it cannot show ends no run
+        if getattr(sys.stdout, "errors", "") == "strict" and hasattr(sys.stdout, "reconfigure"):
+            # a name that the terminal cannot show ends no run
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             with handled(_raise_stopped):  # temporary files are removed on the way out
@@ -346,14 +347,17 @@ def read_table(path: str | Path, columns: Sequence[str] = (), *, fix: str,
     (_, header), *rows = [*read_cells(path, fix, delimiter)] or [(1, [])]
     missing = [name for name in columns if name not in header]
     if missing:
-        mark = next((mark for mark in (";", "\t") if len(header) == 1 and mark in header[0]), "")
-        if mark and mark != delimiter:
+        text = delimiter.join(header)
+        mark = next((mark for mark in (";", "\t", ",") if mark != delimiter
+                     and text.count(mark) + 1 >= len(columns) > len(header)), "")
+        if mark:
             raise BadInput(f"{path}:1: columns are separated by {mark!r}; save it with "
                            f"{delimiter!r}")
         needed = columns if len(columns) < MANY else (*columns[:3], "…", columns[-1])
         raise BadInput(f"{path}:1: no column {missing[0]!r}; needs the columns "
                        f"{','.join(needed)}; {fix}")
-    rows = [(number, row) for number, row in rows if any(row)]  # spreadsheets leave such behind
+    # spreadsheets leave blank ones behind
+    rows = [(number, row) for number, row in rows if any(map(str.strip, row))]
     for number, row in rows:
         if len(row) != len(header):
             raise BadInput(f"{path}:{number}: {len(row)} fields, not as many fields as the header "

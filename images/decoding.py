@@ -62,7 +62,7 @@ def eight_bits(image: Image.Image) -> Image.Image:
     levels = np.asarray(image, np.float64)
     if not np.isfinite(levels).all():
         raise ValueError("pixels that are not finite")
-    if image.mode == "F" and levels.max() <= 1:  # in shares of white
+    if image.mode == "F" and levels.max() <= 2:  # in shares of white, a little above at most
         levels = levels * 255
     return Image.fromarray((levels / (257 if levels.max() > 255 else 1)).clip(0, 255)
                            .round().astype(np.uint8))
@@ -70,7 +70,9 @@ def eight_bits(image: Image.Image) -> Image.Image:
 
 def _grey8(image, path):
     """A second view of one channel as 8-bit 'L': 8-bit grey, equal RGB channels, or 16-bit."""
-    if image.mode.startswith("I") or image.mode == "F":
+    if image.mode == "F":
+        return eight_bits(image)
+    if image.mode.startswith("I"):
         levels = np.asarray(image).astype(np.int64)
         return Image.fromarray(((levels + 128) // 257).clip(0, 255).astype(np.uint8))
     if image.mode in ("L", "1"):

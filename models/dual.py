@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from models.threads import side_by_side
@@ -51,12 +52,16 @@ class _SideBySide(torch.autograd.Function):
         ctx.save_for_backward(*weights)
         ctx.first = len(_trained(towers[0]))
         ctx.set_materialize_grads(False)
-        return tuple(tap.detach() for tap in ctx.taps)
+        taps = tuple(tap.detach() for tap in ctx.taps)
+        ctx.mark_non_differentiable(*(tap for tap, own in zip(taps, ctx.taps)
+                                      if not own.requires_grad))
+        return taps
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *gradients):
         def back(tap, weights, gradient):
-            if gradient is None or not weights:
+            if gradient is None or not tap.requires_grad:
                 return [None] * len(weights)
             return torch.autograd.grad(tap, weights, gradient, allow_unused=True)
         weights = ctx.saved_tensors

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from dataset import identity
 from images import flow
 from images.lists import DATABASES, natural
 from images.videos import jittered
@@ -133,8 +132,9 @@ def read_workbook(path: str | Path, bad_apex: str) -> Table:
 
 
 def subject_name(text: str) -> str:
-    """The subject of a workbook's cell as the folders spell it: 1, Sub1 and sub01 are sub01."""
-    number = re.fullmatch(r"(?i)(?:sub)?0*(\d+)", text)
+    """The subject of a workbook's cell as the folders spell it: 1, S1, sub01 and Subject 1 are
+    sub01."""
+    number = re.fullmatch(r"(?i)(?:s|sub|subject)?[ _.-]*0*(\d+)", text)
     return f"sub{int(number[1]):02d}" if number else text
 
 
@@ -151,14 +151,8 @@ def read_clips(path: str | Path, bad_apex: str) -> Table:
                        "rows": len(rows)}, tuple(sorted(names, key=natural)))
     # difference images are named by the key alone, whatever the database
     named = Counter((subject, clip, onset) for _, subject, clip, onset in {
-        (row["database"], row["subject"], row["clip"], row["onset"]) for _, row in rows})
-    spelled = {}
-    for place, row in rows:
-        person = row["database"], row["subject"]
-        first = spelled.setdefault(identity(person), person)
-        if first != person:
-            raise BadInput(f"{place}: subject {person[1]!r}, whom another row calls {first[1]!r}; "
-                           f"spell a person one way, or they are trained on and held out at once")
+        (row["database"], row["subject"].lower(), row["clip"].lower(), row["onset"])
+        for _, row in rows})
     for place, row in rows:
         if not row["folder"]:
             raise BadInput(f"{place}: no folder; each clip has one of its own below --raw")
@@ -169,9 +163,16 @@ def read_clips(path: str | Path, bad_apex: str) -> Table:
                  [row[name] for name in ("onset", "apex", "offset")],
                  (row["label"].lower(), row.get("units") or ""), (place, keys, bad_apex),
                  (row["folder"],), f"{row['database']}-" * (
-                     named[row["subject"], row["clip"], row["onset"]] > 1))
+                     named[row["subject"].lower(), row["clip"].lower(), row["onset"]] > 1))
     if not table.rows:
         raise BadInput(f"{path}: no clip in it; one row per clip")
+    spelled = {}
+    for row in table.rows:
+        first = spelled.setdefault((row.database, row.subject.lower()), row.subject)
+        if first != row.subject:
+            raise BadInput(f"{path}: subjects {first!r} and {row.subject!r} of "
+                           f"{DATABASES[row.database]} differ in capitals alone; spell a person "
+                           f"one way, or they are trained on and held out at once")
     return table
 
 

@@ -132,7 +132,10 @@ def _write(path, content):
 
 def read_frame(path: str) -> np.ndarray:
     """uint8 `[H, W, 3]`; raises Unusable."""
-    return np.asarray(eight_bits(_open(path)).convert("RGB"))
+    try:
+        return np.asarray(eight_bits(_open(path)).convert("RGB"))
+    except ValueError as error:
+        raise Unusable(f"{path}: {error}") from None
 
 
 def read_depth(path: str, scale: float) -> np.ndarray:

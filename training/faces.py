@@ -329,7 +329,7 @@ def predict(network: nn.Module, source: Source, members: np.ndarray, autocast: C
     if not kept:
         raise BadInput(f"{source.faces.folder}: no image of {len(members)} can be read")
     if not all(np.isfinite(each).all() for each in probabilities):
-        raise RunFailed(f"{source.faces.folder}: the predictions for its images are not finite; "
-                        f"lower the learning rate")
+        raise RunFailed(f"the predictions for the images of {source.faces.name} are not finite; "
+                        f"train with a lower learning rate")
     return Predicted(np.concatenate(kept), np.concatenate(probabilities), *(
         np.concatenate(each) if each else None for each in beside.values()))

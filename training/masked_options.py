@@ -164,7 +164,8 @@ def settle(parser: ArgumentParser, opt: argparse.Namespace, default: Defaults) -
         parser.error("--lr and --blr exclude each other")
     if opt.min_lr is None:
         opt.min_lr = min(default.min_lr, opt.learning_rate)
-    if opt.min_lr > opt.learning_rate:
+    # one that evaluates has the ranks of today, and takes the rate of the run
+    if opt.min_lr > opt.learning_rate and not getattr(opt, "eval", False):
         parser.error(f"argument --min_lr: {opt.min_lr:g} is above the rate, "
                      f"{opt.learning_rate:g}")
     if opt.resume is None and opt.auto_resume:

@@ -143,6 +143,15 @@ def test_towers_side_by_side_give_the_bits_of_one_thread(threads, layer, half, f
         assert not any(tap.requires_grad for tap in model(x))
 
 
+def test_a_tap_below_all_trained_weights_has_no_gradient(threads):
+    torch.set_num_threads(2)
+    model = create_model("resnet18v1", feat_dim=8).requires_grad_(False)
+    model.rgb_to_d.fc.bias.requires_grad_()
+    x = torch.randn(2, 4, 32, 32)
+    assert [tap.requires_grad for tap in model(x, 3)] == [False, False]
+    assert [tap.requires_grad for tap in model(x)] == [True, False]
+
+
 def test_an_error_in_a_tower_is_raised_and_threads_stay_as_they_were(threads):
     torch.set_num_threads(2)
     model = create_model("resnet18v1", feat_dim=8)

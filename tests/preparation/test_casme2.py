@@ -431,15 +431,17 @@ def test_a_jittered_frame_that_cannot_be_used_has_the_plain_one_in_its_place(raw
         steps = content["steps"]
     for variant in task.variants[1:]:
         assert np.array_equal(steps[list(variant)], steps[:4])
-    shutil.copy(tmp_path / "reg_img51.jpg", files[48])  # one of the five
-    assert "reg_img48" in videos.process(task, settings, tmp_path)["dropped"]
+    nothing = Image.fromarray(np.full((8, 8), np.nan, np.float32))
+    nothing.save(files[48], "TIFF")  # one of the five
+    dropped = videos.process(task, settings, tmp_path)["dropped"]
+    assert "reg_img48.jpg: pixels that are not finite" in dropped
 
 
 def test_a_person_has_one_name(raw, tmp_path, capsys):
     rows = list(csv.reader((raw / "coding.csv").open(encoding="utf-8-sig", newline="")))
     subject = [name.strip().lower() for name in rows[0]].index("subject")
     before = casme2.read_workbook(raw / "coding.csv", "middle").rows
-    for row, spelling in zip(rows[1:], ("sub{}", "Sub{:02d}", "SUB0{}", "{}") * len(rows)):
+    for row, spelling in zip(rows[1:], ("sub{}", "Sub{:02d}", "S0{}", "Subject {}") * len(rows)):
         row[subject] = spelling.format(int(row[subject]))
     with open(tmp_path / "coding.csv", "w", newline="") as file:
         csv.writer(file).writerows(rows)
@@ -447,8 +449,8 @@ def test_a_person_has_one_name(raw, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("rows, said", [
-    (["samm,s1,c1,f,1,5,9,a", "samm,S1,c2,g,1,5,9,a"], "t.csv:3: subject 'S1', whom another row "
-                                                       "calls 's1'"),
+    (["samm,s1,c1,f,1,5,9,a", "samm,S1,c2,g,1,5,9,a"],
+     "t.csv: subjects 's1' and 'S1' of samm differ in capitals alone"),
     (["samm;s1;c1;f;1;5;9;a"], "t.csv:1: columns are separated by ';'; save it with ','")])
 def test_tables_of_clips_that_cannot_be_told_apart_are_refused(tmp_path, rows, said):
     mark = ";" if ";" in rows[0] else ","
@@ -465,6 +467,14 @@ def test_names_that_meet_in_a_key_are_told_apart_and_blank_rows_left_out(tmp_pat
     table = casme2.read_clips(tmp_path / "t.csv", "middle")
     assert [row.key for row in table.rows] == ["a-b-c-1"] and table.source["rows"] == 3
     assert "rename" in table.dropped[0][1] and "second row" in table.dropped[1][1]
+
+
+def test_one_key_in_two_databases_becomes_two_in_any_capitals(tmp_path):
+    (tmp_path / "t.csv").write_text("\n".join([",".join(casme2.CLIP_COLUMNS), "samm,S1,c,f,1,5,9,a",
+                                               "smic,s1,c,g,1,5,9,a", "smic,1.1,c,h,1,5,9,a",
+                                               "smic,11,c,i,1,5,9,a", "smic,S1,d,j,1,5,9,"]))
+    table = casme2.read_clips(tmp_path / "t.csv", "middle")
+    assert [row.key for row in table.rows] == ["samm-S1-c-1", "smic-s1-c-1", "1.1-c-1", "11-c-1"]
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"none"])
