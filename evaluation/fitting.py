@@ -176,8 +176,8 @@ class Fit:
         header = record.header(script, opt, argv, data_digest=self.digest)
         log = self.run.log(header, (lambda line: line["epoch"] <= done) if self.resume else None,
                            writes=distributed.first())
-        epochs.Loop(opt, log, steps=steps, together=True).run(self._epoch, self._save, done,
-                                                              within)
+        epochs.Loop(opt, log, steps=steps, together=True).run(
+            self._epoch, self._save, done, within)
         return header
 
     def read_only(self, argv: list[str], script: str) -> dict:

@@ -1,7 +1,5 @@
 """What all dual-view encoders share: numbered taps in one view, and the two views side by side."""
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -60,18 +58,19 @@ class _SideBySide(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients):
-        def back(tap, weights, gradient):
+        def back(of_tower):
+            tap, weights, gradient = of_tower
             if gradient is None or not tap.requires_grad:
                 return [None] * len(weights)
             return torch.autograd.grad(tap, weights, gradient, allow_unused=True)
         weights = ctx.saved_tensors
-        parts = zip(ctx.taps, (weights[:ctx.first], weights[ctx.first:]), gradients)
-        back_of = [partial(back, *part) for part in parts]
-        first, second = side_by_side(lambda call: call(), back_of, ctx.taps[0].device)
+        towers = zip(ctx.taps, (weights[:ctx.first], weights[ctx.first:]), gradients)
+        first, second = side_by_side(back, list(towers), ctx.taps[0].device)
         return None, None, None, *first, *second
 
 
 def _trained(tower):
+    """The weights of a tower that get gradients."""
     return [weight for weight in tower.parameters() if weight.requires_grad]
 
 

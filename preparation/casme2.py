@@ -195,13 +195,13 @@ def add_clip(table: Table, name: tuple, numbers: list, shown: tuple, row: tuple,
               and int(numbers[0]) < int(numbers[2])):
         table.dropped.append((key, f"{where}: onset {numbers[0]!r} and offset {numbers[2]!r} are "
                                    f"not two frame numbers in their order"))
-    elif (said := (database, subject.lower(), clip.lower(), numbers[0])) in keys:
+    elif (row_key := (database, subject.lower(), clip.lower(), numbers[0])) in keys:
         table.dropped.append((key, f"{where}: a second row for this subject, clip and onset"))
     elif key.lower() in keys:
         table.dropped.append((key, f"{where}: another subject and clip make the same name; rename "
                                    f"one of them"))
     else:
-        keys |= {said, key.lower()}
+        keys |= {row_key, key.lower()}
         onset, offset = int(numbers[0]), int(numbers[2])
         apex, rule = int(numbers[1]) if NUMBER.fullmatch(numbers[1]) else None, ""
         if apex is None:

@@ -89,9 +89,10 @@ class Run:
             if resume is None and self.folder.exists() and any(self.folder.iterdir()):
                 raise BadInput(f"{self.folder}: exists; go on with --resume auto, give another "
                                f"{self._elsewhere}, or remove it")
-            if resume and not self.last().exists():
-                self._check_others()
-            return self.last() if resume and self.last().exists() else None
+            if resume and self.last().exists():
+                return self.last()
+            self._check_others()
+            return None
         if not Path(resume).is_file():
             raise BadInput(f"--resume {resume}: no such checkpoint")
         header = read_log(self.folder)[:1]
