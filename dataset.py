@@ -382,8 +382,8 @@ def find_without(opt: argparse.Namespace, clips: ClipSet) -> set[tuple]:
 
 def left_out(opt: argparse.Namespace, clips: ClipSet) -> list[tuple[str | None, set]]:
     """(name, persons left out) of every run that --subject ('each': one for each), or --fold
-    ('3/10'), asks for; those of --without are left out of all. opt and clips as in `read_pool`.
-    Raises BadInput."""
+    ('3/10', '3/5'), asks for; those of --without are left out of all. opt and clips as in
+    `read_pool`. Raises BadInput."""
     subject, fold = opt.subject, opt.fold
     if opt.pool == "unlabelled" and (fold or subject or opt.without):
         # who is left out may be in the lists alone
@@ -392,8 +392,9 @@ def left_out(opt: argparse.Namespace, clips: ClipSet) -> list[tuple[str | None, 
     always = find_without(opt, clips)
     if fold:
         labelled = clips.subset([clip.label >= 0 for clip in clips.clips])
-        folds = ten_folds(labelled)
-        name, n = "fold" + fold.replace("/", "of"), len(folds.names)
+        name = "fold" + fold.replace("/", "of")
+        folds = ten_folds(labelled, 5 if fold.endswith("/5") else 10)
+        n = len(folds.names)
         if name not in folds.names:
             raise BadInput(f"--fold {fold}: the subjects make {n} groups, 1/{n} to {n}/{n}")
         out = {labelled.clips[i].person

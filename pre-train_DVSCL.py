@@ -74,7 +74,8 @@ def add_pool_options(data):
     data.add_argument("--subject", metavar="NAME|each", free=True,
                       help="leave this subject out, of the labelled and unlabelled pool alike; "
                            "each: one run per subject, dealt out to the ranks under torchrun")
-    data.add_argument("--fold", metavar="i/10", help="leave the i-th of ten subject groups out")
+    data.add_argument("--fold", metavar="i/10|i/5",
+                      help="leave the i-th of ten, or five, groups of subjects out")
     data.add_argument("--without", nargs="+", metavar="NAME", default=[],
                       help="leave these subjects out of every run as well [none]")
     data.add_argument("--pairs", metavar="FILE", free=True,

@@ -90,8 +90,8 @@ def add_data_options(parser):
     data = parser.add_argument_group("data")
     data.add_argument("--data_folder", free=True, required=True, metavar="DIR",
                       help="folder that prepare.py casme2 wrote")
-    data.add_argument("--protocol", choices=("loso", "10fold"), default="loso",
-                      help="leave one subject out, or ten groups of whole subjects")
+    data.add_argument("--protocol", choices=options.PROTOCOLS, default="loso",
+                      help="leave one subject out, or ten or five groups of whole subjects")
     data.add_argument("--part", free=True, metavar="SUBJECTS", default="all",
                       help="only these held-out subjects, merged with those finished before: "
                            "numbers 5,16 or [5,16,7] and ranges 1-4 of every database, names "

@@ -3,13 +3,13 @@
   python benchmarks/learning.py --work runs/learning             # about 85 minutes, two CPU cores
   python benchmarks/learning.py --work runs/quick --quick        # 8 minutes
 
-60 subjects x 10 rendered clips, ten folds of subjects, for each seed (of rendering, pre-training
+60 subjects x 10 rendered clips, five folds of subjects, for each seed (of rendering, pre-training
 and heads) another set; unlabelled pairs of other people, and of the same people without those held
 out, which takes a pre-training a fold; encoders that saw as many pairs in pre-training, whatever
-the size of the pool (those of a fold a fifth of that, with a row of other people to hold against
-them). Beside them what can be had without any encoder, untrained encoders, the same network trained
-from scratch, controls that must come out at chance, and a ceiling: the pool with its labels.
-Reports whatever comes out, and draws UF1 against the size of the pool.
+the size of the pool (those of a fold a share of that, in smaller batches, with a row of other
+people to hold against them). Beside them what can be had without any encoder, untrained encoders,
+the same network trained from scratch, controls that must come out at chance, and a ceiling: the
+pool with its labels. Reports whatever comes out, and draws UF1 against the size of the pool.
 """
 import importlib
 import os
@@ -36,7 +36,8 @@ from rendering import expression
 from training import checkpoint, epochs, supervised
 
 PEOPLE, POOL = 250, 5000  # in the unlabelled pool, and its pairs
-SHARE = 0.2  # of the pairs seen, where each of ten folds has a pre-training of its own
+FOLDS = 5
+SHARE, SMALL = 0.2, 32  # of the pairs seen, in batches of so many, where folds have encoders
 SIZES = {"resnet18v1": 56, "alexnet": 112}  # crops, pixels, that two cores can do
 # whose maps have about the 7 x 7 cells there that the usual layer 5 has for crops of 224 pixels
 LAYERS = {"resnet18v1": 3, "alexnet": 4}
@@ -90,31 +91,32 @@ class Bench(Rows):
 
     def pretrain(self, name, model, seed, data, pairs, share=1, fold=None):
         """The checkpoint of a pre-training on `pairs` (a file, None: the labelled clips) that sees
-        `share` of --seen pairs; fold: one of ten, whose people are left out."""
+        `share` of --seen pairs; fold: one of the FOLDS, whose people are left out."""
         root, flags, count = self.work / "runs" / f"{name}_{model}_{seed}", [], 600
         if pairs:
             count = len(pairs.read_text().splitlines()) - 1
             flags = ["--pairs", pairs, "--pool", "unlabelled"]
         if fold:
-            flags += ["--fold", f"{fold}/10"]
+            flags += ["--fold", f"{fold}/{FOLDS}"]
         passes = max(1, round(share * self.opt.seen / count))
         self.jobs.run("pre-train_DVSCL", "--data_folder", data, "--model_path", root, "--epochs",
-                      passes, "--batch_size", 128, "--warmup_epochs", passes / 20, "--save_freq",
-                      1000, *self.shared(model, seed, root), *flags)
-        return next(root.glob(f"*_fold{fold}of10*/last.pth" if fold else "*/last.pth"))
+                      passes, "--batch_size", 128 if share == 1 else SMALL, "--warmup_epochs",
+                      passes / 20, "--save_freq", 1000, *self.shared(model, seed, root), *flags)
+        return next(root.glob(f"*_fold{fold}of{FOLDS}*/last.pth" if fold else "*/last.pth"))
 
     def pretrain_folds(self, *args):
-        """The checkpoints of ten pre-trainings, each without the people of a fold, as one path."""
-        started = [self.jobs.start(self.pretrain, *args, SHARE, fold) for fold in range(1, 11)]
+        """The checkpoints of as many pre-trainings as there are folds, each without the people of
+        one, as one path."""
+        started = [self.jobs.start(self.pretrain, *args, SHARE, fold + 1) for fold in range(FOLDS)]
         first, *_ = [str(path.result()) for path in started]
-        return first.replace("fold1of10", "{fold}")
+        return first.replace(f"fold1of{FOLDS}", "{fold}")
 
     def head(self, script, name, model, seed, data, path, *flags):
         """(labels, predictions, subjects) of a probing or fine-tuning run that starts from `path`,
         a Future."""
         root = self.work / "results" / f"{name}_{model}_{seed}"
         self.jobs.run(script, "--data_folder", data, "--model_path", path.result(), "--save_path",
-                      root, "--protocol", "10fold", "--layer", LAYERS[model],
+                      root, "--protocol", f"{FOLDS}fold", "--layer", LAYERS[model],
                       *self.shared(model, seed, root), *flags)
         return read(next(root.glob("*/results.json")).parent)
 
@@ -250,7 +252,7 @@ def main_rows(bench, sets, others, pools):
 
 def more_rows(bench, sets, others, pools, flat):
     """(title, a job a seed) of the ceiling, the last control, the other encoder, the same people;
-    flat: a rendered set a seed without expressions."""
+    flat: a rendered set a seed without expressions, then that of their pool."""
     model, seeds, middle = "resnet18v1", range(bench.opt.seeds), bench.middle
     start = bench.jobs.start
     lists = labelled_pool(others, bench.work / "labelled_pool")
@@ -258,21 +260,19 @@ def more_rows(bench, sets, others, pools, flat):
         start(ceiling, bench, others, sets[s], s, lists) for s in seeds]
     yield "control: no expression, probe", [
         bench.probe("flat", model, s, flat[s], start(
-            bench.pretrain, "flat", model, s, flat[s], flat[s] / "pairs.tsv")) for s in seeds]
+            bench.pretrain, "flat", model, s, flat[-1], flat[-1] / "pairs.tsv")) for s in seeds]
     yield "alexnet untrained, probe", [
         bench.probe("untrained", "alexnet", s, sets[s], bench.untrained) for s in seeds]
-    yield f"alexnet pre-trained on {middle} pairs of others, probe", [
-        bench.probe(middle, "alexnet", s, sets[s], start(
-            bench.pretrain, middle, "alexnet", s, others, pools[middle])) for s in seeds]
-    yield f"{SHARE:.0%} of the steps: {middle} pairs of others, probe", [
-        bench.probe(f"short_{middle}", model, s, sets[s], start(
-            bench.pretrain, f"short_{middle}", model, s, others, pools[middle], SHARE))
-        for s in seeds]
+    for name, title in (("alexnet", "alexnet pre-trained on "), (model, "")):
+        yield f"{SHARE:.0%} of the pairs seen: {title}{middle} pairs of others, probe", [
+            bench.probe(f"short_{middle}", name, s, sets[s], start(
+                bench.pretrain, f"short_{middle}", name, s, others, pools[middle], SHARE))
+            for s in seeds]
     for count in (0, *bench.opt.pools):
         title = f"{count} pairs of the same people" if count else "the labelled clips"
         name = f"same_{count}"
         files = [subset(data, count, range(count)) if count else None for data in sets]
-        yield f"{SHARE:.0%} of the steps: {title}, those held out left out, probe", [
+        yield f"{SHARE:.0%} of the pairs seen: {title}, those held out left out, probe", [
             bench.probe(name, model, s, sets[s], start(
                 bench.pretrain_folds, name, model, s, sets[s], files[s])) for s in seeds]
 
@@ -282,26 +282,27 @@ def main(argv=None):
     opt, began = parse_option(argv), time.time()
     with Jobs(opt.processes) as jobs:
         bench, seeds = Bench(opt, jobs), range(opt.seeds)
-        others = bench.render("others", 1000, "--unlabelled", POOL, "--unlabelled_subjects", PEOPLE)
+        few = "--subjects", 2, "--clips_per_subject", 4, "--unlabelled_subjects", PEOPLE
+        others = bench.render("others", 1000, "--unlabelled", POOL, *few)
         more = () if opt.quick else ("--unlabelled", POOL)
         sets = [bench.render(f"data_{seed}", seed, *more) for seed in seeds]
         pools = {str(n): subset(others, n, range(n)) for n in opt.pools}
         strongest = np.argsort(-intensities(others), kind="stable")
-        for n in opt.pools:
-            if n < POOL:
-                name = f"{n}_strongest"
-                pools[name] = subset(others, name, sorted(strongest[:n]))
+        if int(bench.middle) < POOL:
+            name = f"{bench.middle}_strongest"
+            pools[name] = subset(others, name, sorted(strongest[:int(bench.middle)]))
         started = list(main_rows(bench, sets, others, pools))
         if not opt.quick:
-            flat = [bench.render(f"flat_{seed}", seed, "--amplitude", 0, "--unlabelled",
-                                 bench.middle, "--unlabelled_subjects", PEOPLE) for seed in seeds]
+            flat = [bench.render(f"flat_{seed}", seed, "--amplitude", 0) for seed in seeds]
+            flat.append(bench.render("flat_others", 1000, "--amplitude", 0, "--unlabelled",
+                                     bench.middle, *few))
             started += more_rows(bench, sets, others, pools, flat)
         clips = [dataset.read_clips(data) for data in sets]
         bench.baselines([(c.labels, None, [clip.subject for clip in c.clips]) for c in clips])
         images = [torch.tensor(dataset.load_images(c, bench.work / "cache", 4, 112)[0])
                   for c in clips]
         bench.add("logistic regression on pixels", [
-            (c.labels, regression(c, x), [clip.subject for clip in c.clips])
+            (c.labels, regression(c, x, FOLDS), [clip.subject for clip in c.clips])
             for c, x in zip(clips, images)])
         for title, parts in started:
             bench.add(title, [part.result() for part in parts])

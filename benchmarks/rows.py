@@ -158,11 +158,11 @@ def grey_pixels(faces: FaceSet) -> np.ndarray:
     return np.stack([decode(faces, i, GREY_SIDE).mean(0).ravel() for i in range(len(faces))])
 
 
-def regression(clips: ClipSet, images: Tensor, side: int = 16) -> np.ndarray:
+def regression(clips: ClipSet, images: Tensor, folds: int = 10, side: int = 16) -> np.ndarray:
     """Predictions `[N]` of logistic regressions on images `[N, C, S, S]` averaged to a grid of so
-    many cells a side, ten folds, the penalty chosen as for the heads."""
+    many cells a side, in so many folds, the penalty chosen as for the heads."""
     x = F.adaptive_avg_pool2d(images.float(), side).flatten(1)[None]
-    fold_of = dataset.ten_folds(clips).of
+    fold_of = dataset.ten_folds(clips, folds).of
     task = probing.Task(x, clips.labels, clips.n_label, fold_of, sorted(set(fold_of.tolist())))
     heads, _ = probing.solve_heads(task, groups=probing.inner_groups(clips))
     return probing.predict(heads, task).argmax(1)

@@ -16,6 +16,7 @@ from images import decoding, encoding
 from models import create_classifier, create_model
 from models.classifier import Classifier
 from training import checkpoint
+from training.options import PROTOCOLS
 from util import BadInput
 
 RANDOM = "random"  # in place of a checkpoint: an untrained encoder
@@ -105,9 +106,9 @@ class Encoders:
 
     @functools.cached_property
     def _folds(self):
-        """Name of the fold of ten that pre-training left each person out with."""
+        """Name of the fold that pre-training left each person out with; one of ten with loso."""
         everyone = self.clips.origin or self.clips
-        folds = dataset.ten_folds(everyone)
+        folds = dataset.ten_folds(everyone, PROTOCOLS[self.opt.protocol] or 10)
         return {clip.person: folds.names[fold] for clip, fold in zip(everyone.clips, folds.of)}
 
     def path(self, person: tuple) -> str:

@@ -20,6 +20,7 @@ from evaluation.encoders import RANDOM, Encoders
 from images import encoding
 from models.classifier import Classifier
 from training import distributed, record
+from training.options import PROTOCOLS
 from training.record import Run
 from util import BadInput, RunFailed, write_json
 
@@ -27,7 +28,8 @@ from util import BadInput, RunFailed, write_json
 
 def split(protocol: str, clips: ClipSet) -> Folds:
     """The folds of --protocol; raises BadInput for one subject."""
-    folds = (dataset.subject_folds if protocol == "loso" else dataset.ten_folds)(clips)
+    number = PROTOCOLS[protocol]
+    folds = dataset.ten_folds(clips, number) if number else dataset.subject_folds(clips)
     if len(folds.names) < 2:
         raise BadInput(f"{clips.folder}: one subject; held-out evaluation takes two")
     return folds

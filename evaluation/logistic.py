@@ -140,7 +140,8 @@ class Regression:
             return self._together(problem, old, stages)
         # by their number alone: were they grouped by penalty, rounding in one fold would follow
         # from what others chose, and so from labels that its head must not see
-        parts = near.tensor_split(-(-len(near) * self.n_label // COLUMNS)) if len(near) else ()
+        number_of_parts = min(-(-len(near) * self.n_label // COLUMNS), len(near))
+        parts = near.tensor_split(number_of_parts) if len(near) else ()
         for chosen, (part, done) in zip(parts, side_by_side(together, parts, self.device)):
             heads |= {int(fold): Solution(*(value[..., i:i + 1] for value in part))
                       for i, fold in enumerate(chosen)}

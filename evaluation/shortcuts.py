@@ -14,12 +14,12 @@ from torch import Tensor
 
 import dataset
 from dataset import DATABASES, ClipSet
-from evaluation import probing
+from evaluation import logistic, probing
 
 CLIP_FOLDS = 5
-# error of a logit that an accuracy over many subjects does not feel; a smaller one takes twice the
-# time where the penalty is weak
-SUBJECT_TOLERANCE = 0.1
+# times what tells penalties apart: an error of logits that an accuracy over many subjects does not
+# feel; a tenth of it takes two to four times as long
+SUBJECT_ROUGH = 100
 
 
 def measure(opt: argparse.Namespace, clips: ClipSet, frozen: probing.Frozen) -> dict:
@@ -51,7 +51,8 @@ def subject_probe(opt: argparse.Namespace, clips: ClipSet, frozen: probing.Froze
     if frozen.l2:
         l2 = float(np.median(frozen.l2))
         same = frozen.regression.relabelled(labels, len(of)) if everybody else None
-        heads, _ = probing.solve_heads(task, l2, tolerance=SUBJECT_TOLERANCE, regression=same)
+        heads, _ = probing.solve_heads(task, l2, tolerance=SUBJECT_ROUGH * logistic.rough(l2),
+                                       regression=same)
     else:
         print("telling subjects apart by the same features:")
         names = [f"clips{f + 1}of{len(task.held_out)}" for f in task.held_out]

@@ -9,6 +9,8 @@ from util import ArgumentParser, NumberList, number, positive_int, word
 
 # L2 penalties of a head to choose from, strongest first
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+# number of groups of subjects of each --protocol; None: a subject by itself
+PROTOCOLS = {"10fold": 10, "5fold": 5, "loso": None}
 
 
 def check_size(parser: ArgumentParser, model: str, size: int) -> None:
@@ -216,8 +218,8 @@ def add_head_options(parser: ArgumentParser, stage: str, protocol: str) -> tuple
     data, model = add_data_options(parser), parser.add_argument_group("model")
     data.add_argument("--dataset", choices=(*DATABASES, "all"), default="casme3",
                       help="the database in the lists to evaluate; all: every one of them")
-    data.add_argument("--protocol", choices=("10fold", "loso"), default=protocol,
-                      help="ten groups of whole subjects, or leave one subject out")
+    data.add_argument("--protocol", choices=PROTOCOLS, default=protocol,
+                      help="ten or five groups of whole subjects, or leave one subject out")
     data.add_argument("--without", nargs="+", metavar="NAME", default=[],
                       help="subjects that take no part at all, neither trained on nor predicted "
                            "[none]")
@@ -281,8 +283,8 @@ def check_options(parser: ArgumentParser, opt: argparse.Namespace) -> None:
     """Fills in the model's own layer where none is given; refuses one out of range, what
     `check_results` does, and placeholders that the protocol cannot fill."""
     check_results(parser, opt)
-    if opt.protocol == "10fold" and "{subject}" in opt.model_path:
-        parser.error("argument --model_path: {subject} goes with --protocol loso, {fold} with both")
+    if opt.protocol != "loso" and "{subject}" in opt.model_path:
+        parser.error("argument --model_path: {subject} goes with --protocol loso, {fold} with all")
     check_size(parser, opt.model, opt.size)
     if opt.layer is None:
         opt.layer = default_layer(opt.model)

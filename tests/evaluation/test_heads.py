@@ -372,6 +372,25 @@ def test_the_rest_of_a_group_is_trained_without_those_who_are_finished(many, qui
         assert np.allclose(kept(together, name), kept(apart, name), atol=1e-6)
 
 
+def test_a_fifth_of_the_subjects_has_the_encoder_pre_trained_without_it(many, quick, tmp_path):
+    clips = dataset.read_clips(many)
+    names, fold_of = dataset.ten_folds(clips, 5)
+    group = {clips.clips[i].subject for i in np.flatnonzero(fold_of == 1)}
+    assert names[1] == "fold2of5" and len(group) > 1
+    pretrain("--data_folder", many, *quick, "--model_path", tmp_path / "runs", "--fold", "2/5")
+    path = only(tmp_path / "runs")
+    assert path.name.endswith("_without_fold2of5")
+    people = {subject for _, subject in load(path / "last.pth")["seen"]["people"]}
+    assert people == {clip.subject for clip in clips.clips} - group
+    probe("--data_folder", many, *quick, "--save_path", tmp_path, "--protocol", "5fold",
+          "--model_path", str(path / "last.pth").replace("fold2of5", "{fold}"),
+          "--subject", *group, "--resume", "auto")
+    (run,) = tmp_path.glob("probe*")
+    actual = json.loads((run / "results.json").read_text())
+    assert actual["protocol"] == "5fold" and actual["transductive"] is False
+    assert actual["n_subjects"] == len(group)
+
+
 # ---------------------------------------------------------------- against scikit-learn, rendered
 
 def fair(labels, said):

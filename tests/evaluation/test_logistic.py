@@ -166,6 +166,14 @@ def test_a_fold_is_solved_alike_alone_among_others_and_in_parts(monkeypatch, thr
         assert (other - weights[0]).norm() < 1e-4 * weights[0].norm()
 
 
+def test_more_classes_than_a_thread_solves_at_a_time_take_a_fold_each(monkeypatch):
+    data = draw(60, 40)
+    heads, _ = solve(data, 1e-3)
+    monkeypatch.setattr(logistic, "COLUMNS", CLASSES - 1)  # as with the subjects of a large set
+    few, _ = solve(data, 1e-3)
+    assert (few.weight - heads.weight).norm() < 1e-4 * heads.weight.norm()
+
+
 def test_a_start_leads_to_the_same_heads():
     features, labels, _ = data = draw(60, 150)
     regression = logistic.Regression(features, labels, CLASSES)
