@@ -63,7 +63,7 @@ demo-mmnet: .venv/prepare-ready
 	    --preview $(DEMO)/mmnet/clips.png
 	$(PY) prepare.py casme2 --raw $(DEMO)/mmnet/raw --data_folder $(DEMO)/mmnet/data \
 	    --annotation $(DEMO)/mmnet/raw/CASME2-coding-20140508.xlsx --reference onset
-	$(TWO) train_MMNet.py $(MMNET) --model mmnet --device cpu
+	$(TWO) train_MMNet.py $(MMNET) --model mmnet --scale map --device cpu
 	$(TWO) train_MMNet.py $(MMNET) --model V4 --device cpu
 	$(PY) compare_results.py $(DEMO)/mmnet/results/*/results.json \
 	    --picture $(DEMO)/mmnet/comparison.png

@@ -73,7 +73,9 @@ def read_results(path: str | Path) -> dict:
         raise BadInput(f"{path}: missing; name a results.json")
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
         raise BadInput(f"{path}: not a results.json; run the script that wrote it again")
-    result["stage"] = path.resolve().parent.name.split("_")[0]
+    folder = path.resolve().parent.name
+    # scripts that name a run's folder by its options begin with the stage
+    result["stage"] = folder.split("_")[0] if "tag" in result["opt"] else folder
     table = path.with_name("predictions.csv")
     n_label = result["n_label"]
     result["predictions"] = result_files.read_predictions(table, n_label)
@@ -140,9 +142,10 @@ def rows_on(result: dict, clips: list[tuple]) -> list[dict]:
 
 def title(result: dict) -> str:
     """What a result is of, in a few words."""
-    opt = result["opt"]
+    opt, starts = result["opt"], {result["opt"].get(name) for name in STARTS}
     # a script that trains from scratch has no source
-    encoder = {"random": "untrained ", "": ""}.get(opt["model_path"], "pre-trained ")
+    encoder = "untrained " if "random" in starts else \
+        "pre-trained " if starts - {None, "", "none"} else ""
     view = "" if opt["encoder"] == "both" else f", {opt['encoder']} alone"
     frozen = ", frozen" if opt.get("freeze_encoder") else ""
     return f"{result['stage']}, {encoder}{opt['model']}{view}{frozen}, {result['protocol']}" \

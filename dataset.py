@@ -390,8 +390,9 @@ def left_out(opt: argparse.Namespace, clips: ClipSet) -> list[tuple[str | None, 
         listed = read_clips(opt.data_folder, opt.list_folder, opt.view, opt.encoding)
         clips = replace(listed, clips=listed.clips + clips.clips)
     always = find_without(opt, clips)
+    # as an evaluation has them, whose names do not follow from the pairs
+    labelled = replace(clips, clips=[clip for clip in clips.clips if clip.label >= 0])
     if fold:
-        labelled = clips.subset([clip.label >= 0 for clip in clips.clips])
         name = "fold" + fold.replace("/", "of")
         folds = ten_folds(labelled, 5 if fold.endswith("/5") else 10)
         n = len(folds.names)
@@ -400,15 +401,16 @@ def left_out(opt: argparse.Namespace, clips: ClipSet) -> list[tuple[str | None, 
         out = {labelled.clips[i].person
                for i in np.flatnonzero(folds.of == folds.names.index(name))}
         return [(name, out | always)]
-    if subject == "each":
-        return [(name, {person} | always) for person, name in clips.names.items()]
+    if subject == "each":  # of those whom an evaluation holds out
+        return [(name, {person} | always) for person, name in labelled.names.items()]
     if not subject:
         return [(None, always)]
     out = find_people([subject], clips)
     if len({database for database, _ in out}) > 1:
         raise BadInput(f"--subject {subject}: several databases have this name; say "
                        + " or ".join(f"{DATABASES[d]}/{name}" for d, name in out))
-    return [(clips.names[out[0]], set(out) | always)]
+    named = {**clips.names, **labelled.names}  # the lists' spelling, not that of a pairs file
+    return [(named[next((p for p in out if p in labelled.names), out[0])], set(out) | always)]
 
 
 def training_clips(clips: ClipSet, blank: np.ndarray, out: set) -> np.ndarray:

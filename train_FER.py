@@ -116,7 +116,7 @@ def check_options(parser, opt, words):
           "--gaussian or --views landmark")
     needs(opt.wloss_update, "--wloss_update", opt.wloss_alpha, "--wloss_alpha")
     options.check_balance(parser, opt)
-    needs(opt.model_path and opt.pretrained != "imagenet", "--pretrained", not opt.model_path,
+    needs("--pretrained" in words, "--pretrained", not opt.model_path,
           "a fresh start, not --model_path")
     if opt.weight_decay > 0.1:
         print(f"warning: --weight_decay {opt.weight_decay:g} is strong; where notes say .9, it is "
@@ -281,8 +281,11 @@ def set_loader(opt):
             raise BadInput(f"--landmarks {opt.landmarks}: {landmarks.shape[1]} points an image; "
                            f"--views landmark takes 68")
         decoded = photographs.stored(images, opt.size, opt)
-        sources[split] = faces.Source(images, decoded, landmarks, opt.views, opt.gaussian,
-                                       opt.augment)
+        source = sources[split] = faces.Source(images, decoded, landmarks, opt.views,
+                                                opt.gaussian, opt.augment)
+        if len(lacking := source.without_landmarks()):
+            print(f"--landmarks: {len(lacking)} of {len(images)} {split} images have none, "
+                  f"{images.paths[lacking[0]]} the first")
     return sources
 
 
@@ -298,7 +301,8 @@ def read_start(opt):
     return state
 
 
-def set_model(opt, n_label, device, start=None):
+def set_model(opt, n_label, device, start=None, fresh=True):
+    """The network, with what it starts from unless it goes on; start: what read_start gave."""
     torch.manual_seed(opt.seed)
     network = create_network(opt.model, n_label, opt.arch, opt.drop_rate, opt.gaussian,
                              opt.bn_per_view)
@@ -306,7 +310,7 @@ def set_model(opt, n_label, device, start=None):
         which, weights = pretrained.predicting(start)
         checkpoint.load_model(network, start | {"model": weights}, opt.model_path, opt.model)
         print(f"--model_path {opt.model_path}: all {len(weights)} tensors loaded, {which} weights")
-    elif start is not None or opt.pretrained == "imagenet":
+    elif start is not None or (fresh and opt.pretrained == "imagenet" and not opt.model_path):
         pretrained.load_backbone(network, opt.pretrained, opt.arch, start)
     network.features.requires_grad_(not opt.freeze_backbone)
     return network.to(device, memory_format=torch.channels_last)
@@ -365,7 +369,7 @@ def train(opt, argv, device, sources):
     if start is not None:
         flag = "--model_path" if opt.model_path else "--pretrained"
         fit.start_from(flag, opt.model_path or opt.pretrained, start)
-    network = set_model(opt, fit.faces.n_label, device, start)
+    network = set_model(opt, fit.faces.n_label, device, start, not fit.resume)
     fit.begin(network, set_optimizer(opt, network), set_distance(opt, fit.faces.classes, device))
     header = fit.run_epochs(argv, __file__)
     return fit.run.folder, fit.evaluate(header)

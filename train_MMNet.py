@@ -43,6 +43,8 @@ def check_options(parser, opt, layout):
         parser.error(f"--au_loss: {opt.model} learns the action units in a stage of its own")
     if opt.size % 16:
         parser.error("argument --size: a multiple of 16")
+    if opt.input is None:
+        opt.input = "difference" if opt.model == "mmnet" and not opt.channels else "flow"
     if opt.input == "difference" and opt.channels:
         parser.error("--channels goes with --input flow")
     if bool(opt.mask) != bool(opt.landmarks):
@@ -109,9 +111,9 @@ def add_model_options(parser):
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=tuple(mmnet.LAYOUTS), default="V3NR", metavar="NAME",
                        help="variant: " + ", ".join(mmnet.LAYOUTS))
-    model.add_argument("--input", choices=("flow", "difference"), default="flow",
-                       help="motion between the frames: optical flow, or RGB differences; of "
-                            "mmnet from onset to apex")
+    model.add_argument("--input", choices=("flow", "difference"),
+                       help="motion between the frames, of mmnet from onset to apex: optical flow, "
+                            "or RGB differences [flow; difference for mmnet without --channels]")
     model.add_argument("--channels", choices=(*mmnet.SETS, "hsv"),
                        help="channels of a step of flow: n spread from -1 to 1, r in pixels, s "
                             "standardised, hsv as colours [the variant's; nr for mmnet]")
@@ -123,8 +125,9 @@ def add_model_options(parser):
                        help="eyes, jaw: parts of the face that are blanked [none]")
     model.add_argument("--landmarks", free=True, metavar="FILE.csv",
                        help="key,x1,y1,...,x68,y68 of each clip, pixels of frames.npy")
-    model.add_argument("--pretrained", metavar="FILE", help="published checkpoint, or one of this "
-                       "script, to start from; its last layers may differ [none]")
+    model.add_argument("--pretrained", free=True, metavar="FILE",
+                       help="published checkpoint, or one of this script, to start from; its last "
+                            "layers may differ [none]")
 
 
 def add_optimisation_options(parser):
@@ -204,7 +207,7 @@ def set_job(opt, data, units, members, name, device, masks=None):
                                  None if targets is None else targets.shape[2], opt.channels,
                                  opt.size)
     if opt.pretrained:
-        motion.load_pretrained(network, opt.pretrained)
+        motion.load_pretrained(network, opt.pretrained, opt.channels)
     network = network.to(device).channels_last()
     scale = opt.scale
     if scale == "fixed":

@@ -16,6 +16,7 @@ import contextlib
 import csv
 import errno
 import functools
+import glob
 import io
 import json
 import math
@@ -24,6 +25,8 @@ import re
 import shutil
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -72,6 +75,14 @@ def leave_signals() -> None:
     """For a worker process: it ends with the run that started it, without a word of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent):
+    """Ends this process when its parent is killed, of which nobody tells it."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def command_line(main: Callable) -> Callable:
@@ -282,10 +293,12 @@ def replacing(path: str | Path, flush: bool = True) -> Iterator[Path]:
             shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
-def remove_leftovers(folder: str | Path) -> None:
-    """Removes what killed processes of this machine left half-written below `folder`; others may
-    be writing there now."""
-    for part in Path(folder).rglob(f".*.{platform.node()}.*.part"):
+def remove_leftovers(folder: str | Path, name: str | None = None) -> None:
+    """Removes what killed processes of this machine left half-written below `folder`, or in it of
+    a file or folder `name`; others may be writing there now."""
+    folder, ending = Path(folder), f"{platform.node()}.*.part"
+    parts = folder.glob(f".{glob.escape(name)}.{ending}") if name else folder.rglob(f".*.{ending}")
+    for part in parts:
         try:
             os.kill(int(part.suffixes[-2][1:]), 0)
         except (ProcessLookupError, ValueError):

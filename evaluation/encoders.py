@@ -1,6 +1,5 @@
 """Which encoder each held-out person gets, from which checkpoint, and whom it saw before."""
 import argparse
-import functools
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -94,6 +93,8 @@ class Encoders:
 
     def __init__(self, opt: argparse.Namespace, clips: ClipSet, people: Iterable[tuple]):
         self.opt, self.clips, self.source = opt, clips, getattr(opt, "model_path", RANDOM)
+        people = list(people)
+        self.folds = self._folds(people)
         self.paths = {person: self.path(person) for person in people}
         self.sha256, self.checked = {RANDOM: None}, (None, None)
         self.seen = {RANDOM: Seen(set(), True)}
@@ -104,19 +105,28 @@ class Encoders:
                     raise BadInput(f"--model_path {path}: no such checkpoint")
                 self.sha256[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
-    @functools.cached_property
-    def _folds(self):
-        """Name of the fold that pre-training left each person out with; one of ten with loso."""
-        everyone = self.clips.origin or self.clips
-        folds = dataset.ten_folds(everyone, PROTOCOLS[self.opt.protocol] or 10)
-        return {clip.person: folds.names[fold] for clip, fold in zip(everyone.clips, folds.of)}
+    def _folds(self, people):
+        """Name of the fold that pre-training left each person out with: of as many as --protocol
+        has, or of the other number where the checkpoints of `people` are there."""
+        if "{fold}" not in self.source:
+            return {}
+        everyone, own = self.clips.origin or self.clips, PROTOCOLS[self.opt.protocol] or 10
+        numbers = sorted(filter(None, PROTOCOLS.values()), key=lambda number: number != own)
+        each = []
+        for number in numbers:
+            folds = dataset.ten_folds(everyone, number)
+            each.append({clip.person: folds.names[fold]
+                         for clip, fold in zip(everyone.clips, folds.of)})
+            if all(Path(self.path(person, each[-1])).is_file() for person in people):
+                return each[-1]
+        return each[0]
 
-    def path(self, person: tuple) -> str:
-        """--model_path for one held-out person: {subject} and {fold} filled in."""
-        path = self.source
-        if "{fold}" in path:
-            path = path.replace("{fold}", self._folds[person])
-        return path.replace("{subject}", self.clips.names[person])
+    def path(self, person: tuple, folds: dict | None = None) -> str:
+        """--model_path for one held-out person: {subject} and {fold} filled in; folds: the name of
+        everybody's fold [those whose checkpoints are there]."""
+        folds = self.folds if folds is None else folds
+        return self.source.replace("{fold}", folds.get(person, "")).replace(
+            "{subject}", self.clips.names[person])
 
     def create_head(self) -> nn.Module:
         """A fresh linear head for the options and clips of the run."""

@@ -3,6 +3,7 @@ checkpoints, and its results on the test split."""
 import dataclasses
 import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -87,12 +88,15 @@ class Fit:
         # was of the test split
         self.before, self.seen = photographs.Seen(photographs.NOTHING, photographs.NOTHING), None
         self.transductive: bool | None = False
+        self.started: dict = {}  # file and digest of the network that it started from
 
     def start_from(self, flag: str, path: str, state: object) -> None:
         """Notes what a checkpoint, that anybody wrote, says of the images that its network saw:
         `transductive` is None where that is not known. Raises BadInput where it was fitted to the
         labels of images which now are to choose."""
         self.before, self.transductive = photographs.Seen.of(state), None
+        self.started = {"checkpoint": str(path),
+                        "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
         if self.before.any is None and not len(self.before.labelled):
             self._check_earlier(flag, path, state)
             return
@@ -146,7 +150,8 @@ class Fit:
         opt, device = self.run.opt, next(network.parameters()).device
         precision = epochs.mixed_precision(opt.amp, device)
         if not hasattr(opt, "accum_iter"):  # it is announced with its own check
-            epochs.check_slices(len(self.members), opt.batch_size, network, device)
+            epochs.check_slices(len(self.members), opt.batch_size, network, device, "images",
+                                opt.size <= 32)  # a ResNet's last maps are of one position
         self.beside, ema = average is not None, average
         if average is None and opt.ema_decay:
             from timm.utils import ModelEmaV3  # a wrong path should not wait for it
@@ -207,9 +212,11 @@ class Fit:
             job.distance.copy_(old["distance"])
         self.validation.state, self.history = old["best"], old["history"]
         # what tells it may be gone by now
-        self.transductive = old.get("transductive")
+        self.transductive, self.started = old.get("transductive"), old.get("started") or {}
         self.before = photographs.Seen.of(old)
-        job.source.images.lost[old["lost"].numpy()] = True
+        lost = old["lost"]  # a checkpoint of an earlier release names those of training alone
+        for name, places in (lost if isinstance(lost, dict) else {"train": lost}).items():
+            self.sources[name].images.lost[places.numpy()] = True
         return old["epoch"], old["within"]
 
     def _epoch(self, epoch, within, on_step):
@@ -234,7 +241,8 @@ class Fit:
     def _save(self, epoch, within):
         job = self.job
         job.source.images.save()
-        lost = distributed.any_of(job.source.images.lost)
+        lost = {name: torch.from_numpy(np.flatnonzero(distributed.any_of(part.images.lost)))
+                for name, part in self.sources.items()}
         if self.seen is None:  # once: a little of every image is read
             self.seen = self.before.joined(fingerprints(self.faces.subset(self.members))) \
                 if distributed.first() else self.before
@@ -250,7 +258,7 @@ class Fit:
                 "optimizer": job.optimizer.state_dict(),
                 "scaler": job.precision.scaler.state_dict(),
                 "labels": torch.from_numpy(job.labels.copy()), "relabelled": job.relabelled,
-                "lost": torch.from_numpy(np.flatnonzero(lost)),
+                "lost": lost, "started": self.started,
                 "points": 0 if job.source.landmarks is None else job.source.landmarks.shape[1],
                 "distance": job.distance, "best": self.validation.state, "history": self.history}
             if hasattr(self.run.opt, "save_ckpt_freq"):
@@ -268,7 +276,11 @@ class Fit:
     def evaluate(self, header: dict) -> dict | None:
         """Predicts the test split and writes the results; None but on the rank that writes."""
         opt, job, run, test = self.run.opt, self.job, self.run, self.sources["test"]
-        details = {"transductive": self.transductive}
+        details = {"transductive": self.transductive, **self.started}
+        if any(part.landmarks is not None for part in self.sources.values()):
+            details["without_landmarks"] = {
+                name: [part.faces.paths[i] for i in part.without_landmarks()]
+                for name, part in self.sources.items()}
         for part in self.sources.values():
             part.images.lost[:] = distributed.any_of(part.images.lost)
         if not distributed.first():

@@ -209,14 +209,23 @@ class HeldOut:
                 run.finished(name)
         self.states = checked_states(run, self.header, self.encoders, names, finished,
                                      self.besides) if folds and todo else {}
+        self._check_begun()
         self.log = open_log(run, self.header, names, {
             name: state["epoch"] for name, state in self.states.items()}) if todo else None
 
     def check(self) -> None:
         """Raises BadInput for what would end the training of `groups`: before there is a run
         folder."""
-        if self.groups and hasattr(self.run.opt, "model_path"):
-            self.encoders.check(self.groups[0].path)
+        if hasattr(self.run.opt, "model_path"):
+            for path in dict.fromkeys(group.path for group in reversed(self.groups)):
+                self.encoders.check(path)
+
+    def _check_begun(self):
+        """Raises BadInput where a training that was stopped would start anew, over what it did."""
+        for group in self.groups if self.folds and self.run.opt.resume != "auto" else ():
+            if group.name not in self.states and (path := self.run.last(group.name)).exists():
+                raise BadInput(f"{path}: a training that is not finished; go on with --resume "
+                               f"auto, give another --tag, or remove it")
 
     def _groups(self, todo):
         """The Groups that train for the persons in `todo`."""
@@ -404,15 +413,13 @@ def over_seeds(opt: argparse.Namespace, evaluate: Callable, run_name: Callable) 
             each[-1].model_path = path.replace("{seed}", str(seed))
     for one in each[1:]:
         folder = Path(opt.save_path) / run_name(one)
-        if opt.resume:
-            continue
-        if not getattr(opt, "subject", None) and folder.exists() and any(
-                path.suffix != ".part" for path in folder.iterdir()):
-            raise BadInput(f"{folder}: exists; go on with --resume auto, give another --tag, or "
-                           f"remove it")
         if path not in ("", RANDOM) and "{" not in one.model_path \
                 and not Path(one.model_path).is_file():
             raise BadInput(f"--model_path {one.model_path}: no such checkpoint")
+        if not opt.resume and getattr(opt, "subject", None) in (None, ["all"]) \
+                and folder.exists() and any(path.suffix != ".part" for path in folder.iterdir()):
+            raise BadInput(f"{folder}: exists; go on with --resume auto, give another --tag, or "
+                           f"remove it")
     runs = [evaluate(one) for one in each]
     results = [results for _, results in runs if results]
     if not opt.seeds or not results:

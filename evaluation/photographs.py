@@ -229,7 +229,7 @@ def write_results(run: Run, header: dict, source: faces.Source, network: nn.Modu
     told = {name: header[name] for name in ("command", "versions")}
     result_files.write_subjects(folder, {"test": {
         "transductive": details.pop("transductive"), "checkpoint": details.pop("checkpoint", None),
-        "sha256": None, "made_by": told, "maps": maps,
+        "sha256": details.pop("sha256", None), "made_by": told, "maps": maps,
         "rows": rows_of(images, kept, probabilities),
         **({"history": np.array(history)[:, kept].T.tolist()} if history else {}),
         **({"choice": details.pop("choice")} if "choice" in details else {})}})

@@ -111,7 +111,7 @@ class HeldOutVideos(heldout.HeldOut):
             with torch.device("meta"):
                 network = mmnet.create_mmnet(opt.model, clips.n_label, count, opt.channels,
                                              opt.size)
-            motion.fitting(network, opt.pretrained)
+            motion.fitting(network, opt.pretrained, opt.channels)
 
     def seen(self, members: np.ndarray) -> dict:
         """What a checkpoint says of whom it saw: the persons of `members`, and those before."""
@@ -164,10 +164,9 @@ class Best:
     """
 
     def __init__(self, clips: ClipSet, members: np.ndarray):
-        # not stratified: the labels of held-out clips would move training subjects
-        chosen = dataset.ten_folds(clips, INNER, stratified=False).of[members]
-        self.clips, first = clips, int(chosen.min())
-        self.inner, self.rest = members[chosen == first], members[chosen != first]
+        own = clips.subset(np.isin(np.arange(len(clips)), members))
+        chosen = dataset.ten_folds(own, INNER, stratified=False).of
+        self.clips, self.inner, self.rest = clips, members[chosen == 0], members[chosen != 0]
         if not len(self.rest):
             raise BadInput("--select inner: too few subjects; it takes three, or --select fixed")
         self.state = {"stage": "", "value": 0.0, "epoch": 0, "model": {}}

@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from images import encoding
 from util import BadInput
@@ -53,6 +53,17 @@ def read_photo(path: str | Path, side: int | None = None) -> Image.Image:
         return image.convert("RGB")
     except BROKEN as error:
         raise BadInput(f"{path}: cannot be decoded ({error}); replace it") from None
+
+
+def upright_size(path: str | Path) -> tuple[int, int]:
+    """Width and height of a photograph turned as its EXIF data say, of its header alone where the
+    format keeps those there; raises BadInput."""
+    with open_image(path, PHOTO_LIMIT) as image:
+        try:
+            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        except BROKEN as error:
+            raise BadInput(f"{path}: cannot be decoded ({error}); replace it") from None
+        return image.size[::-1] if turned else image.size
 
 
 def eight_bits(image: Image.Image) -> Image.Image:

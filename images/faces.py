@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
 from images import cache, face_folders, face_sets
-from images.decoding import BROKEN, open_image, read_photo
+from images.decoding import read_photo, upright_size
 from images.face_folders import SPLITS, Found
 from images.face_sets import CLASSES, SETS
 from util import BadInput, ensure, read_cells, read_table
@@ -145,7 +145,9 @@ def _read_subjects(folder: Path, found: Found) -> dict[str, str]:
     if nameless:
         raise BadInput(f"{table}: no subject of {len(nameless)} images, {nameless[0]} the first; "
                        f"name the subject of every image, or remove the file")
-    found.notes["subjects in train and test both"] += sorted(of["train"] & of["test"])
+    for one, other in (("train", "test"), ("train", "val"), ("val", "test")):
+        found.notes[f"subjects in {one} and {other} both"] += sorted(
+            of.get(one, set()) & of.get(other, set()))
     return subjects
 
 
@@ -259,7 +261,7 @@ def decode(faces: FaceSet, i: int, side: int,
     if faces.boxes is None or np.isnan(faces.boxes[i]).any():
         image = read_photo(path, side).resize(size, resample)
         return np.asarray(image).transpose(2, 0, 1).copy()
-    full = _upright_size(path)
+    full = upright_size(path)
     left, top, right, bottom = _clipped(faces, i, full)
     image = read_photo(path, math.ceil(side * min(full) / min(right - left, bottom - top)))
     # a pixel is 1, 2, 4 or 8 of the file's, the last ones of a line less than full
@@ -283,17 +285,6 @@ def stamp(faces: FaceSet, side: int,
     boxes = None if faces.boxes is None else hashlib.sha256(faces.boxes.tobytes()).hexdigest()
     return cache.stamp((faces.folder / path for path in faces.paths), "faces", side, boxes,
                        *how)
-
-
-def _upright_size(path: Path) -> tuple[int, int]:
-    """Width and height of an image turned as its EXIF data say, of its header alone where the
-    format keeps those there; raises BadInput."""
-    with open_image(path) as image:
-        try:
-            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-        except BROKEN as error:
-            raise BadInput(f"{path}: cannot be decoded ({error}); replace it") from None
-        return image.size[::-1] if turned else image.size
 
 
 def _clipped(faces: FaceSet, i: int, size: tuple[int, int]) -> tuple[float, float, float, float]:
@@ -384,7 +375,7 @@ def _to_shares(points: np.ndarray, faces: FaceSet) -> None:
 
     def frame(i: int) -> tuple[float, float, float, float]:
         try:
-            size = _upright_size(faces.folder / faces.paths[i]) if faces.pixels is None \
+            size = upright_size(faces.folder / faces.paths[i]) if faces.pixels is None \
                 else (48, 48)
             return _clipped(faces, i, size)
         except BadInput:  # who decodes the image says so

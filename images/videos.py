@@ -6,6 +6,7 @@ with its onset and offset jittered, says an index of variants.
 import hashlib
 import json
 import re
+import zipfile
 from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
@@ -108,7 +109,7 @@ def _read_arrays(folder, info):
             array = arrays[name] = np.load(path, mmap_mode="r")
             ensure(array.ndim == dimensions
                    and path.stat().st_size == array.offset + array.nbytes)
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, EOFError, zipfile.BadZipFile):
             raise BadInput(f"{path}: missing or not whole; {AGAIN}") from None
     frames, index = arrays["frames"], np.asarray(arrays["index"])
     count, size = len(frames), info["size"]

@@ -16,7 +16,7 @@ from torch import nn
 import util
 from evaluation import finetuning
 from images import cache, decoding
-from images.decoding import read_photo
+from images.decoding import read_photo, upright_size
 from images.faces import FaceSet
 from models.ran import create_network
 from prediction.clips import table
@@ -82,14 +82,16 @@ def find(opt: util.Options, state: dict, told: dict) -> Iterator[Found]:
     photos, _ = photographs.find_photos(opt.photos, opt.pictures or "/dev/null")
     for photo in photos:
         try:
-            pixels = np.asarray(read_photo(photo.path))
+            image = read_photo(photo.path, size if opt.whole else None)  # as in training
+            width, height = upright_size(photo.path)
         except BadInput as error:
             told["unreadable"].append(str(error))
             continue
+        pixels = np.asarray(image)
         if opt.whole:
-            whole = Image.fromarray(pixels).resize((size, size), resampling_of(state))
-            box = {"face": 1, "x": 0, "y": 0, "width": pixels.shape[1], "height": pixels.shape[0],
-                   "score": None, "points": []}
+            whole = image.resize((size, size), resampling_of(state))
+            box = {"face": 1, "x": 0, "y": 0, "width": width, "height": height, "score": None,
+                   "points": []}
             yield Found(photo, box, np.asarray(whole), None)
             continue
         found = detection.find_faces(pixels, opt.min_face_size)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from dataset import identity
 from images import lists
 from images.lists import DATABASES, clip_key, image_paths, natural
 from util import BadInput, read_cells
@@ -132,7 +133,7 @@ def cell_text(cell: object) -> str:
 
 
 def _open_workbook(path, kind, package, load):
-    """The workbook that `load(module of the package)` gives; raises BadInput."""
+    """What `load(module of the package)` gives of a workbook; raises BadInput."""
     try:
         reader = importlib.import_module(package)
     except ImportError:
@@ -145,11 +146,12 @@ def _open_workbook(path, kind, package, load):
 
 
 def _xlsx_rows(path):
-    book = _open_workbook(path, ".xlsx", "openpyxl", lambda openpyxl: openpyxl.load_workbook(
-        path, read_only=True, data_only=True))
-    sheet = book["label"] if "label" in book.sheetnames else book.worksheets[0]
-    sheet.reset_dimensions()  # a file may declare fewer rows than it has
-    return list(enumerate(sheet.iter_rows(values_only=True), 1))
+    def load(openpyxl):
+        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+        sheet = book["label"] if "label" in book.sheetnames else book.worksheets[0]
+        sheet.reset_dimensions()  # a file may declare fewer rows than it has
+        return list(enumerate(sheet.iter_rows(values_only=True), 1))
+    return _open_workbook(path, ".xlsx", "openpyxl", load)
 
 
 def _xls_rows(path):
@@ -262,6 +264,18 @@ def copy_lists(table: Table, target: Path, kept: set) -> Iterator[tuple]:
 
 # ---------------------------------------------------------------- clips.csv
 
+def check_spelling(path: str | Path, rows: list[Row]) -> None:
+    """Raises BadInput where one person of a database has two names: they would be trained on and
+    held out at once."""
+    spelled = {}
+    for row in rows:
+        first = spelled.setdefault(identity((row.database, row.person)), row)
+        if first.person != row.person:
+            raise BadInput(f"{path}: subjects {first.subject!r} and {row.subject!r} of "
+                           f"{DATABASES[row.database]} differ in capitals or dots alone; spell a "
+                           f"person one way, or they are trained on and held out at once")
+
+
 def read_clips_csv(path: str | Path, root: Path) -> Table:
     """Table of clips.csv: paths of frames relative to `root`; raises BadInput."""
     path = Path(path)
@@ -306,6 +320,7 @@ def read_clips_csv(path: str | Path, root: Path) -> Table:
                        f"{len(missing)} paths in all are not")
     if not rows:
         raise BadInput(f"{path}: no clip in it")
+    check_spelling(path, rows)
     return table
 
 

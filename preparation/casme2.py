@@ -166,13 +166,7 @@ def read_clips(path: str | Path, bad_apex: str) -> Table:
                      named[row["subject"].lower(), row["clip"].lower(), row["onset"]] > 1))
     if not table.rows:
         raise BadInput(f"{path}: no clip in it; one row per clip")
-    spelled = {}
-    for row in table.rows:
-        first = spelled.setdefault((row.database, row.subject.lower()), row.subject)
-        if first != row.subject:
-            raise BadInput(f"{path}: subjects {first!r} and {row.subject!r} of "
-                           f"{DATABASES[row.database]} differ in capitals alone; spell a person "
-                           f"one way, or they are trained on and held out at once")
+    annotation.check_spelling(path, table.rows)
     return table
 
 

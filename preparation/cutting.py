@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from images import encoding
+from images import encoding, flow
 from images.decoding import PIXEL_LIMIT, eight_bits
 from preparation import detection, registration
 from preparation.registration import Box, Crops, Framing
@@ -101,8 +101,9 @@ def is_current(task: Task, settings: Settings, folder: str | Path) -> bool:
 
 def fingerprint(task: Task, settings: dict | list) -> str:
     """Digest of what is made of a task under these settings."""
-    stat = [os.stat(name) for name in task.frames]
-    content = [VERSION, settings, asdict(task), [(s.st_size, s.st_mtime_ns) for s in stat]]
+    stat = [os.stat(name) for name in (*task.frames, *task.more)]
+    content = [VERSION, flow.cv2 and flow.cv2.__version__, settings, asdict(task),
+               [(s.st_size, s.st_mtime_ns) for s in stat]]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -67,11 +67,15 @@ def begin(opt: argparse.Namespace, table: Table, folder: Path, same: bool) -> No
                        f"--data_folder")
     (folder / RECORDS).mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
-    old = read_manifest(folder)
-    if not same or (old["options"], old["annotation"]) != (_options(opt), table.source):
-        # Training refuses a folder without subName.txt, so that a stopped run cannot be mistaken.
-        for name in ("v_rgb/subName.txt", "pairs.tsv", "encoding.json", "manifest.json"):
-            (folder / name).unlink(missing_ok=True)
+    if not same:
+        _take_back(folder)
+
+
+def _take_back(folder):
+    """Removes what says that a set is whole: training refuses a folder without subName.txt, so that
+    a stopped run cannot be mistaken."""
+    for name in ("v_rgb/subName.txt", "pairs.tsv", "encoding.json", "manifest.json"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _options(opt):
@@ -85,11 +89,11 @@ def write(opt: argparse.Namespace, table: Table, labelled: list, unlabelled: lis
           search: dict | None, folder: Path) -> None:
     """Everything but the images. labelled, unlabelled: (row, task, record) of the clips that
     stay; search: what the search for pairs met, or None."""
+    _take_back(folder)
     remove_others(folder, labelled + unlabelled)
     for view in ("v_rgb", "v_depth"):
         shutil.rmtree(folder / view, ignore_errors=True)
     write_table(folder / "boxes.csv", BOX_COLUMNS, box_rows(labelled + unlabelled))
-    (folder / "pairs.tsv").unlink(missing_ok=True)
     if unlabelled:
         write_table(folder / "pairs.tsv", PAIR_COLUMNS, pair_rows(opt.intensity, unlabelled), "\t")
     encoding = {"difference": opt.difference, "depth_range_mm": opt.depth_range,
@@ -145,9 +149,11 @@ def remove_others(folder: Path, kept: list) -> None:
     names = {name for _, _, record in kept for name in record["files"]}
     for path in (folder / RECORDS).glob("*.json"):
         if path not in wanted:
-            for name in json.loads(path.read_text(encoding="utf-8"))["files"]:
-                if name not in names:
-                    (folder / name).unlink(missing_ok=True)
+            # of a damaged record nobody knows whose images it was
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                for name in json.loads(path.read_text(encoding="utf-8"))["files"]:
+                    if name not in names:
+                        (folder / name).unlink(missing_ok=True)
             path.unlink()
 
 

@@ -23,6 +23,7 @@ from util import (
     handled,
     leave_signals,
     number,
+    remove_leftovers,
     replacing,
     write_bytes,
     write_json,
@@ -76,6 +77,7 @@ def render_once(data_folder: str, asked: dict, note: str, write: Callable[[Path]
         raise BadInput(f"{folder}: a mount point, which cannot be replaced; name a folder below it "
                        f"as --data_folder")
     start = time.time()
+    remove_leftovers(folder.parent, folder.name)
     with replacing(folder) as part:
         part.mkdir(parents=True)
         counts = write(part)

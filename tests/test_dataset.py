@@ -230,6 +230,23 @@ def test_lists_and_pairs_have_a_grey_view_of_their_own_or_neither(tmp_path):
     assert len(dataset.read_pool(opt)) == 18
 
 
+@pytest.mark.parametrize("pool", ["both", "unlabelled"])
+def test_whoever_is_evaluated_is_left_out_by_the_name_that_lists_have(tmp_path, pool):
+    draw_set(tmp_path)
+    pairs = draw_pairs(tmp_path)
+    text = pairs.read_text().replace("\ts2\t", "\tS.2\t").replace("casme3\ts3", "samm\ts9")
+    pairs.write_text(text)
+    opt = argparse.Namespace(data_folder=tmp_path, list_folder=None, view="RGB_D", encoding=None,
+                             pool=pool, pairs=pairs, min_intensity=None, subject="each", fold=None,
+                             without=[])
+    clips = dataset.read_pool(opt)
+    runs = dataset.left_out(opt, clips)
+    assert [(name, out) for name, out in runs] == [(f"s{i}", {(0, f"s{i}")}) for i in range(1, 5)]
+    opt.subject = "s2"
+    ((name, out),) = dataset.left_out(opt, clips)
+    assert name == "s2" and out == {(0, "s2"), (0, "S.2")}
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_another_second_view_has_one_or_three_channels(tmp_path, channels):
     draw_set(tmp_path, second="flow", channels=channels)
@@ -327,11 +344,12 @@ def test_cache_holds_what_decoding_gives_and_is_read_again(drawn, tmp_path, monk
 @pytest.mark.parametrize("kind", ["array", "memory map", "stream"])
 def test_batches_are_fetched_in_order(drawn, tmp_path, device, kind, monkeypatch):
     clips = dataset.read_clips(drawn)
-    plain, _ = dataset.load_images(clips)
+    plain, digest = dataset.load_images(clips)
     if kind == "stream":
         monkeypatch.setattr(cache, "_free_memory", lambda: 1000)
-    images, _ = dataset.load_images(clips, tmp_path if kind == "memory map" else "off")
-    assert isinstance(images, cache.Stream) == (kind == "stream")
+        monkeypatch.setattr(cache, "AT_ONCE", 5)
+    images, again = dataset.load_images(clips, tmp_path if kind == "memory map" else "off")
+    assert isinstance(images, cache.Stream) == (kind == "stream") and again == digest
     batches = [np.array(b) for b in ([3, 1], [0], [5, 5, 2], [11, 7])] * 3
     device, actual = torch.device(device), []
     for batch in cache.fetch(images, batches, device):

@@ -100,18 +100,19 @@ def announce(opt: argparse.Namespace, n_data: int, noun: str = "clips") -> int:
     return steps
 
 
-def check_slices(n_data: int, batch_size: int, model: torch.nn.Module,
-                 device: torch.device) -> None:
-    """Raises BadInput if a batch leaves a device too few clips for the model's batch norm."""
+def check_slices(n_data: int, batch_size: int, model: torch.nn.Module, device: torch.device,
+                 noun: str = "clips", single: bool = False) -> None:
+    """Raises BadInput if a batch leaves a device too few clips for the model's batch norm; single:
+    some of its maps are of one position, where the model does not tell."""
     # in maps one clip has many positions; of vectors, and of maps of a single one, it takes two, or
     # those of the other ranks
-    least = 1 + any(isinstance(part, torch.nn.BatchNorm1d)
-                    or any(side == 1 for _, side in getattr(part, "shapes", ()))
-                    for part in model.modules())
+    least = 1 + (single or any(isinstance(part, torch.nn.BatchNorm1d)
+                               or any(side == 1 for _, side in getattr(part, "shapes", ()))
+                               for part in model.modules()))
     for batch in batches(n_data, batch_size, generator(0)):
         smallest = distributed.smallest_slice(len(batch), device)
         if smallest < least:
-            raise BadInput(f"--batch_size {batch_size}: of {n_data} clips it leaves a batch of "
+            raise BadInput(f"--batch_size {batch_size}: of {n_data} {noun} it leaves a batch of "
                            f"{len(batch)}, and a device {smallest} of them; the model "
                            f"needs {least} on each: take another, or fewer devices")
 

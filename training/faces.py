@@ -42,6 +42,11 @@ class Source(NamedTuple):
     def side(self) -> int:
         return self.images.shape[-1]
 
+    def without_landmarks(self) -> np.ndarray:
+        """Which images have none of those that are read."""
+        return np.flatnonzero([] if self.landmarks is None
+                              else np.isnan(self.landmarks).any((1, 2)))
+
     def points(self, i: int) -> np.ndarray | None:
         """Landmarks of image `i` in pixels, int `[P, 2]`, or None."""
         if self.landmarks is None or np.isnan(self.landmarks[i]).any():
@@ -84,7 +89,6 @@ class Source(NamedTuple):
             boxes = np.stack([regions.part_boxes(self.points(index[k])) for k in known])
             maps[known] = regions.gaussian_map(torch.from_numpy(boxes).to(device), self.side)
         return maps
-
 
     def training_inputs(self, index: np.ndarray, rows: np.ndarray, batch: Tensor,
                         rng: torch.Generator) -> Tensor:
@@ -134,8 +138,8 @@ class Job(NamedTuple):
 def loss_of(opt: argparse.Namespace, said: tuple, target: Tensor, kept: Tensor,
             weights: Tensor | None, distance: Tensor | None, n: int) -> tuple[Tensor, dict]:
     """(mean loss of the images that could be read, `kept` bool `[B]`, its parts by name): said:
-    (logits `[B, C]`, importance `[B, K]` or None) of a part of a batch of `n` images with labels
-    `target`. The rank regularisation, of the whole batch, is not in it."""
+    (logits `[B, C]`, importance `[B, K]` or None) of a part of a batch, of which `n` images could
+    be read, with labels `target`. The rank regularisation, of the whole batch, is not in it."""
     logits, importance = said
     if not kept.any():  # 0, and a gradient of 0 for every weight
         return sum(one.sum() * 0 for one in said if one is not None), dict.fromkeys(
@@ -182,7 +186,7 @@ def batch_loss(opt: argparse.Namespace, job: Job, said: tuple, target: Tensor, k
     and the parts of the loss called `names`) of this rank's part of a batch; kept: which could be
     read, bool, `everyone` on all ranks."""
     n = int(everyone.sum())
-    loss, parts = loss_of(opt, said, target, kept, weights, job.distance, len(everyone))
+    loss, parts = loss_of(opt, said, target, kept, weights, job.distance, n)
     # parts may differ by an image or more
     total, rank = loss * (int(kept.sum()) * distributed.size() / max(1, n)), 0.0
     if opt.rank_margin:

@@ -127,7 +127,8 @@ def train_epoch(opt: argparse.Namespace, job: Job, stage: str, epoch: int, numbe
         group["lr"] = rate
     order = epochs.batches(len(labels), opt.batch_size, epochs.generator(opt.seed, epoch))
     pieces = [(step, k, piece, len(index)) for step, index in enumerate(order, 1)
-              for k, piece in enumerate(index.tensor_split(opt.accumulate)) if len(piece)]
+              for k, piece in enumerate(index.tensor_split(
+                  max(1, min(opt.accumulate, len(index) // 2))))]  # batch norm takes two clips
     pieces = [piece for piece in pieces if piece[0] > within.get("step", 0)]
     coming = batches(job.source, [job.members[piece.numpy()] for _, _, piece, _ in pieces], device,
                      [(opt.seed, epoch, step, k) for step, k, _, _ in pieces])
@@ -178,10 +179,15 @@ def predict(job: Job, members: np.ndarray, batch_size: int = 32) -> tuple:
             None if units[0] is None else np.concatenate(units))
 
 
-def fitting(network: MMNet, path: str | Path) -> dict:
-    """The tensors that a network gets from a published checkpoint, or one of these scripts, all but
-    last layers of another shape; raises BadInput for another network."""
-    state = files.load_weights(path)
+def fitting(network: MMNet, path: str | Path, channels: str) -> dict:
+    """The tensors that a network for `channels` gets from a published checkpoint, or one of these
+    scripts, all but last layers of another shape; raises BadInput for another network."""
+    state = files.read(path)
+    opt = state.get("opt") if isinstance(state, dict) else None
+    if isinstance(opt, dict) and opt.get("channels", channels) != channels:
+        raise BadInput(f"--pretrained {path}: trained with --channels {opt['channels']}, here "
+                       f"{channels}")
+    state = files.load_weights(path, state)
     if any("conv_act." in name for name in state):
         state = from_published(state)
     ours = network.state_dict()
@@ -198,9 +204,9 @@ def fitting(network: MMNet, path: str | Path) -> dict:
     return {name: state[name] for name in ours.keys() - left}
 
 
-def load_pretrained(network: MMNet, path: str | Path) -> None:
+def load_pretrained(network: MMNet, path: str | Path, channels: str) -> None:
     """Starts a network from a checkpoint, see `fitting`."""
-    state = fitting(network, path)
+    state = fitting(network, path, channels)
     left = network.load_state_dict(state, strict=False).missing_keys
     print(f"{path}: {len(state)} of {len(state) + len(left)} tensors loaded"
           + f"; {', '.join(sorted(left))} start anew" * bool(left))

@@ -277,6 +277,8 @@ def check_results(parser: ArgumentParser, opt: argparse.Namespace) -> None:
         parser.error("--oracle_curve follows the epochs of --select fixed")
     if seeds and (len(seeds) < 2 or len(set(seeds)) < len(seeds)):
         parser.error("argument --seeds: give two or more, each once; --seed for a single one")
+    if seeds and opt.resume not in (None, "auto"):
+        parser.error("argument --resume: a checkpoint is of one seed; with --seeds give auto")
 
 
 def check_options(parser: ArgumentParser, opt: argparse.Namespace) -> None:

@@ -389,6 +389,11 @@ def test_a_fifth_of_the_subjects_has_the_encoder_pre_trained_without_it(many, qu
     actual = json.loads((run / "results.json").read_text())
     assert actual["protocol"] == "5fold" and actual["transductive"] is False
     assert actual["n_subjects"] == len(group)
+    one, *_ = sorted(group)  # and for one subject at a time
+    finetune("--data_folder", many, *quick, "--save_path", tmp_path, "--epochs", 1, "--model_path",
+             str(path / "last.pth").replace("fold2of5", "{fold}"), "--subject", one)
+    (run,) = tmp_path.glob("finetune*")
+    assert json.loads((run / "results.json").read_text())["transductive"] is False
 
 
 # ---------------------------------------------------------------- against scikit-learn, rendered

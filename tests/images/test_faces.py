@@ -12,6 +12,7 @@ from conftest import save_image
 from PIL import Image
 
 from images import face_sets, faces
+from images.decoding import upright_size
 from images.faces import CLASSES, FaceSet, decode, read_faces, read_landmarks
 from util import BadInput
 
@@ -255,6 +256,11 @@ def test_affectnet_tables(tmp_path, capsys, below):
     seven = read_faces("affectnet7", tmp_path)
     assert seven["train"].n_label == 7 and len(seven["train"]) == 2
     assert "expression 7, contempt, left out: 1 (" in capsys.readouterr().out
+
+
+def test_the_size_of_a_photograph_of_a_telephone_is_read(tmp_path):
+    Image.new("1", (8000, 7000)).save(tmp_path / "large.png")
+    assert upright_size(tmp_path / "large.png") == (8000, 7000)
 
 
 def test_affectnet_table_without_header_and_with_backslashes(tmp_path):

@@ -23,7 +23,7 @@ from PIL import Image
 
 import dataset
 import util
-from preparation import annotation, audit, cutting, detection
+from preparation import annotation, audit, cutting, detection, outputs
 from training import record
 
 BLANK = "apex equal to onset: blank"
@@ -453,6 +453,13 @@ def test_a_workbook_that_declares_fewer_rows_is_read_whole(tmp_path):
             new.writestr(name, content)
     tables = [annotation.read_annotation(tmp_path / f"{name}.xlsx") for name in "ab"]
     assert tables[0].rows == tables[1].rows and len(tables[1].rows) > 2
+    with zipfile.ZipFile(tmp_path / "a.xlsx") as old, zipfile.ZipFile(
+            tmp_path / "cut.xlsx", "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            new.writestr(name, content[:len(content) // (1 + name.endswith("sheet1.xml"))])
+    with pytest.raises(util.BadInput, match=r"cut.xlsx: not a workbook .*; save it as .xlsx again"):
+        annotation.read_annotation(tmp_path / "cut.xlsx")
 
 
 def test_frames_of_sixteen_bits_are_those_of_eight(tmp_path):
@@ -605,8 +612,33 @@ def die(*task):
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"stamp": 1}', "null", "{"])
 def test_a_record_that_is_none_is_no_record(content, tmp_path):
-    (tmp_path / "a.json").write_text(content)
-    assert cutting._finished(tmp_path / "a.json", 1, tmp_path) is None
+    (tmp_path / cutting.RECORDS).mkdir()
+    path = tmp_path / cutting.RECORDS / "a.json"
+    path.write_text(content)
+    assert cutting._finished(path, 1, tmp_path) is None
+    outputs.remove_others(tmp_path, [])
+    assert not path.exists()
+
+
+def test_a_frame_on_which_the_face_was_found_belongs_to_what_a_clip_follows_from(tmp_path):
+    names = [tmp_path / f"{n}.jpg" for n in range(3)]
+    for name in names:
+        raw_tree.write_frame("a", 0.1, name, None)
+    task = cutting.Task("a", "rgb/a.png", "", tuple(map(str, names[:2])), more=(str(names[2]),))
+    before = cutting.fingerprint(task, {})
+    assert before == cutting.fingerprint(task, {})
+    raw_tree.write_frame("b", 0.5, names[2], None)
+    os.utime(names[2], ns=(1, 1))
+    assert cutting.fingerprint(task, {}) != before
+
+
+def test_options_that_leave_no_clip_leave_the_set_as_it_was(raw, tmp_path, capsys):
+    argv = ["--unlabelled", raw, "--intensity", "difference", "--window", 2, "--data_folder",
+            tmp_path, *PLAIN]
+    prepare(*argv)
+    before = digests(tmp_path)
+    assert "no pair reaches --floor 99" in refusal(capsys, *argv, "--floor", 99)
+    assert digests(tmp_path) == before
 
 
 def test_a_killed_worker_is_answered_in_one_line(raw, tmp_path, monkeypatch, capsys):
@@ -775,6 +807,7 @@ def test_clips_of_other_sets(tmp_path):
     ("", "casme2,,c,3.jpg,9.jpg,happy", ":2: subject ''"),
     ("", "casme2,s,c,3.jpg,9.jpg,joy", ":2: label 'joy'"),
     ("", "casme5,s,c,3.jpg,9.jpg,happy", ":2: the database is one of"),
+    ("", "samm,S1,c,3.jpg,9.jpg,happy\nsamm,s1,d,3.jpg,9.jpg,happy", "differ in capitals or dots"),
     (",depth_onset", "casme2,s,c,3.jpg,9.jpg,happy,3.jpg", ":1: one of the columns depth_onset")])
 def test_bad_rows_of_clips_are_named(tmp_path, capsys, header, row, words):
     for n in (3, 9):

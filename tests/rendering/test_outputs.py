@@ -1,8 +1,13 @@
 """What every rendered set shares: the folder it is written to, and the processes."""
 import os
+import platform
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
+from conftest import ROOT
 
 from rendering import outputs
 from util import BadInput, RunFailed
@@ -42,6 +47,34 @@ def test_a_killed_worker_is_answered_in_one_line(tmp_path):
         outputs.render_once(tmp_path / "set", {}, "note",
                             lambda folder: outputs.in_parallel(die, [[1], [2]], 2))
     assert not list(tmp_path.iterdir())
+
+
+def test_workers_end_with_a_run_that_is_killed(tmp_path):
+    code = ("import os, sys, time; from rendering import outputs\n"
+            "def work(task):\n"
+            "    open(os.path.join(sys.argv[1], str(os.getpid())), 'w').close()\n"
+            "    time.sleep(60)\n"
+            "outputs.in_parallel(work, [[1], [2]], 2)")
+    run = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT)
+    try:
+        while run.poll() is None and len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.01)
+    finally:
+        run.kill()
+        run.wait()
+    for pid in [int(path.name) for path in tmp_path.iterdir()]:
+        with pytest.raises(ProcessLookupError):  # after ten seconds at most
+            for _ in range(1000):
+                os.kill(pid, 0)
+                time.sleep(0.01)
+
+
+def test_what_a_killed_rendering_left_is_removed_by_the_next(tmp_path):
+    left = [tmp_path / f".{name}.{platform.node()}.999999999.part" for name in ("s[e]t", "other")]
+    for folder in left:
+        folder.mkdir()
+    outputs.render_once(tmp_path / "s[e]t", {}, "note", write)
+    assert [folder.exists() for folder in left] == [False, True]
 
 
 def test_workers_leave_signals_to_the_run_that_started_them():

@@ -207,6 +207,21 @@ def column(rows, name):
     return [int(r[name]) for r in rows]
 
 
+def test_names_say_what_a_network_started_from(make, capsys):
+    paths = [make("fer_a", 0.9, model_path="", pretrained="none"),
+             make("fer_b", 0.5, model_path="", pretrained="imagenet"),
+             make("mmnet_c", 0.2, model_path="", pretrained=None)]
+    for name, start in (("out_rafdb", ""), ("out_affectnet", "x.pth")):
+        paths.append(make(name, 0.4, model_path="", finetune=start))
+        content = json.loads(paths[-1].read_text())
+        del content["opt"]["tag"]  # of a script whose runs are named by the user
+        paths[-1].write_text(json.dumps(content))
+    said = compare(capsys, *paths)
+    for number, name in enumerate(("fer, alexnet", "fer, pre-trained alexnet", "mmnet, alexnet",
+                                   "out_rafdb, alexnet", "out_affectnet, pre-trained alexnet"), 1):
+        assert f"| {number}: {name}, loso |" in said
+
+
 def test_table_changed_options_and_tests_of_three_results(make, capsys):
     paths = [make("probe_a", 0.9), make("probe_b", 0.5, learning_rate=0.3, num_workers=1),
              make("finetune_c", 0.2, model_path="x/last.pth", freeze_encoder=True)]

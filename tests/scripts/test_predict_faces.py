@@ -62,6 +62,20 @@ def test_crops_get_the_probabilities_that_the_results_hold(tree, tmp_path, capsy
                                                       abs=1e-6)
 
 
+def test_large_crops_are_read_as_in_training(tmp_path, capsys):
+    """JPEGs of twice the side, of which the decoder gives half the lines."""
+    folder = tmp_path / "set"
+    face_tree.write(folder, side=96)
+    run = trained(folder, tmp_path / "r", "--epochs", 1)
+    names = sorted((folder / "Image" / "aligned").glob("test_*"))
+    said = predicted(capsys, "--model_path", run / "last.pth", "--whole", *names)
+    rows = {row["key"].rpartition("/")[2]: row for row in runs.rows(run)}
+    for face in said["faces"]:
+        assert (face["width"], face["height"]) == (96, 96)
+        expected = [float(rows[face["photo"]][f"p_{i}"]) for i in range(7)]
+        assert [*face["probabilities"].values()] == pytest.approx(expected, abs=2e-5)
+
+
 @pytest.mark.parametrize("more", [
     ["--model", "vit_tiny_patch16"], ["--model", "vit_tiny_patch16", "--tricks", "--cls_token"],
     ["--model", "convnextv2_atto", "--tta_flip"],

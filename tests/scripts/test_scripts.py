@@ -406,6 +406,17 @@ def test_strict_checkpoints_are_not_transductive(drawn, quick, strict, tmp_path,
     assert sorted(actual) == [str(strict / f"{RUN}_without_{s}" / "last.pth") for s in ("s1", "s2")]
 
 
+def test_every_checkpoint_is_read_before_anybody_is_trained(drawn, quick, strict, tmp_path, capsys):
+    for i in range(1, 5):
+        content = (strict / f"{RUN}_without_s{i}" / "last.pth").read_bytes()
+        (tmp_path / f"s{i}.pth").write_bytes(content[:len(content) // (1 + (i == 3))])
+    with pytest.raises(SystemExit) as end:
+        finetune("--data_folder", drawn, *quick, "--save_path", tmp_path / "out", "--model_path",
+                 tmp_path / "{subject}.pth")
+    assert end.value.code == 2 and f"{tmp_path / 's3.pth'}: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_checkpoints_per_fold_are_not_transductive_unless_mixed_up(drawn, quick, strict, tmp_path):
     clips = dataset.read_clips(drawn)
     names, fold_of = dataset.ten_folds(clips)

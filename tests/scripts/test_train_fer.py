@@ -1,5 +1,6 @@
 """train_FER.py: files, what never enters, resume, recipes, checkpoints, bad input."""
 import csv
+import hashlib
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from runs import only
 
 import train_FER
 from models.scn import SCN
-from training import checkpoint, epochs, record
+from training import checkpoint, epochs, pretrained, record
 
 
 def train(*argv):
@@ -104,6 +105,8 @@ def test_variants_run(flags, marks, tmp_path, more):
     content = results(only(tmp_path))
     assert 0 <= content["uf1"] <= 1
     assert ("view_importance" in content) == ("ran" in more)
+    assert {split: len(paths) for split, paths in content.get("without_landmarks", {}).items()} \
+        == ({"train": 4, "test": 0} if marks in more else {})
     if "ran" in more:
         assert sum(content["view_importance"]) == pytest.approx(1, abs=1e-4)
 
@@ -180,6 +183,21 @@ def test_images_that_cannot_be_read_are_named_and_left_out(flags, tmp_path, caps
     printed = capsys.readouterr()
     assert printed.err.count("left out: ") == 3
     assert "2 images of the test split could not be read" in printed.out
+
+
+def test_a_finished_run_knows_which_validation_images_were_left_out(tmp_path):
+    for split, count in (("train", 14), ("val", 7), ("test", 7)):
+        face_tree.write_classes(tmp_path / "set" / split, count, 7)
+    path = tmp_path / "set" / "val" / "fear" / "1.png"
+    path.write_bytes(path.read_bytes()[:300])
+    flags = ["--dataset", "folder", "--data_folder", tmp_path / "set", "--pretrained", "none",
+             "--size", 32, "--epochs", 1, "--batch_size", 7, "--cache", "off", "--device", "cpu",
+             "--save_path", tmp_path / "r"]
+    train(*flags)
+    left = results(only(tmp_path / "r"))["left_out"]
+    assert [len(left[split]) for split in ("train", "val", "test")] == [0, 1, 0]
+    train(*flags, "--resume", "auto")
+    assert results(only(tmp_path / "r"))["left_out"] == left
 
 
 def test_class_folders_without_a_test_split_are_split(tmp_path, capsys):
@@ -265,6 +283,21 @@ def test_a_run_goes_on_from_a_model_with_the_wasserstein_term(flags, tmp_path, c
     said = refused(capsys, *flags[:4], *flags[6:], "--save_path", tmp_path / "c", "--model", "scn",
                    "--model_path", first)
     assert "not a checkpoint of scn but of baseline" in said
+
+
+def test_a_run_that_goes_on_asks_for_no_file_it_started_from(flags, tmp_path, monkeypatch):
+    flags = [*flags[:4], *flags[6:], "--learning_rate", 0, "--warmup_epochs", 0]
+    train(*flags, "--pretrained", "none", "--epochs", 1, "--save_path", tmp_path / "a")
+    first = only(tmp_path / "a") / "last.pth"
+    digest = hashlib.sha256(first.read_bytes()).hexdigest()
+    again = [*flags, "--model_path", first, "--save_path", tmp_path / "b"]
+    train(*again, "--epochs", 1)
+    first.unlink()
+    monkeypatch.setattr(pretrained, "load_backbone", None)  # nor for torchvision's
+    train(*again, "--epochs", 2, "--resume", "auto")
+    run = only(tmp_path / "b")
+    assert checkpoint.load(run / "last.pth")["epoch"] == 2
+    assert results(run)["checkpoints"] == {str(first): digest}
 
 
 def test_what_a_model_before_the_last_was_trained_on_counts(flags, tree, tmp_path, capsys):
@@ -449,6 +482,7 @@ def test_unreadable_images_and_links_to_nowhere_end_no_run_with_landmarks(tmp_pa
     (["--data_folder", "nowhere"], "nowhere"), (["--dataset", "sfew"], "invalid choice"),
     (["--pretrained", "none.pth"], "none.pth: no such checkpoint"),
     (["--model_path", "x.pth"], "--pretrained"),
+    (["--pretrained", "imagenet", "--model_path", "x.pth"], "a fresh start, not --model_path"),
     (["--seeds", 1], "--seeds: give two"), (["--batch_size", 1], "at least 2"),
     (["--size", 8], "out of range"), (["--rank_beta", .5], "--model scn, and --rank_margin or"),
     (["--model", "scn", "--rank_margin", 0, "--rank_beta", .5], "--rank_margin or --relabel_epoch"),

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+from dataclasses import replace
 
 import casme2_tree
 import numpy as np
@@ -406,7 +407,7 @@ def test_finished_parts_are_merged(flags, tmp_path):
 
 
 @pytest.mark.parametrize("more", [
-    ["--input", "difference"], ["--model", "mmnet"], ["--model", "mmnet", "--input", "difference"],
+    ["--input", "difference"], ["--model", "mmnet"], ["--model", "mmnet", "--input", "flow"],
     ["--model", "V3NRS", "--scale", "fixed"], ["--model", "V1"], ["--model", "V2"],
     ["--channels", "s", "--scale", "column", "--loss", "balanced"],
     ["--protocol", "10fold", "--loss", "focal", "--accumulate", "2"]], ids=" ".join)
@@ -456,6 +457,8 @@ def test_results_say_whom_a_pretrained_network_saw(flags, prepared, tmp_path, ca
     # of whom the first one saw, too
     assert runs.load(run / "last.pth")["seen"]["people"] == [
         [2, f"sub{i:02d}"] for i in range(1, 6)]
+    said = refused(capsys, *second, "2", "--channels", "hsv")
+    assert f"trained with --channels {runs.load(first)['opt']['channels']}, here hsv" in said
     digest = hashlib.sha256(first.read_bytes()).hexdigest()
     assert results(run)["pretrained_sha256"] == runs.load(run / "last.pth")["pretrained_sha256"] \
         == digest
@@ -514,6 +517,31 @@ def test_mirrored_clips_show_their_action_units_on_the_other_side(prepared, monk
     assert wanted[0].tolist() == [job.targets[int(m), i].tolist() for m, i in zip(mirror, order)]
 
 
+def test_no_part_of_a_batch_is_of_one_clip(prepared, monkeypatch):
+    opt = train_MMNet.parse_option([
+        "--data_folder", str(prepared), "--save_path", "s", "--model", "V4", "--size", "32",
+        "--batch_size", "6", "--accumulate", "3", "--device", "cpu"])
+    data, units = dataset.read_videos(prepared, 32, False)
+    job = train_MMNet.set_job(opt, data, units, np.arange(9), "x", torch.device("cpu"))
+    parts, read = [], motion.batches
+    monkeypatch.setattr(motion, "batches", lambda source, some, *rest: (
+        parts.extend(map(len, some)) or read(source, some, *rest)))
+    motion.train_epoch(opt, job, "all", 1, 1, {}, lambda inside: None)
+    assert parts == [2, 2, 2, 3]
+
+
+def test_a_fifth_of_the_training_subjects_chooses_whoever_is_held_out(prepared):
+    data, _ = dataset.read_videos(prepared, 48, False)
+    counts = [40, *[6] * 20]
+    clips = replace(data.clips, clips=[
+        replace(data.clips.clips[i % 9], subject=f"sub{n:02d}", key=f"{n}-{i}")
+        for n, count in enumerate(counts, 1) for i in range(count)])
+    members = np.arange(40, len(clips))  # the one with most clips is held out
+    best = held_out.Best(clips, members)
+    assert sorted([*best.inner, *best.rest]) == members.tolist()
+    assert len(best.inner) == 24  # four of the twenty others
+
+
 def landmarks(path, prepared):
     keys = [line.split(",")[2] for line in (prepared / "clips.csv").read_text().splitlines()[1:]]
     header = ["key", *(f"{axis}{i}" for i in range(1, 69) for axis in "xy")]
@@ -552,7 +580,9 @@ def test_parts_of_the_face_are_masked(prepared, flags, tmp_path, capsys):
     (["--part", ","], "names nobody"), (["--batch_size", 1], "batch norm takes two"),
     (["--input", "difference", "--channels", "n"], "goes with --input flow"),
     (["--mask", "eyes"], "go together"), (["--model", "V6", "--au_loss", 1], "stage of its own"),
-    (["--seeds", 1], "--seeds: give two"), (["--num_workers", 1], "unrecognized"),
+    (["--seeds", 1], "--seeds: give two"),
+    (["--seeds", 0, 1, "--resume", "x.pth"], "with --seeds give auto"),
+    (["--num_workers", 1], "unrecognized"),
     (["--model", "V3R", "--scale", "column"], "--scale column: goes with channels s"),
     (["--channels", "hsv", "--scale", "column"], "goes with channels s; the motion is hsv"),
     (["--model", "V2", "--scale", "fixed"], "--scale fixed: goes with channels n"),
@@ -585,6 +615,9 @@ def test_sets_that_are_not_whole_are_refused(prepared, flags, tmp_path, capsys):
     assert "label -1 of sub" in copy("n", below)
     assert "flow.npy: missing" in copy("a", lambda f: (f / "flow.npy").unlink())
     assert "no clip of class repression" in copy("b", without_class)
+    for name, start in (("a2", b""), ("a3", b"PK\3\4")):
+        assert "flow.npy: missing or not whole" in copy(
+            name, lambda f, start=start: (f / "flow.npy").write_bytes(start))
     assert "not the 9 clips" in copy("c", lambda f: (f / "clips.csv").write_text(
         "\n".join((f / "clips.csv").read_text().splitlines()[:-1]) + "\n"))
     assert "cannot be read" in copy("d", lambda f: (f / "flow.json").write_text("{"))

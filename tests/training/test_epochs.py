@@ -59,6 +59,8 @@ def test_a_map_of_one_position_takes_two_clips_on_a_device(monkeypatch, size, re
             epochs.check_slices(11, 8, model, device)
     else:
         epochs.check_slices(11, 8, model, device)
+        with pytest.raises(BadInput, match="of 11 images it leaves a batch of 3"):
+            epochs.check_slices(11, 8, model, device, "images", single=True)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")

@@ -78,7 +78,7 @@ def test_pretraining_stopped_within_an_epoch_goes_on_from_that_step(drawn, quick
     [], ["--protocol", "10fold", "--warmup_epochs", 1.5, "--lr_schedule", "cosine", "--head",
          "random"]], ids=["loso", "10fold"])
 def test_fine_tuning_that_was_stopped_goes_on_to_the_same_result(drawn, quick, pretrained, tmp_path,
-                                                                 monkeypatch, flags):
+                                                                 monkeypatch, capsys, flags):
     flags = ["--data_folder", drawn, *quick, "--model_path", pretrained, "--batch_size", 4,
              "--epochs", 2, "--subject", "s1", "s2", *flags]
     finetune(*flags, "--save_path", tmp_path / "whole", chosen=True)
@@ -86,6 +86,11 @@ def test_fine_tuning_that_was_stopped_goes_on_to_the_same_result(drawn, quick, p
         stop_at(patch, 8)
         finetune(*flags, "--save_path", tmp_path / "part", chosen=True)
     assert end.value.code == 143
+    (begun,) = only(tmp_path / "part").glob("last_*.pth")
+    with pytest.raises(SystemExit) as end:  # it would start anew
+        finetune(*flags, "--save_path", tmp_path / "part", chosen=True)
+    assert end.value.code == 2 and f"error: {begun}: a training that is not finished; go on with " \
+        "--resume auto" in capsys.readouterr().err
     finetune(*flags, "--save_path", tmp_path / "part", "--resume", "auto", chosen=True)
     same_run(only(tmp_path / "whole"), only(tmp_path / "part"))
 
