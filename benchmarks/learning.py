@@ -1,6 +1,6 @@
 """Does a large unlabelled pool help? UF1 on rendered data of everything a number is held against.
 
-  python benchmarks/learning.py --work runs/learning             # about 85 minutes, two CPU cores
+  python benchmarks/learning.py --work runs/learning             # about 75 minutes, two CPU cores
   python benchmarks/learning.py --work runs/quick --quick        # 8 minutes
 
 60 subjects x 10 rendered clips, five folds of subjects, for each seed (of rendering, pre-training
