@@ -31,7 +31,7 @@ FREE = {"data_folder", "list_folder", "model_path", "save_path", "tb_path", "cac
         "seeds", "oracle_curve"}
 STARTS = ("model_path", "pretrained", "finetune")  # options that name a checkpoint to start from
 # of FREE the ones that say what is computed, not where and how
-TOLD = {"model_path", "data_folder", "list_folder", "pairs", "subject"}
+TOLD = {"model_path", "pretrained", "data_folder", "list_folder", "pairs", "subject"}
 HEAD = ("", "number / subjects", "UF1", "UAR", "accuracy", "transductive")
 TRANSDUCTIVE = {True: "yes", False: "no", None: "unknown"}
 Table = tuple[str, Sequence[str], list[list[str]]]  # caption, head, rows

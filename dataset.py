@@ -394,7 +394,7 @@ def left_out(opt: argparse.Namespace, clips: ClipSet) -> list[tuple[str | None, 
     labelled = replace(clips, clips=[clip for clip in clips.clips if clip.label >= 0])
     if fold:
         name = "fold" + fold.replace("/", "of")
-        folds = ten_folds(labelled, 5 if fold.endswith("/5") else 10)
+        folds = subject_groups(labelled, 5 if fold.endswith("/5") else 10)
         n = len(folds.names)
         if name not in folds.names:
             raise BadInput(f"--fold {fold}: the subjects make {n} groups, 1/{n} to {n}/{n}")
@@ -453,7 +453,7 @@ def subject_folds(clips: ClipSet) -> Folds:
                  np.array([place[clip.person] for clip in clips.clips]))
 
 
-def ten_folds(clips: ClipSet, n_folds: int = 10, stratified: bool = True) -> Folds:
+def subject_groups(clips: ClipSet, n_folds: int = 10, stratified: bool = True) -> Folds:
     """Groups of whole subjects, stratified as far as that allows, a function of the lists alone.
 
     Subjects are dealt out, the largest first, each to the fold in which the squared deviation

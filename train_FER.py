@@ -310,7 +310,7 @@ def set_model(opt, n_label, device, start=None, fresh=True):
         which, weights = pretrained.predicting(start)
         checkpoint.load_model(network, start | {"model": weights}, opt.model_path, opt.model)
         print(f"--model_path {opt.model_path}: all {len(weights)} tensors loaded, {which} weights")
-    elif start is not None or (fresh and opt.pretrained == "imagenet" and not opt.model_path):
+    elif start is not None or (fresh and opt.pretrained == "imagenet"):
         pretrained.load_backbone(network, opt.pretrained, opt.arch, start)
     network.features.requires_grad_(not opt.freeze_backbone)
     return network.to(device, memory_format=torch.channels_last)

@@ -260,7 +260,7 @@ def tune(opt, held, group, units, device):
         job.precision.scaler.load_state_dict(state["scaler"])
         history = state["history"]
         if best:
-            best.state = state["best"]
+            best.restore(state["best"])
 
     def train(epoch, within, on_step):
         nonlocal job

@@ -162,7 +162,7 @@ def regression(clips: ClipSet, images: Tensor, folds: int = 10, side: int = 16) 
     """Predictions `[N]` of logistic regressions on images `[N, C, S, S]` averaged to a grid of so
     many cells a side, in so many folds, the penalty chosen as for the heads."""
     x = F.adaptive_avg_pool2d(images.float(), side).flatten(1)[None]
-    fold_of = dataset.ten_folds(clips, folds).of
+    fold_of = dataset.subject_groups(clips, folds).of
     task = probing.Task(x, clips.labels, clips.n_label, fold_of, sorted(set(fold_of.tolist())))
     heads, _ = probing.solve_heads(task, groups=probing.inner_groups(clips))
     return probing.predict(heads, task).argmax(1)

@@ -131,7 +131,7 @@ def main(argv=None):
                        min_intensity=-math.inf)  # checks every row
     out = dataset.find_without(opt, clips)
     clips = clips.subset([clip.person not in out for clip in clips.clips])
-    folds = dataset.ten_folds(clips, opt.inner_folds)
+    folds = dataset.subject_groups(clips, opt.inner_folds)
     members = [{c.person for c, fold in zip(clips.clips, folds.of) if fold == i}
                for i in range(len(folds.names))]
     people = [sorted(clips.names[person] for person in fold) for fold in members]

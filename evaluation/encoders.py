@@ -107,19 +107,18 @@ class Encoders:
 
     def _folds(self, people):
         """Name of the fold that pre-training left each person out with: of as many as --protocol
-        has, or of the other number where the checkpoints of `people` are there."""
+        has, or of the other number where more of the checkpoints of `people` are there."""
         if "{fold}" not in self.source:
             return {}
         everyone, own = self.clips.origin or self.clips, PROTOCOLS[self.opt.protocol] or 10
-        numbers = sorted(filter(None, PROTOCOLS.values()), key=lambda number: number != own)
-        each = []
-        for number in numbers:
-            folds = dataset.ten_folds(everyone, number)
-            each.append({clip.person: folds.names[fold]
-                         for clip, fold in zip(everyone.clips, folds.of)})
-            if all(Path(self.path(person, each[-1])).is_file() for person in people):
-                return each[-1]
-        return each[0]
+        best, most = {}, -1
+        for number in sorted(filter(None, PROTOCOLS.values()), key=lambda number: number != own):
+            folds = dataset.subject_groups(everyone, number)
+            names = {clip.person: folds.names[fold] for clip, fold in zip(everyone.clips, folds.of)}
+            there = sum(Path(self.path(person, names)).is_file() for person in people)
+            if there > most:
+                best, most = names, there
+        return best
 
     def path(self, person: tuple, folds: dict | None = None) -> str:
         """--model_path for one held-out person: {subject} and {fold} filled in; folds: the name of

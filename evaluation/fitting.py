@@ -150,8 +150,11 @@ class Fit:
         opt, device = self.run.opt, next(network.parameters()).device
         precision = epochs.mixed_precision(opt.amp, device)
         if not hasattr(opt, "accum_iter"):  # it is announced with its own check
+            # a ResNet's last maps are of one position then, and batch norm sees an image once
+            single = opt.size <= 32 and not opt.freeze_backbone \
+                and (opt.model != "ran" or opt.bn_per_view)
             epochs.check_slices(len(self.members), opt.batch_size, network, device, "images",
-                                opt.size <= 32)  # a ResNet's last maps are of one position
+                                single)
         self.beside, ema = average is not None, average
         if average is None and opt.ema_decay:
             from timm.utils import ModelEmaV3  # a wrong path should not wait for it

@@ -29,7 +29,7 @@ from util import BadInput, RunFailed, write_json
 def split(protocol: str, clips: ClipSet) -> Folds:
     """The folds of --protocol; raises BadInput for one subject."""
     number = PROTOCOLS[protocol]
-    folds = dataset.ten_folds(clips, number) if number else dataset.subject_folds(clips)
+    folds = dataset.subject_groups(clips, number) if number else dataset.subject_folds(clips)
     if len(folds.names) < 2:
         raise BadInput(f"{clips.folder}: one subject; held-out evaluation takes two")
     return folds
@@ -414,7 +414,7 @@ def over_seeds(opt: argparse.Namespace, evaluate: Callable, run_name: Callable) 
     for one in each[1:]:
         folder = Path(opt.save_path) / run_name(one)
         if path not in ("", RANDOM) and "{" not in one.model_path \
-                and not Path(one.model_path).is_file():
+                and not Path(one.model_path).is_file() and not (opt.resume and folder.exists()):
             raise BadInput(f"--model_path {one.model_path}: no such checkpoint")
         if not opt.resume and getattr(opt, "subject", None) in (None, ["all"]) \
                 and folder.exists() and any(path.suffix != ".part" for path in folder.iterdir()):

@@ -163,7 +163,7 @@ class Choice(NamedTuple):
 def inner_groups(clips: ClipSet) -> np.ndarray:
     """The group `[N]` of each clip in the inner folds, which are whole subjects."""
     # stratified, the labels of a held-out clip would move training subjects between groups
-    return dataset.ten_folds(clips, INNER_FOLDS, stratified=False).of
+    return dataset.subject_groups(clips, INNER_FOLDS, stratified=False).of
 
 
 def solve_heads(task: Task, l2: float | None = None, groups: np.ndarray | None = None,

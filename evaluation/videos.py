@@ -165,11 +165,19 @@ class Best:
 
     def __init__(self, clips: ClipSet, members: np.ndarray):
         own = clips.subset(np.isin(np.arange(len(clips)), members))
-        chosen = dataset.ten_folds(own, INNER, stratified=False).of
+        chosen = dataset.subject_groups(own, INNER, stratified=False).of
         self.clips, self.inner, self.rest = clips, members[chosen == 0], members[chosen != 0]
         if not len(self.rest):
             raise BadInput("--select inner: too few subjects; it takes three, or --select fixed")
-        self.state = {"stage": "", "value": 0.0, "epoch": 0, "model": {}}
+        self.state = {"stage": "", "value": 0.0, "epoch": 0, "model": {},
+                      "inner": self.inner.tolist()}
+
+    def restore(self, state: dict) -> None:
+        """Goes on from what a checkpoint kept; raises BadInput where other clips chose."""
+        if state.get("inner") != self.state["inner"]:
+            raise BadInput("--select inner: the checkpoint is of an earlier release, whose choice "
+                           "was by other subjects; start anew under another --tag")
+        self.state = state
 
     def follow(self, job: motion.Job, stage: str, epoch: int) -> dict:
         """After an epoch, counted within its stage: keeps the network where it is the best so
@@ -183,7 +191,7 @@ class Best:
                                       self.clips.n_label)["uf1"]
         stage = "units" if stage == "units" else "classes"
         if stage != self.state["stage"] or value > self.state["value"] + 1e-12:
-            self.state = {"stage": stage, "value": value, "epoch": epoch, "model": {
+            self.state |= {"stage": stage, "value": value, "epoch": epoch, "model": {
                 name: part.cpu().clone() for name, part in job.network.state_dict().items()}}
         return {"inner_au_loss": -value} if stage == "units" else {"inner_uf1": value}
 

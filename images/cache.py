@@ -15,8 +15,6 @@ from tqdm import tqdm
 
 from util import BadInput, replacing, write_json
 
-AT_ONCE = 64  # items of which a digest is taken that are in memory together
-
 
 def stamp(paths: Iterable[str | Path], *settings) -> str:
     """Digest of files by place, size and time, and of what else their array depends on."""
@@ -43,7 +41,7 @@ def cached(items: list, decode: Callable, shape: tuple, dtype: type, stamp: str,
     decode(item) → array of `shape` and `dtype`, called by several threads; stamp:
     what the result follows from. A folder keeps the array as a memory-mapped file under its
     stamp, and later calls map it; 'off' keeps it in memory. Where it fits neither, a Stream takes
-    its place, decoded once for the digest.
+    its place, and the digest is the stamp.
     """
     place, shape = Path(folder), (len(items), *shape)
     path, note = (place / f"{stamp[:32]}.{end}" for end in ("npy", "json"))
@@ -52,10 +50,7 @@ def cached(items: list, decode: Callable, shape: tuple, dtype: type, stamp: str,
             return np.load(path, mmap_mode="r"), json.loads(note.read_text())["sha256"]
         place.mkdir(parents=True, exist_ok=True)
     if not _fits(math.prod(shape) * np.dtype(dtype).itemsize, folder, num_workers):
-        stream, digest = Stream(items, decode, num_workers), hashlib.sha256()
-        for start in tqdm(range(0, len(items), AT_ONCE), "decoding", disable=None):
-            digest.update(stream[start:start + AT_ONCE].data)
-        return stream, digest.hexdigest()
+        return Stream(items, decode, num_workers), stamp
     if folder == "off":
         images = np.empty(shape, dtype)
         return images, _fill(images, items, decode, num_workers)

@@ -83,17 +83,17 @@ def find(opt: util.Options, state: dict, told: dict) -> Iterator[Found]:
     for photo in photos:
         try:
             image = read_photo(photo.path, size if opt.whole else None)  # as in training
-            width, height = upright_size(photo.path)
+            width, height = upright_size(photo.path) if opt.whole else image.size
         except BadInput as error:
             told["unreadable"].append(str(error))
             continue
-        pixels = np.asarray(image)
         if opt.whole:
             whole = image.resize((size, size), resampling_of(state))
             box = {"face": 1, "x": 0, "y": 0, "width": width, "height": height, "score": None,
                    "points": []}
             yield Found(photo, box, np.asarray(whole), None)
             continue
+        pixels = np.asarray(image)
         found = detection.find_faces(pixels, opt.min_face_size)
         if not found:
             told["without_faces"].append(photo.name)

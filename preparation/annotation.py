@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dataset import identity
 from images import lists
 from images.lists import DATABASES, clip_key, image_paths, natural
 from util import BadInput, read_cells
@@ -188,15 +187,15 @@ def _add_row(table, values, where, clips):
         reason = f"{wrong[0]} {frames[wrong[0]]!r} is not a frame number"
     else:
         onset, apex, offset = map(int, frames.values())
-        key, identity = clip_key(subject, video, onset, apex), (subject, video.lower(), onset)
+        key, same = clip_key(subject, video, onset, apex), (subject, video.lower(), onset)
         if emotion not in NAMED_CLASS:
             reason = f"{where}: emotion {values['emotion']!r} is not known"
-        elif identity in clips:
+        elif same in clips:
             reason = f"{where}: a second row for this subject, video and onset"
     if reason:
         table.dropped.append((key, reason))
         return
-    clips.add(identity)
+    clips.add(same)
     if values["subject"] != subject:
         table.repaired("subject spelled otherwise than spNO.<i>", key)
     if values["emotion"] != emotion:
@@ -269,7 +268,7 @@ def check_spelling(path: str | Path, rows: list[Row]) -> None:
     held out at once."""
     spelled = {}
     for row in rows:
-        first = spelled.setdefault(identity((row.database, row.person)), row)
+        first = spelled.setdefault((row.database, row.person.lower()), row)
         if first.person != row.person:
             raise BadInput(f"{path}: subjects {first.subject!r} and {row.subject!r} of "
                            f"{DATABASES[row.database]} differ in capitals or dots alone; spell a "
@@ -309,9 +308,9 @@ def read_clips_csv(path: str | Path, root: Path) -> Table:
             raise BadInput(f"{path}:{number}: label {values['label']!r} is not one of "
                            f"{', '.join(sorted(NAMED_CLASS))}")
         key = values.get("key") or clip_key(subject, video, *(Path(n).stem for n in files[:2]))
-        identity = (values["database"], key)
-        if lines.setdefault(identity, number) != number:
-            raise BadInput(f"{path}:{number}: {key} is in line {lines[identity]} already")
+        place = (values["database"], key)
+        if lines.setdefault(place, number) != number:
+            raise BadInput(f"{path}:{number}: {key} is in line {lines[place]} already")
         row = Row(DATABASES.index(values["database"]), subject, video, 0, int(files[0] != files[1]),
                   None, "", emotion, key, files=tuple(str(root / name) for name in files))
         rows.append(_blank_checked(table, row))

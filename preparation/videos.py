@@ -161,7 +161,8 @@ def process(task: Task, settings: Settings, folder: str | Path) -> dict:
 
 def fingerprint(task: Task, settings: Settings) -> str:
     """Digest of what the flow of a clip follows from."""
-    stat = [os.stat(name) for name in (*task.frames, *task.more)]
+    read = (*task.frames, *task.more * (settings.crop == "mtcnn"))
+    stat = [os.stat(name) for name in read]
     content = [VERSION, flow.parameters(settings.flow), asdict(settings), asdict(task),
                [(s.st_size, s.st_mtime_ns) for s in stat]]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -344,12 +344,11 @@ def test_cache_holds_what_decoding_gives_and_is_read_again(drawn, tmp_path, monk
 @pytest.mark.parametrize("kind", ["array", "memory map", "stream"])
 def test_batches_are_fetched_in_order(drawn, tmp_path, device, kind, monkeypatch):
     clips = dataset.read_clips(drawn)
-    plain, digest = dataset.load_images(clips)
+    plain, _ = dataset.load_images(clips)
     if kind == "stream":
         monkeypatch.setattr(cache, "_free_memory", lambda: 1000)
-        monkeypatch.setattr(cache, "AT_ONCE", 5)
-    images, again = dataset.load_images(clips, tmp_path if kind == "memory map" else "off")
-    assert isinstance(images, cache.Stream) == (kind == "stream") and again == digest
+    images, _ = dataset.load_images(clips, tmp_path if kind == "memory map" else "off")
+    assert isinstance(images, cache.Stream) == (kind == "stream")
     batches = [np.array(b) for b in ([3, 1], [0], [5, 5, 2], [11, 7])] * 3
     device, actual = torch.device(device), []
     for batch in cache.fetch(images, batches, device):
@@ -385,7 +384,7 @@ def random_rows(seed, subjects=40):
 def test_ten_folds_hold_whole_subjects_of_every_class_in_even_shares(seed):
     rows = random_rows(seed)
     clips = label_set(rows)
-    names, fold_of = dataset.ten_folds(clips)
+    names, fold_of = dataset.subject_groups(clips)
     assert names == [f"fold{i}of10" for i in range(1, 11)]
     for person in clips.people:
         assert len(set(fold_of[clips.members([person])])) == 1
@@ -400,10 +399,10 @@ def test_ten_folds_hold_whole_subjects_of_every_class_in_even_shares(seed):
 def test_ten_folds_follow_from_the_lists_alone_whatever_their_order():
     rows = random_rows(7)
     clips = label_set(rows)
-    _, fold_of = dataset.ten_folds(clips)
+    _, fold_of = dataset.subject_groups(clips)
     shuffled = replace(clips, clips=[clips.clips[i] for i in
                                      np.random.default_rng(0).permutation(len(clips))])
-    _, other = dataset.ten_folds(shuffled)
+    _, other = dataset.subject_groups(shuffled)
     assert {c.key: f for c, f in zip(clips.clips, fold_of)} \
         == {c.key: f for c, f in zip(shuffled.clips, other)}
 
@@ -411,7 +410,7 @@ def test_ten_folds_follow_from_the_lists_alone_whatever_their_order():
 @pytest.mark.parametrize("subjects", [2, 9, 10, 11])
 def test_no_fold_is_empty(subjects):
     rows = [(0, f"s{i}", 0) for i in range(subjects)] + [(0, "s0", 1)] * 30
-    names, fold_of = dataset.ten_folds(label_set(rows, 2))
+    names, fold_of = dataset.subject_groups(label_set(rows, 2))
     assert set(fold_of) == set(range(min(10, subjects)))
     assert len(names) == min(10, subjects)
 
@@ -477,7 +476,7 @@ def test_published_lists_are_paired_right_though_their_rows_are_not(real_lists):
 
 def test_published_lists_make_ten_folds_of_all_classes(real_lists):
     clips = dataset.read_clips(real_lists)
-    names, fold_of = dataset.ten_folds(clips)
+    names, fold_of = dataset.subject_groups(clips)
     counts = np.zeros((10, 4), int)
     np.add.at(counts, (fold_of, clips.labels), 1)
     assert len(names) == 10

@@ -185,8 +185,8 @@ def fitting(network: MMNet, path: str | Path, channels: str) -> dict:
     state = files.read(path)
     opt = state.get("opt") if isinstance(state, dict) else None
     if isinstance(opt, dict) and opt.get("channels", channels) != channels:
-        raise BadInput(f"--pretrained {path}: trained with --channels {opt['channels']}, here "
-                       f"{channels}")
+        raise BadInput(f"--pretrained {path}: trained on motion as {opt['channels']}, here "
+                       f"{channels} (--input, --channels)")
     state = files.load_weights(path, state)
     if any("conv_act." in name for name in state):
         state = from_published(state)

@@ -319,7 +319,7 @@ def many(tmp_path_factory):
 def test_fine_tuning_by_ten_folds_holds_out_whole_groups(many, quick, tmp_path, monkeypatch,
                                                          frozen, everybody):
     clips = dataset.read_clips(many)
-    names, fold_of = dataset.ten_folds(clips)
+    names, fold_of = dataset.subject_groups(clips)
     (fold, *_) = [f for f in range(10) if (fold_of == f).sum() > 2]
     group = {clips.clips[i].subject for i in np.flatnonzero(fold_of == fold)}
     one, *others = sorted(group)
@@ -359,7 +359,7 @@ def test_fine_tuning_by_ten_folds_holds_out_whole_groups(many, quick, tmp_path, 
 
 def test_the_rest_of_a_group_is_trained_without_those_who_are_finished(many, quick, tmp_path):
     clips = dataset.read_clips(many)
-    _, fold_of = dataset.ten_folds(clips)
+    _, fold_of = dataset.subject_groups(clips)
     (fold, *_) = [f for f in range(10) if (fold_of == f).sum() > 2]
     group = sorted({clips.clips[i].subject for i in np.flatnonzero(fold_of == fold)})
     flags = ["--data_folder", many, *quick, "--model_path", "random", "--protocol", "10fold",
@@ -374,7 +374,7 @@ def test_the_rest_of_a_group_is_trained_without_those_who_are_finished(many, qui
 
 def test_a_fifth_of_the_subjects_has_the_encoder_pre_trained_without_it(many, quick, tmp_path):
     clips = dataset.read_clips(many)
-    names, fold_of = dataset.ten_folds(clips, 5)
+    names, fold_of = dataset.subject_groups(clips, 5)
     group = {clips.clips[i].subject for i in np.flatnonzero(fold_of == 1)}
     assert names[1] == "fold2of5" and len(group) > 1
     pretrain("--data_folder", many, *quick, "--model_path", tmp_path / "runs", "--fold", "2/5")

@@ -197,7 +197,7 @@ def test_garbage_features_of_the_held_out_fold_leave_its_head_the_same(data):
     assert not torch.allclose(right.std[1], wrong.std[1], atol=1e-3)
 
 
-@pytest.mark.parametrize("protocol", ["ten_folds", "subject_folds"])
+@pytest.mark.parametrize("protocol", ["subject_groups", "subject_folds"])
 def test_no_head_ever_sees_a_subject_it_holds_out(protocol):
     rng = np.random.default_rng(2)
     clips = [dataset.Clip(0, f"s{i:02d}", f"{i}-{j}", int(rng.integers(3)), ("", ""))

@@ -197,7 +197,7 @@ def test_inner_groups_do_not_move_with_the_labels_of_a_held_out_subject(tmp_path
     clips = read_clips(tmp_path)
     garbage = replace(clips, clips=[replace(c, label=(c.label + 1) % 3)
                                     if c.subject == f"s{held_out}" else c for c in clips.clips])
-    stratified = [dataset.ten_folds(these, 5).of.tolist() for these in (clips, garbage)]
+    stratified = [dataset.subject_groups(these, 5).of.tolist() for these in (clips, garbage)]
     assert stratified[0] != stratified[1]
     groups = []
 

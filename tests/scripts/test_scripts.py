@@ -132,7 +132,7 @@ def test_a_subject_left_out_leaves_no_trace(fresh, quick, strict, tmp_path):
 
 def test_fold_leaves_a_group_of_subjects_out(drawn, quick, tmp_path):
     pretrain("--data_folder", drawn, *quick, "--model_path", tmp_path, "--fold", "2/4")
-    names, fold_of = dataset.ten_folds(dataset.read_clips(drawn))
+    names, fold_of = dataset.subject_groups(dataset.read_clips(drawn))
     out = {c.person for c, f in zip(dataset.read_clips(drawn).clips, fold_of) if f == 1}
     run = only(tmp_path)
     assert run.name == f"{RUN}_without_{names[1]}"
@@ -167,7 +167,7 @@ def test_persons_of_without_are_left_out_besides_those_of_each_run(drawn, quick,
     pretrain(*flags[:-1], "--model_path", tmp_path / "fold", "--fold", "1/4")
     (seen,) = [load(path)["seen"]["people"] for path in (tmp_path / "fold").glob("*/last.pth")]
     clips = dataset.read_clips(drawn)
-    folds = dataset.ten_folds(clips)  # of everybody: leaving one out moves nobody else
+    folds = dataset.subject_groups(clips)  # of everybody: leaving one out moves nobody else
     out = {"s3", *(clip.subject for clip, fold in zip(clips.clips, folds.of) if fold == 0)}
     assert [name for _, name in seen] == [f"s{i}" for i in range(1, 5) if f"s{i}" not in out]
 
@@ -419,7 +419,7 @@ def test_every_checkpoint_is_read_before_anybody_is_trained(drawn, quick, strict
 
 def test_checkpoints_per_fold_are_not_transductive_unless_mixed_up(drawn, quick, strict, tmp_path):
     clips = dataset.read_clips(drawn)
-    names, fold_of = dataset.ten_folds(clips)
+    names, fold_of = dataset.subject_groups(clips)
     for shift in (0, 1):
         folder = tmp_path / f"shift{shift}"
         folder.mkdir()
@@ -437,9 +437,10 @@ def test_folds_that_pretraining_cut_otherwise_have_a_training_for_each_checkpoin
     """Without s3 the folds of the others are not those of all: one takes two checkpoints."""
     everyone = dataset.read_clips(strangers)
     left = everyone.subset([clip.subject != "s3" for clip in everyone.clips])
-    source = {clip.subject: fold for clip, fold in zip(everyone.clips, dataset.ten_folds(
+    source = {clip.subject: fold for clip, fold in zip(everyone.clips, dataset.subject_groups(
         everyone, 3).of)}
-    folds = {clip.subject: fold for clip, fold in zip(left.clips, dataset.ten_folds(left, 3).of)}
+    folds = {clip.subject: fold for clip, fold in zip(left.clips, dataset.subject_groups(
+        left, 3).of)}
     one, other = next((a, b) for a in folds for b in folds
                       if folds[a] == folds[b] and source[a] != source[b])
     state = torch.load(pretrained, weights_only=True)
@@ -448,9 +449,9 @@ def test_folds_that_pretraining_cut_otherwise_have_a_training_for_each_checkpoin
     flags = ["--data_folder", strangers, *quick, "--model_path", tmp_path / "{fold}.pth",
              "--save_path", tmp_path / "r", "--protocol", "10fold", "--without", "s3", "--epochs",
              1]
-    ten_folds = dataset.ten_folds
+    subject_groups = dataset.subject_groups
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dataset, "ten_folds", lambda clips, _=None, **more: ten_folds(
+        patch.setattr(dataset, "subject_groups", lambda clips, _=None, **more: subject_groups(
             clips, 3, **more))
         for who in ([one], [one, other]):
             finetune(*flags, "--subject", *who, "--resume", "auto")

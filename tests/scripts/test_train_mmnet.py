@@ -458,7 +458,7 @@ def test_results_say_whom_a_pretrained_network_saw(flags, prepared, tmp_path, ca
     assert runs.load(run / "last.pth")["seen"]["people"] == [
         [2, f"sub{i:02d}"] for i in range(1, 6)]
     said = refused(capsys, *second, "2", "--channels", "hsv")
-    assert f"trained with --channels {runs.load(first)['opt']['channels']}, here hsv" in said
+    assert f"trained on motion as {runs.load(first)['opt']['channels']}, here hsv" in said
     digest = hashlib.sha256(first.read_bytes()).hexdigest()
     assert results(run)["pretrained_sha256"] == runs.load(run / "last.pth")["pretrained_sha256"] \
         == digest

@@ -346,7 +346,7 @@ def killed(name, flags, kills, tmp_path, seed):
 
 
 @pytest.mark.parametrize("kills, epochs", [
-    (2, 8), pytest.param(20, 90, marks=pytest.mark.slow)])
+    (2, 16), pytest.param(20, 90, marks=pytest.mark.slow)])
 def test_pretraining_that_was_killed_goes_on_bit_for_bit(drawn, quick, tmp_path, kills, epochs):
     flags = ["--data_folder", drawn, *quick, "--batch_size", 4, "--epochs", epochs,
              "--save_minutes", 0]
