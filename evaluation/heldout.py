@@ -22,7 +22,7 @@ from models.classifier import Classifier
 from training import distributed, record
 from training.options import PROTOCOLS
 from training.record import Run
-from util import BadInput, RunFailed, write_json
+from util import BadInput, RunFailed, remove_leftovers, write_json
 
 # ---------------------------------------------------------------- data
 
@@ -292,6 +292,7 @@ class HeldOut:
         distributed.barrier()  # the other ranks' subjects are finished too
         if not distributed.first():
             return None
+        remove_leftovers(run.folder)  # a run killed among its pictures opens no log again
         missing = [name for name in self.todo
                    if not (run.folder / "subjects" / f"{name}.json").exists()]
         if missing:
