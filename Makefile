@@ -59,7 +59,7 @@ demo: .venv/ready
 # 8 people, held out in turn; expressions three times as strong as in the real set, so that a
 # network learns them in two minutes
 demo-mmnet: .venv/prepare-ready
-	$(PY) render.py casme2 --data_folder $(DEMO)/mmnet/raw --subjects 8 --clips 64 --amplitude 3 \
+	$(PY) render.py casme2 --data_folder $(DEMO)/mmnet/raw --subjects 8 --clips 60 --amplitude 3 \
 	    --preview $(DEMO)/mmnet/clips.png
 	$(PY) prepare.py casme2 --raw $(DEMO)/mmnet/raw --data_folder $(DEMO)/mmnet/data \
 	    --annotation $(DEMO)/mmnet/raw/CASME2-coding-20140508.xlsx --reference onset
