@@ -513,17 +513,19 @@ def test_folders_that_are_refused(tmp_path):
 # ---------------------------------------------------------------- what all share
 
 def test_subjects(tmp_path, capsys):
-    tree(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "test/b/2.jpg")
-    text = "path,subject\ntrain/a/1.jpg,s1\ntest/b/2.jpg,s2\nelsewhere.jpg,s9\n"
+    tree(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "test/b/2.jpg", "val/a/3.jpg")
+    text = "path,subject\ntrain/a/1.jpg,s1\ntest/b/2.jpg,s2\nval/a/3.jpg,s1\nelsewhere.jpg,s9\n"
     path = write(tmp_path / "subjects.csv", text + "train/b/1.jpg,s2\n")
     sets = read_faces("folder", tmp_path)
     assert sets["train"].subjects == ["s1", "s2"] and sets["test"].subjects == ["s2"]
-    assert "subjects in train and test both: 1 (s2)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "subjects in train and test both: 1 (s2)" in said
+    assert "subjects in train and val both: 1 (s1)" in said and "val and test both" not in said
     for more in ("", "train/b/1.jpg,\n"):
         path.write_text(text + more)
         refused("folder", tmp_path, f"{path}: no subject of 1 images, train/b/1.jpg the first")
     path.write_text(text + "train/a/1.jpg,s3\n")
-    refused("folder", tmp_path, f"{path}:5: train/a/1.jpg is of s1 above, of s3 here")
+    refused("folder", tmp_path, f"{path}:6: train/a/1.jpg is of s1 above, of s3 here")
     path.write_text("image,subject\n")
     refused("folder", tmp_path, f"{path}:1: no column 'path'")
 

@@ -223,6 +223,18 @@ def test_the_loss_adds_what_is_asked_for():
         assert len(parts) == bool(more)
 
 
+def test_images_that_cannot_be_read_have_no_part_in_the_loss_of_a_batch():
+    logits, target = torch.randn(6, 7, generator=torch.Generator().manual_seed(0)), torch.arange(6)
+    job = job_of(source_of(face_set()))._replace(distance=losses.emotion_distance(CLASSES))
+    found = []
+    for n, rows in ((4, slice(4)), (6, slice(6))):
+        kept = torch.arange(n) < 4
+        loss, _ = faces.batch_loss(options(wloss_alpha=.5), job, (logits[rows], None), target[rows],
+                                   kept, kept, None, ["wasserstein"])
+        found.append(loss)
+    torch.testing.assert_close(*found)
+
+
 def test_rank_regularisation_moves_the_importance():
     network = Small()
     with torch.no_grad():
