@@ -104,6 +104,9 @@ def check_option(parser: util.ArgumentParser, opt: util.Options, of_photos: list
             util.check_output("--csv", opt.csv)
         if opt.pictures and Path(opt.pictures).exists() and not Path(opt.pictures).is_dir():
             parser.error(f"--pictures {opt.pictures}: is a file; name a folder")
+        if opt.pictures and Path(opt.pictures).is_dir() and any(Path(opt.pictures).iterdir()):
+            parser.error(f"--pictures {opt.pictures}: holds files, which might be written over; "
+                         f"name another folder")
         return
     of_photos += [f"--{name}" for name in ("csv", "pictures") if getattr(opt, name)]
     if of_photos:

@@ -101,6 +101,13 @@ def check_options(parser, opt, words):
     needs(opt.rank_margin, "--rank_margin", opt.model == "scn", "--model scn")
     needs(opt.relabel_epoch and opt.relabel_group == "low", "--relabel_group low",
           opt.model == "scn", "--model scn; give --relabel_group all")
+    certain = losses.n_certain(opt.batch_size, opt.rank_beta)
+    needs(opt.rank_margin, f"--rank_margin at --rank_beta {opt.rank_beta:g}",
+          0 < certain < opt.batch_size, f"another share: one of the two groups of a batch of "
+          f"{opt.batch_size} is empty")
+    needs(opt.relabel_epoch and opt.relabel_group == "low", f"--relabel_group low at --rank_beta "
+          f"{opt.rank_beta:g}", certain < opt.batch_size, "a smaller share: no image of a batch is "
+          "of low importance")
     needs(opt.region_margin, "--region_margin", opt.model == "ran", "--model ran")
     needs(opt.bn_per_view, "--bn_per_view", opt.model == "ran", "--model ran")
     needs(opt.views != "whole", f"--views {opt.views}", opt.model == "ran", "--model ran")

@@ -167,6 +167,8 @@ def parse_option(doc: str, argv: list[str], data_set: str,
         parser.set_defaults(**{name: value for name, value in old.items()
                                if hasattr(opt, name) and name not in follows})
         opt = parser.parse_args(argv)
+        # of what is predicted, and by which of the weights; nothing is trained
+        opt.free |= {"tta_flip", "select", "model_ema_eval", "finetune"}
     convnext = masked_options.is_convnext(opt.model)
     masked_options.settle(parser, opt, masked_options.FINETUNE[convnext])
     if opt.eval:  # as it was on so many ranks as trained it

@@ -1,6 +1,7 @@
 """A network fitted to labelled face images: what it is trained and chosen on, its epochs, its
 checkpoints, and its results on the test split."""
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -100,7 +101,7 @@ class Fit:
         if self.before.any is None and not len(self.before.labelled):
             self._check_earlier(flag, path, state)
             return
-        own = fingerprints(self.faces.subset(self.members))
+        own = self.prints
 
         def count(images, among):
             """How many of the images are known from there, and not from an equal one of these."""
@@ -121,6 +122,11 @@ class Fit:
         alike = self.before.any is not None and (
             self.before.any % 2 == (test.pixels is not None)).all()
         self.transductive = True if known else False if alike else None
+
+    @functools.cached_property
+    def prints(self) -> np.ndarray:
+        """Of the images that are trained on (images.faces): a little of each is read, once."""
+        return fingerprints(self.faces.subset(self.members))
 
     def _check_earlier(self, flag, path, state):
         """`start_from` a checkpoint of an earlier release, which said how the set was divided."""
@@ -217,6 +223,8 @@ class Fit:
         # what tells it may be gone by now
         self.transductive, self.started = old.get("transductive"), old.get("started") or {}
         self.before = photographs.Seen.of(old)
+        if isinstance(old.get("seen_images"), dict):  # these images among them
+            self.seen = self.before
         lost = old["lost"]  # a checkpoint of an earlier release names those of training alone
         for name, places in (lost if isinstance(lost, dict) else {"train": lost}).items():
             self.sources[name].images.lost[places.numpy()] = True
@@ -246,9 +254,8 @@ class Fit:
         job.source.images.save()
         lost = {name: torch.from_numpy(np.flatnonzero(distributed.any_of(part.images.lost)))
                 for name, part in self.sources.items()}
-        if self.seen is None:  # once: a little of every image is read
-            self.seen = self.before.joined(fingerprints(self.faces.subset(self.members))) \
-                if distributed.first() else self.before
+        if self.seen is None:
+            self.seen = self.before.joined(self.prints) if distributed.first() else self.before
             distributed.barrier()
         if distributed.first():
             state = {

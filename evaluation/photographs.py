@@ -49,13 +49,34 @@ def hold_out(images: FaceSet, fraction: float, seed: int) -> tuple[np.ndarray, n
         with warnings.catch_warnings():  # of classes rarer than parts, which are dealt as they can
             warnings.simplefilter("ignore", UserWarning)
             each = [out for _, out in folds.split(everyone, images.labels, subjects)]
-        out = np.sort(np.concatenate(each[:taken]))
-        return np.setdiff1d(everyone, out), out
+        return _without_losing_a_class(images, each, taken)
     rng = np.random.default_rng(seed)
     out = np.concatenate([  # one at least is left to learn a class from
         rng.permutation(own)[:min(round(fraction * len(own)), max(len(own) - 1, 0))] for own in (
             np.flatnonzero(images.labels == label) for label in range(images.n_label))])
     return np.setdiff1d(everyone, out), np.sort(out)
+
+
+def _without_losing_a_class(images, parts, taken):
+    """(rest, held out), `taken` of the parts: the first so many after which a class of which there
+    are images has one left to learn from, or the first of all, which is said."""
+    tried = []
+    for first in range(len(parts)):
+        out = np.sort(np.concatenate((parts * 2)[first:first + taken]))
+        rest = np.setdiff1d(np.arange(len(images)), out)
+        gone = np.setdiff1d(images.labels, images.labels[rest])
+        if not len(gone):
+            return rest, out
+        tried.append((gone, rest, out))
+    gone, rest, out = tried[0]
+    names = ", ".join(images.classes[label] for label in gone)
+    if len(np.unique(images.labels[rest])) < 2:
+        raise BadInput(f"{images.folder}: without the subjects that are held out, no image of "
+                       f"{names} is left to learn from; give --val_fraction 0 and a test split, or "
+                       f"images of more people")
+    print(f"{images.folder}: all images of {names} are of subjects that are held out: none is left "
+          f"to learn from")
+    return rest, out
 
 
 def cut_as(images: FaceSet) -> dict | None:

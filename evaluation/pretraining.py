@@ -108,6 +108,7 @@ class Pretraining:
             old = run.restore(resume, {"model": job.network, "optimizer": job.optimizer,
                                        "scaler": job.precision.scaler}, data_digest=self.digest)
             done, within = old["epoch"], old["within"]
+            self.seen = (old.get("seen_images") or {}).get("any")
             job.images.lost[old["lost"].numpy()] = True
         steps = epochs.announce(opt, len(self.images), "images")
         distributed.agree(self.digest, done, within.get("step"))

@@ -82,16 +82,19 @@ def due(opt: argparse.Namespace, epoch: int) -> bool:
 
 def save_counted(last: Path, state: dict, opt: argparse.Namespace) -> None:
     """Saves `state` as `last` and, where it is `due` after a whole epoch, as checkpoint-<epoch>.pth
-    too, epochs counted from 0, of which the latest --save_ckpt_num are kept, 0: all."""
+    too, epochs counted from 0, of which the latest --save_ckpt_num are kept, 0: all; those of later
+    epochs, which a run that goes on from an earlier one finds, stay until it gets there."""
+    number = state["epoch"] - 1
     if state["within"] or not due(opt, state["epoch"]):
         save(last, state)
         return
-    save_epoch(last, state, f"checkpoint-{state['epoch'] - 1}.pth")
+    save_epoch(last, state, f"checkpoint-{number}.pth")
     counted = {int(path.stem.partition("-")[2]): path
                for path in last.parent.glob("checkpoint-*.pth")
                if path.stem.partition("-")[2].isdigit()}
-    for number in sorted(counted)[:-opt.save_ckpt_num] if opt.save_ckpt_num else ():
-        counted[number].unlink()
+    until = sorted(n for n in counted if n <= number)
+    for n in until[:-opt.save_ckpt_num] if opt.save_ckpt_num else ():
+        counted[n].unlink()
 
 
 def load(path: str | Path) -> dict:

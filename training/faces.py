@@ -307,8 +307,9 @@ class Predicted(NamedTuple):
 def predict(network: nn.Module, source: Source, members: np.ndarray, autocast: Callable,
             flip: bool = True, batch_size: int = 64) -> Predicted:
     """What a network says of the images `members`; nothing random. flip: the probabilities are the
-    mean over the image and its mirror image."""
+    mean over the image and its mirror image; batch_size: of views."""
     network.eval()
+    batch_size = max(1, batch_size // regions.N_VIEWS[source.views])
     device, embed = next(network.parameters()).device, getattr(network, "embed", None)
     kept, probabilities, beside = [], [], {"importance": [], "features": []}
     parts = np.array_split(members, max(1, -(-len(members) // batch_size)))

@@ -95,6 +95,10 @@ class Run:
             return None
         if not Path(resume).is_file():
             raise BadInput(f"--resume {resume}: no such checkpoint")
+        if getattr(self.opt, "eval", False) and self.last().exists() \
+                and Path(resume).resolve() != self.last().resolve():
+            raise BadInput(f"{self.folder}: its results are those of its last.pth, which would be "
+                           f"written over; give another {self._elsewhere}")
         header = read_log(self.folder)[:1]
         if header and Path(resume).resolve().parent != self.folder.resolve():
             # a checkpoint kept elsewhere goes on in its own run's folder, not in another's
@@ -109,11 +113,16 @@ class Run:
         if not hasattr(self.opt, "accum_iter") or not others:
             return
         header = read_log(self.folder)[:1]
-        if not header:
-            raise BadInput(f"{self.folder}: holds {others[0].name}, and no last.pth to go on from; "
-                           f"give another {self._elsewhere}")
-        # this run's own, killed between its first two files
-        self.check_resumable(self.folder / "log.jsonl", header[0], grow=True)
+        if header:
+            self.check_resumable(self.folder / "log.jsonl", header[0], grow=True)
+        kept = [path for path in others if path.name != "checkpoint-0.pth"]
+        if kept or not header:
+            own = [path for path in others if path.suffix == ".pth"]
+            latest = max(own, key=lambda path: path.stat().st_mtime, default=None)
+            raise BadInput(f"{self.folder}: holds {(kept or others)[0].name}, and no last.pth to "
+                           f"go on from; " + (f"give --resume {latest}, or " if header and latest
+                                           else "give ") + f"another {self._elsewhere}")
+        # else it is this run's own, killed between its first two files
 
     def check_resumable(self, path: str | Path, old: dict, grow: bool = False,
                         **identity: object) -> None:

@@ -315,11 +315,37 @@ def test_what_another_run_left_is_not_written_over(before, tree, tmp_path, capsy
 
 def test_a_run_that_was_killed_between_its_first_two_files_starts_anew(before, tree, tmp_path):
     shutil.copytree(before[VIT], tmp_path / "r")
-    (tmp_path / "r/last.pth").unlink()
+    for path in tmp_path.glob("r/*.pth"):
+        path.name == "checkpoint-0.pth" or path.unlink()
     call(VIT, *pretraining_flags(tree), "--output_dir", tmp_path / "r")
     ours, theirs = (checkpoint.load(run / "last.pth")["model"]
                     for run in (tmp_path / "r", before[VIT]))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_finished_run_whose_last_file_is_gone_is_not_trained_over(before, tree, tmp_path,
+                                                                    capsys):
+    shutil.copytree(before[VIT], tmp_path / "r")
+    (tmp_path / "r/last.pth").unlink()
+    old = {path.name: path.read_bytes() for path in tmp_path.glob("r/*") if path.is_file()}
+    flags = [*pretraining_flags(tree), "--output_dir", tmp_path / "r"]
+    said = refused(capsys, VIT, *flags)
+    assert "holds checkpoint-2.pth, and no last.pth to go on from; give --resume " in said
+    assert f"{tmp_path}/r/checkpoint-3.pth, or another --output_dir" in said
+    assert old == {path.name: path.read_bytes() for path in tmp_path.glob("r/*")
+                   if path.is_file()}
+    call(VIT, *flags, "--resume", tmp_path / "r/checkpoint-3.pth")
+    assert "goes on after epoch 4" in capsys.readouterr().out
+
+
+def test_going_on_from_an_earlier_epoch_removes_no_later_checkpoint(tmp_path):
+    opt = argparse.Namespace(save_ckpt_freq=1, save_ckpt_num=2, epochs=9)
+    for number in (2, 6, 7):
+        torch.save({}, tmp_path / f"checkpoint-{number}.pth")
+    for epoch in (4, 5):
+        checkpoint.save_counted(tmp_path / "last.pth", {"epoch": epoch, "within": {}}, opt)
+    assert sorted(path.name for path in tmp_path.glob("check*")) == [
+        f"checkpoint-{number}.pth" for number in (3, 4, 6, 7)]
 
 
 def struck(stop):
@@ -507,6 +533,16 @@ def test_evaluation_repeats_the_predictions(tuned, kind, tmp_path, capsys):
     assert again.get("average") == first.get("average")
     assert not list((tmp_path / "again").glob("*.pth"))
     assert old == {path.name: path.read_bytes() for path in run.glob("*.pth")}
+    (tmp_path / "other.pth").write_bytes((run / "last.pth").read_bytes())
+    kept = (run / "results.json").read_bytes()
+    evaluation = ["--data_path", data, "--cache", "off", "--eval", "--resume",
+                  tmp_path / "other.pth"]
+    assert "its results are those of its last.pth" in refused(capsys, TUNE, *evaluation,
+                                                              "--output_dir", run)
+    assert (run / "results.json").read_bytes() == kept
+    call(TUNE, *evaluation, "--tta_flip", "--output_dir", tmp_path / "mirrored")
+    assert (tmp_path / "mirrored/predictions.csv").read_bytes() != (
+        run / "predictions.csv").read_bytes()
 
 
 def test_evaluation_asks_for_no_rate_of_other_ranks(tmp_path, monkeypatch):

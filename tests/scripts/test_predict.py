@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -275,6 +276,7 @@ def changed(path, folder, change):
     (["x.jpg", "--whole", "--margin", 0], "--margin goes with faces that are searched for"),
     (["x.jpg", "--csv", "none/x.csv"], "--csv none/x.csv: its folder does not exist"),
     (["x.jpg", "--pictures", __file__], "is a file; name a folder"),
+    (["x.jpg", "--pictures", Path(__file__).parent], "holds files, which might be written over"),
     (["--csv", "x.csv", "--onset", "a.jpg", "--apex", "b.jpg"], "--csv goes with photographs"),
     (["--margin=1", "--onset", "a.jpg", "--apex", "b.jpg"], "--margin goes with photographs"),
     (["--list", "x.txt"], "--list and --data_folder go together"),

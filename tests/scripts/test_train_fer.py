@@ -488,6 +488,9 @@ def test_unreadable_images_and_links_to_nowhere_end_no_run_with_landmarks(tmp_pa
     (["--model", "scn", "--rank_margin", 0, "--rank_beta", .5], "--rank_margin or --relabel_epoch"),
     (["--model", "scn", "--relabel_epoch", 2, "--relabel_group", "all", "--rank_beta", .5],
      "--relabel_group low"),
+    (["--model", "scn", "--rank_margin", .1, "--rank_beta", 1], "one of the two groups"),
+    (["--model", "scn", "--rank_margin", .1, "--rank_beta", .3, "--batch_size", 2], "is empty"),
+    (["--model", "scn", "--relabel_epoch", 2, "--rank_beta", 1], "no image of a batch"),
     (["--backbone_lr", .1, "--freeze_backbone"], "a backbone that moves")])
 def test_bad_input_is_refused_in_one_line(flags, tmp_path, capsys, more, expected):
     said = refused(capsys, *flags, "--save_path", tmp_path / "r", *more)

@@ -1,5 +1,6 @@
 """An epoch on face images: relabelling, sampling, what is left out; checkpoints that start one."""
 import argparse
+import dataclasses
 
 import numpy as np
 import pytest
@@ -423,6 +424,42 @@ def test_validation_images_are_stratified_and_whole_subjects_where_there_are_any
         assert len({named.subjects[i] for i in out}) / n == pytest.approx(share, abs=.04)
     with pytest.raises(BadInput, match="one subject"):
         photographs.hold_out(face_set(21, subjects=1), .1, 0)
+
+
+def test_subjects_held_out_take_no_class_along_where_others_can_be(capsys):
+    images = face_set(140, subjects=20)
+    # a class that one person alone shows
+    labels = np.where(np.array(images.subjects) == "s3", 6, np.arange(140) % 6)
+    images = dataclasses.replace(images, labels=labels)
+    for seed in range(12):
+        rest, out = photographs.hold_out(images, .1, seed)
+        assert set(labels[rest]) == set(range(7)) and len(out)
+        people = [{images.subjects[i] for i in part} for part in (rest, out)]
+        assert not people[0] & people[1]
+    assert not capsys.readouterr().out
+    pair = dataclasses.replace(face_set(20, subjects=4), labels=np.arange(20) % 4 // 2)
+    halves = dataclasses.replace(pair, subjects=[f"s{label}" for label in pair.labels])
+    with pytest.raises(BadInput, match="is left to learn from"):
+        photographs.hold_out(halves, .5, 0)
+    thirds = dataclasses.replace(pair, labels=np.arange(20) % 3,
+                                 subjects=[f"s{i % 3}" for i in range(20)])
+    rest, _ = photographs.hold_out(thirds, .3, 0)
+    assert len(set(thirds.labels[rest])) == 2
+    assert "all images of " in capsys.readouterr().out
+
+
+def test_prediction_takes_as_many_views_at_a_time_as_images_elsewhere():
+    seen = []
+
+    class Counting(RAN):
+        def maps(self, views):
+            seen.append(views.shape[:2].numel())
+            return super().maps(views)
+    images = face_set(21)
+    network = Counting(7)
+    said = faces.predict(network, source_of(images, views="fixed"), np.arange(21),
+                         epochs.mixed_precision(False, torch.device("cpu")).autocast, False)
+    assert len(said.kept) == 21 and max(seen) <= 64 and len(seen) == 3
 
 
 def test_a_batch_of_which_nothing_can_be_read_moves_nothing():
