@@ -67,9 +67,11 @@ def parse_option(argv):
         opt.warmup_epochs = min(5.0, opt.epochs / 4)
     if opt.views is None:
         opt.views = "fixed" if opt.model == "ran" else "whole"
-    print(f"--recipe {opt.recipe}: " + ", ".join(f"--{name} {getattr(opt, name)}"
-                                                 for name in {**PUBLISHED, "learning_rate": 0,
-                                                              "lr_decay_rate": 0, **chosen}))
+    decays = ["lr_decay_rate"] * (opt.lr_schedule in ("exponential", "step"))
+    shown = {name: getattr(opt, name) for name in (*PUBLISHED, "learning_rate", *decays, *chosen)}
+    print(f"--recipe {opt.recipe}: " + ", ".join(  # as they can be given
+        f"--{'no-' * (not value)}{name}" if isinstance(value, bool) else f"--{name} {value}"
+        for name, value in shown.items()))
     for name in ("relabel_epoch", "wloss_update"):
         if getattr(opt, name) > opt.epochs:
             print(f"--{name} {getattr(opt, name)}: after the last of {opt.epochs} epochs, so that "
@@ -202,7 +204,7 @@ def add_model_options(parser):
     method.add_argument("--region_margin", type=number(float, 0, 1), default=0.0,
                         help="ran: by how much the best crop exceeds the whole image; published: "
                              "0.1, 0.03, 0.02; 0: no such loss")
-    method.add_argument("--bn_per_view", action="store_true",
+    method.add_argument("--bn_per_view", action=util.argparse.BooleanOptionalAction, default=False,
                         help="ran: batch norm of each view apart, as published")
     method.add_argument("--wloss_alpha", type=number(float, 0), default=0.0,
                         help="weight of the Wasserstein term; the notes': 0.0125, of a sum")

@@ -11,7 +11,8 @@ from util import ArgumentParser, number, positive_int, switch
 IGNORED = (("--world_size", 1, "torchrun's environment says how many ranks there are"),
            ("--dist_url", 1, "torchrun's environment says where the ranks meet"),
            ("--dist_on_itp", "?", "torchrun's environment says how many ranks there are"),
-           ("--dist_eval", "?", "one rank predicts: sharded, images would count twice"),
+           ("--dist_eval", "?", "one rank predicts the test split and all of them the validation "
+                                "images: sharded, some would count twice"),
            ("--pin_mem", "?", "memory for a GPU is always pinned"),
            ("--no_pin_mem", "?", "memory for a GPU is always pinned"))
 

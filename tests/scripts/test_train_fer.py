@@ -358,6 +358,8 @@ def test_a_run_of_half_precision_goes_on_with_a_scaler_that_has_no_state_yet(fla
     (["--recipe", "published", "--model", "ran"], {
         "optimizer": "sgd", "learning_rate": .01, "lr_schedule": "step", "lr_decay_rate": .1,
         "bn_per_view": True, "views": "fixed"}),
+    (["--recipe", "published", "--model", "ran", "--no-bn_per_view"], {
+        "bn_per_view": False, "region_margin": .02}),
     (["--recipe", "notes"], {"batch_size": 600, "optimizer": "adam", "learning_rate": 1e-3}),
     (["--recipe", "notes", "--model", "ran"], {"batch_size": 72, "views": "fixed"}),
     (["--recipe", "notes", "--wloss_alpha", ".0125"], {
@@ -370,7 +372,16 @@ def test_recipes_set_what_no_flag_says(more, expected, capsys):
     opt = train_FER.parse_option(["--dataset", "rafdb", "--data_folder", "d", "--save_path", "s",
                                   *more])
     assert {name: getattr(opt, name) for name in expected} == expected
-    assert f"--recipe {opt.recipe}: --augment {opt.augment}, " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"--recipe {opt.recipe}: --augment {opt.augment}, " in printed
+    assert f", --{'' if opt.tta_flip else 'no-'}tta_flip, " in printed
+    # what was printed can be given
+    said = next(line for line in printed.splitlines() if line.startswith("--recipe"))
+    again = train_FER.parse_option(["--dataset", "rafdb", "--data_folder", "d", "--save_path", "s",
+                                    "--model", opt.model, *said.partition(": ")[2].replace(
+                                        ",", "").split(), *more])
+    assert vars(again) | {"warmup_derived": 0, "recipe": 0} == vars(opt) | {
+        "warmup_derived": 0, "recipe": 0}
     if opt.lr_schedule == "step":
         assert epochs.decay_epochs(opt) == [12, 20, 32]
         assert epochs.decay_epochs(opt.changed(epochs=2)) == [1]
