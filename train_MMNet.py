@@ -197,7 +197,7 @@ def set_job(opt, data, units, members, name, device, masks=None):
     --mask leaves of each clip."""
     torch.manual_seed(int(np.random.SeedSequence(
         (opt.seed, zlib.crc32(name.encode()))).generate_state(1)[0]))
-    layout, targets = mmnet.LAYOUTS[opt.model], None
+    layout, targets, names = mmnet.LAYOUTS[opt.model], None, None
     if learns_units(opt):
         # those of the training clips alone: what the others show is not known
         names = videos.unit_names(units[i] for i in members)
@@ -207,7 +207,7 @@ def set_job(opt, data, units, members, name, device, masks=None):
                                  None if targets is None else targets.shape[2], opt.channels,
                                  opt.size)
     if opt.pretrained:
-        motion.load_pretrained(network, opt.pretrained, opt.channels)
+        motion.load_pretrained(network, opt, data.clips.classes, names)
     network = network.to(device).channels_last()
     scale = opt.scale
     if scale == "fixed":
@@ -220,7 +220,7 @@ def set_job(opt, data, units, members, name, device, masks=None):
     run = network if distributed.active() else distributed.wrap(network, device,
                                                                 precision.autocast)
     return motion.Job(network, run, source, data.clips.labels, targets, members,
-                      set_optimizer(opt, network), precision)
+                      set_optimizer(opt, network), precision, names)
 
 
 def set_optimizer(opt, network):
@@ -282,7 +282,8 @@ def tune(opt, held, group, units, device):
             "history": history, "model": job.network.state_dict(),
             "optimizer": job.optimizer.state_dict(),
             "scaler": job.precision.scaler.state_dict(), "best": best and best.state,
-            "classes": data.clips.classes, "data_digest": held.header["data_digest"],
+            "classes": data.clips.classes, "units": job.units,
+            "data_digest": held.header["data_digest"],
             "encoder_sha256": None, "seen": held.seen(members), **held.besides})
 
     stages = opt.epochs + opt.au_epochs * bool(mmnet.LAYOUTS[opt.model].units)

@@ -104,6 +104,11 @@ def command_line(main: Callable) -> Callable:
                 raise
             message = f"{error.filename or 'writing'}: {error.strerror}"
             code = 1 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not loaded here
+                raise
+            message, code = "the GPU's memory is full; give a smaller --batch_size, or a larger " \
+                "--accumulate or --accum_iter where there is one", RunFailed.exit_code
         print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(code)
     return run

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import dataset
@@ -106,12 +105,12 @@ class HeldOutVideos(heldout.HeldOut):
             members = np.setdiff1d(np.arange(len(clips)), clips.members(group.out))
             if opt.select == "inner":
                 members = Best(clips, members).rest
-            count = len(videos.unit_names(self.units[i] for i in members)) if self.units else None
+            units = videos.unit_names(self.units[i] for i in members) if self.units else None
         if self.groups and opt.pretrained:
             with torch.device("meta"):
-                network = mmnet.create_mmnet(opt.model, clips.n_label, count, opt.channels,
-                                             opt.size)
-            motion.fitting(network, opt.pretrained, opt.channels)
+                network = mmnet.create_mmnet(opt.model, clips.n_label, units and len(units),
+                                             opt.channels, opt.size)
+            motion.fitting(network, opt, clips.classes, units)
 
     def seen(self, members: np.ndarray) -> dict:
         """What a checkpoint says of whom it saw: the persons of `members`, and those before."""
@@ -185,7 +184,7 @@ class Best:
         probabilities, _, units = motion.predict(job, self.inner)
         if stage == "units":
             wanted = torch.from_numpy(job.targets[0, self.inner])
-            value = -float(F.binary_cross_entropy_with_logits(torch.from_numpy(units), wanted))
+            value = -float(motion.unit_loss(torch.from_numpy(units), wanted))
         else:
             value = measures.evaluate(self.clips.labels[self.inner], probabilities.argmax(1),
                                       self.clips.n_label)["uf1"]

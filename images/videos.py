@@ -248,8 +248,10 @@ def mirrored_units(units: frozenset) -> frozenset:
 
 
 def unit_names(clips: Iterable[frozenset]) -> list[str]:
-    """The units that occur in clips, by number, then side; raises BadInput where there is none."""
-    names = set().union(*clips)
+    """The units that occur in clips or their mirror images, by number, then side; raises BadInput
+    where there is none."""
+    clips = list(clips)
+    names = set().union(*clips, *map(mirrored_units, clips))
     if not names:
         raise BadInput("clips.csv: no training clip names an action unit, which V6, V6c and "
                        "--au_loss learn; fill its column units, or take V5NR without --au_loss")
@@ -257,8 +259,10 @@ def unit_names(clips: Iterable[frozenset]) -> list[str]:
 
 
 def multi_hot(clips: Iterable[frozenset], names: list[str]) -> np.ndarray:
-    """float32 `[N, U]`: 1 where a clip shows a unit of `names`."""
-    return np.array([[name in units for name in names] for units in clips], np.float32)
+    """float32 `[N, U]`: 1 where a clip shows a unit of `names`; NaN for a clip without any, which
+    nobody coded."""
+    return np.array([[name in units if units else np.nan for name in names] for units in clips],
+                    np.float32)
 
 
 # ---------------------------------------------------------------- parts of the face

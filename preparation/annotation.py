@@ -268,11 +268,13 @@ def check_spelling(path: str | Path, rows: list[Row]) -> None:
     held out at once."""
     spelled = {}
     for row in rows:
-        first = spelled.setdefault((row.database, row.person.lower()), row)
+        # sub01 and Sub1 are one, 1.1 and 11 are two
+        plain = re.sub(r"(?<!\d)0+(?=\d+$)", "", row.person.lower())
+        first = spelled.setdefault((row.database, plain), row)
         if first.person != row.person:
             raise BadInput(f"{path}: subjects {first.subject!r} and {row.subject!r} of "
-                           f"{DATABASES[row.database]} differ in capitals or dots alone; spell a "
-                           f"person one way, or they are trained on and held out at once")
+                           f"{DATABASES[row.database]} differ in capitals, dots or zeros alone; "
+                           f"spell a person one way, or they are trained on and held out at once")
 
 
 def read_clips_csv(path: str | Path, root: Path) -> Table:

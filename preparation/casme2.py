@@ -208,7 +208,7 @@ def add_clip(table: Table, name: tuple, numbers: list, shown: tuple, row: tuple,
             table.dropped.append((key, f"{where}: {rule}"))
             return
         if rule:
-            apex = (onset + offset) // 2
+            apex = max(onset + 1, (onset + offset) // 2)  # an apex is no onset
             table.repaired(f"{rule}: the middle of onset and offset", key)
         table.rows.append(Row(database, subject, clip, onset, apex, offset, units, emotion, key,
                               table.classes.index(emotion), files=files))

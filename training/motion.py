@@ -1,7 +1,6 @@
 """Batches of motion and onset face for a network, drawn, cropped and encoded on the device."""
 import argparse
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -87,8 +86,9 @@ def typical_motion(arrays: Videos) -> np.ndarray:
 
 class Job(NamedTuple):
     """A network in training. run: the network over the devices (distributed.wrap); targets: the
-    action units of all clips, float32 `[2, N, U]`, as they are and mirrored, or None; members: the
-    clips it is trained on."""
+    action units of all clips, float32 `[2, N, U]`, as they are and mirrored, NaN where nobody
+    coded them, or None; members: the clips it is trained on; units: names of those units, or
+    None."""
     network: nn.Module
     run: nn.Module
     source: Source
@@ -97,6 +97,7 @@ class Job(NamedTuple):
     members: np.ndarray
     optimizer: torch.optim.Optimizer
     precision: epochs.Precision
+    units: list[str] | None = None
 
 
 def set_stage(network: nn.Module, stage: str) -> None:
@@ -105,6 +106,15 @@ def set_stage(network: nn.Module, stage: str) -> None:
     for name, part in network.named_parameters():
         part.requires_grad_(stage == "all" or name.startswith("fc.") == (stage == "last"))
     network.train(stage != "last")
+
+
+def unit_loss(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Binary cross-entropy of action units `[B, U]`, mean over the clips that were coded: the
+    targets of others are NaN. 0 where none was."""
+    coded = ~wanted.isnan().any(1)
+    if not coded.any():
+        return logits.float().sum() * 0
+    return F.binary_cross_entropy_with_logits(logits.float()[coded], wanted[coded])
 
 
 def train_epoch(opt: argparse.Namespace, job: Job, stage: str, epoch: int, number: int,
@@ -144,7 +154,7 @@ def train_epoch(opt: argparse.Namespace, job: Job, stage: str, epoch: int, numbe
         if "au_loss" in names:
             shown = job.targets[mirror.long().cpu().numpy(), job.members[piece.numpy()]]
             wanted = torch.from_numpy(shown).to(device)
-            of_units = F.binary_cross_entropy_with_logits(units.float(), wanted)
+            of_units = unit_loss(units, wanted)
             loss = of_units if stage == "units" else loss + opt.au_loss * of_units
             values += (of_units.detach(),)
         epochs.check_loss(loss, epoch, step, epochs.kept(opt))
@@ -179,20 +189,31 @@ def predict(job: Job, members: np.ndarray, batch_size: int = 32) -> tuple:
             None if units[0] is None else np.concatenate(units))
 
 
-def fitting(network: MMNet, path: str | Path, channels: str) -> dict:
-    """The tensors that a network for `channels` gets from a published checkpoint, or one of these
-    scripts, all but last layers of another shape; raises BadInput for another network."""
-    state = files.read(path)
-    opt = state.get("opt") if isinstance(state, dict) else None
-    if isinstance(opt, dict) and opt.get("channels", channels) != channels:
-        raise BadInput(f"--pretrained {path}: trained on motion as {opt['channels']}, here "
-                       f"{channels} (--input, --channels)")
+def fitting(network: MMNet, opt: argparse.Namespace, classes: list[str],
+            units: list[str] | None) -> dict:
+    """The tensors that a network for these classes and action units gets from --pretrained, a
+    published checkpoint or one of these scripts: all but last layers of another shape, or that tell
+    other classes or units. Raises BadInput for another network, or another kind of motion."""
+    path = opt.pretrained
+    state = content = files.read(path)
+    content = content if isinstance(content, dict) else {}
+    before = content.get("opt") if isinstance(content.get("opt"), dict) else {}
+    for name, flags in (("channels", "--input, --channels"), ("scale", "--scale")):
+        if before.get(name, getattr(opt, name)) != getattr(opt, name):
+            raise BadInput(f"--pretrained {path}: trained on motion as {before[name]}, here "
+                           f"{getattr(opt, name)} ({flags})")
+    anew = []
+    if content.get("classes") not in (None, list(classes)):
+        anew.append("fc.")
+    if units is not None and content.get("units") not in (None, units):
+        anew += ["au.", *["fc."] * bool(network.layout.units)]
     state = files.load_weights(path, state)
     if any("conv_act." in name for name in state):
         state = from_published(state)
     ours = network.state_dict()
     last = {name for name in ours if name.startswith(("fc.", "au."))}
-    left = {name for name in last if name not in state or state[name].shape != ours[name].shape}
+    left = {name for name in last if name not in state or state[name].shape != ours[name].shape
+            or name.startswith(tuple(anew))}
     wrong = sorted(name for name in ours.keys() - left
                    if name not in state or state[name].shape != ours[name].shape)
     extra = sorted(name for name in state.keys() - ours.keys()
@@ -204,9 +225,10 @@ def fitting(network: MMNet, path: str | Path, channels: str) -> dict:
     return {name: state[name] for name in ours.keys() - left}
 
 
-def load_pretrained(network: MMNet, path: str | Path, channels: str) -> None:
-    """Starts a network from a checkpoint, see `fitting`."""
-    state = fitting(network, path, channels)
+def load_pretrained(network: MMNet, opt: argparse.Namespace, classes: list[str],
+                    units: list[str] | None) -> None:
+    """Starts a network from --pretrained, see `fitting`."""
+    state = fitting(network, opt, classes, units)
     left = network.load_state_dict(state, strict=False).missing_keys
-    print(f"{path}: {len(state)} of {len(state) + len(left)} tensors loaded"
+    print(f"{opt.pretrained}: {len(state)} of {len(state) + len(left)} tensors loaded"
           + f"; {', '.join(sorted(left))} start anew" * bool(left))

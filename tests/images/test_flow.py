@@ -145,9 +145,11 @@ def test_action_units_and_what_is_none():
     assert videos.read_units("4+R12 + L10") == ({"4", "12", "10"}, [])
     assert videos.read_units("4+R12", sides=True) == ({"4", "R12"}, [])
     assert videos.read_units("?+AU3+14") == ({"14"}, ["?", "AU3"])
-    names = videos.unit_names([{"12", "4"}, {"L10", "10"}])
-    assert names == ["4", "10", "L10", "12"]
-    assert videos.multi_hot([{"4", "12"}, {"17"}], names).tolist() == [[1, 0, 0, 1], [0] * 4]
+    names = videos.unit_names([frozenset({"12", "4"}), frozenset({"L10", "10"})])
+    assert names == ["4", "10", "L10", "R10", "12"]  # in mirrored clips the other side shows it
+    shown = videos.multi_hot([{"4", "12"}, {"17"}, frozenset()], names)
+    assert shown[:2].tolist() == [[1, 0, 0, 0, 1], [0] * 5]
+    assert np.isnan(shown[2]).all()  # nobody coded it
 
 
 def test_a_method_that_is_none_is_refused():

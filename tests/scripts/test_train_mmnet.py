@@ -1,4 +1,5 @@
 """train_MMNet.py: held-out subjects, parts, stages, resume, what never enters, bad input."""
+import argparse
 import hashlib
 import json
 import os
@@ -492,6 +493,39 @@ def test_other_action_units_or_landmarks_do_not_go_on(prepared, flags, tmp_path,
     assert "marks.csv: no such file" in refused(capsys, *flags, "2", *mask)
 
 
+def test_last_layers_that_tell_other_classes_or_units_start_anew(tmp_path):
+    def network(units=None):
+        return mmnet.create_mmnet("V6" if units else "V4", 5, units and len(units), "nrs", 32)
+    classes, units = list("abcde"), ["1", "4", "12"]
+    for own, state in ((None, {}), (units, {"units": units})):
+        path = tmp_path / "m.pth"
+        old = network(own)
+        torch.save({"model": old.state_dict(), "classes": classes, **state,
+                    "opt": {"channels": "nrs", "scale": "map"}}, path)
+        opt = argparse.Namespace(pretrained=str(path), channels="nrs", scale="map")
+        everything = old.state_dict().keys()
+        assert motion.fitting(network(own), opt, classes, own).keys() == everything
+        kept = motion.fitting(network(own), opt, classes[::-1], own).keys()
+        assert everything - kept == {name for name in everything if name.startswith("fc.")} != set()
+        opt.scale = "fixed"
+        with pytest.raises(BadInput, match=r"as map, here fixed \(--scale\)"):
+            motion.fitting(network(own), opt, classes, own)
+        opt.scale = "map"
+    kept = motion.fitting(network(units), opt, classes, ["1", "4", "17"]).keys()
+    assert everything - kept == {name for name in everything if name.startswith(("fc.", "au."))}
+
+
+def test_clips_that_nobody_coded_have_no_part_in_the_loss_of_units():
+    said = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    wanted = torch.tensor([[1., 0, 0], [np.nan] * 3, [0, 1, 1], [np.nan] * 3, [0, 0, 1]])
+    loss = motion.unit_loss(said, wanted)
+    loss.backward()
+    rows = [0, 2, 4]
+    assert loss == torch.nn.functional.binary_cross_entropy_with_logits(said[rows], wanted[rows])
+    assert not said.grad[[1, 3]].any() and said.grad[rows].all()
+    assert motion.unit_loss(said, torch.full((5, 3), np.nan)) == 0
+
+
 def test_mirrored_clips_show_their_action_units_on_the_other_side(prepared, monkeypatch):
     data, _ = dataset.read_videos(prepared, 32, True)
     units = [frozenset(one.split()) for one in (
@@ -502,9 +536,11 @@ def test_mirrored_clips_show_their_action_units_on_the_other_side(prepared, monk
     job = train_MMNet.set_job(opt, data, units, np.arange(9), "x", torch.device("cpu"))
     names = ["1", "L2", "R2", "4", "L10", "R10", "L12", "R12", "B17", "T17"]
     mirrored = ["R12 4", "L12", "R10 T17", "L12 R12", "4", "L10", "B17 R2", "L2 1", ""]
-    assert job.targets.tolist() == [
+    coded, uncoded = job.targets[:, :8], job.targets[:, 8]
+    assert coded.tolist() == [
         [[float(name in shown) for name in names] for shown in side]
-        for side in (units, [one.split() for one in mirrored])]
+        for side in (units[:8], [one.split() for one in mirrored[:8]])]
+    assert np.isnan(uncoded).all()
     seen, entropy, wanted = [], torch.nn.functional.binary_cross_entropy_with_logits, []
     draw = videos.draw_boxes
     monkeypatch.setattr(videos, "draw_boxes", lambda *args: seen.append(draw(*args)) or seen[-1])
@@ -514,7 +550,8 @@ def test_mirrored_clips_show_their_action_units_on_the_other_side(prepared, monk
     (order,) = epochs.batches(9, 9, epochs.generator(opt.seed, 1))
     (_, mirror), = seen
     assert 0 < mirror.sum() < 9
-    assert wanted[0].tolist() == [job.targets[int(m), i].tolist() for m, i in zip(mirror, order)]
+    assert wanted[0].tolist() == [job.targets[int(m), i].tolist() for m, i in zip(mirror, order)
+                                  if i != 8]  # which nobody coded
 
 
 def test_no_part_of_a_batch_is_of_one_clip(prepared, monkeypatch):
