@@ -101,7 +101,7 @@ class Fit:
         if self.before.any is None and not len(self.before.labelled):
             self._check_earlier(flag, path, state)
             return
-        own = self.prints
+        own = self.own_fingerprints
 
         def count(images, among):
             """How many of the images are known from there, and not from an equal one of these."""
@@ -124,7 +124,7 @@ class Fit:
         self.transductive = True if known else False if alike else None
 
     @functools.cached_property
-    def prints(self) -> np.ndarray:
+    def own_fingerprints(self) -> np.ndarray:
         """Of the images that are trained on (images.faces): a little of each is read, once."""
         return fingerprints(self.faces.subset(self.members))
 
@@ -255,7 +255,9 @@ class Fit:
         lost = {name: torch.from_numpy(np.flatnonzero(distributed.any_of(part.images.lost)))
                 for name, part in self.sources.items()}
         if self.seen is None:
-            self.seen = self.before.joined(self.prints) if distributed.first() else self.before
+            self.seen = self.before
+            if distributed.first():
+                self.seen = self.before.joined(self.own_fingerprints)
             distributed.barrier()
         if distributed.first():
             state = {

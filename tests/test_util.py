@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, probe
 
 import util
@@ -151,3 +152,20 @@ def test_options_know_their_flags():
     for each in (opt, opt.changed(learning_rate=2)):
         assert util.flag(each, "learning_rate") == "--lr"
     assert util.flag(SimpleNamespace(), "learning_rate") == "--learning_rate"
+
+
+def test_a_gpu_that_is_full_is_told_in_one_line(capsys):
+    @util.command_line
+    def full(argv):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    @util.command_line
+    def broken(argv):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(SystemExit) as end:
+        full([])
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and said.count("\n") == 1
+    assert said.startswith("error: the GPU's memory is full; give a smaller --batch_size")
+    with pytest.raises(RuntimeError, match="mat1"):
+        broken([])

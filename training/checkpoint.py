@@ -84,17 +84,17 @@ def save_counted(last: Path, state: dict, opt: argparse.Namespace) -> None:
     """Saves `state` as `last` and, where it is `due` after a whole epoch, as checkpoint-<epoch>.pth
     too, epochs counted from 0, of which the latest --save_ckpt_num are kept, 0: all; those of later
     epochs, which a run that goes on from an earlier one finds, stay until it gets there."""
-    number = state["epoch"] - 1
     if state["within"] or not due(opt, state["epoch"]):
         save(last, state)
         return
-    save_epoch(last, state, f"checkpoint-{number}.pth")
+    epoch = state["epoch"] - 1
+    save_epoch(last, state, f"checkpoint-{epoch}.pth")
     counted = {int(path.stem.partition("-")[2]): path
                for path in last.parent.glob("checkpoint-*.pth")
                if path.stem.partition("-")[2].isdigit()}
-    until = sorted(n for n in counted if n <= number)
-    for n in until[:-opt.save_ckpt_num] if opt.save_ckpt_num else ():
-        counted[n].unlink()
+    before = sorted(number for number in counted if number <= epoch)
+    for number in before[:-opt.save_ckpt_num] if opt.save_ckpt_num else ():
+        counted[number].unlink()
 
 
 def load(path: str | Path) -> dict:

@@ -195,25 +195,26 @@ def fitting(network: MMNet, opt: argparse.Namespace, classes: list[str],
     published checkpoint or one of these scripts: all but last layers of another shape, or that tell
     other classes or units. Raises BadInput for another network, or another kind of motion."""
     path = opt.pretrained
-    state = content = files.read(path)
-    content = content if isinstance(content, dict) else {}
+    read = files.read(path)
+    content = read if isinstance(read, dict) else {}
     before = content.get("opt") if isinstance(content.get("opt"), dict) else {}
     for name, flags in (("channels", "--input, --channels"), ("scale", "--scale")):
         if before.get(name, getattr(opt, name)) != getattr(opt, name):
             raise BadInput(f"--pretrained {path}: trained on motion as {before[name]}, here "
                            f"{getattr(opt, name)} ({flags})")
-    anew = []
+    anew = ()
     if content.get("classes") not in (None, list(classes)):
-        anew.append("fc.")
+        anew += ("fc.",)
     if units is not None and content.get("units") not in (None, units):
-        anew += ["au.", *["fc."] * bool(network.layout.units)]
-    state = files.load_weights(path, state)
+        # V6's classifier sees the units
+        anew += ("au.", "fc.") if network.layout.units else ("au.",)
+    state = files.load_weights(path, read)
     if any("conv_act." in name for name in state):
         state = from_published(state)
     ours = network.state_dict()
     last = {name for name in ours if name.startswith(("fc.", "au."))}
     left = {name for name in last if name not in state or state[name].shape != ours[name].shape
-            or name.startswith(tuple(anew))}
+            or name.startswith(anew)}
     wrong = sorted(name for name in ours.keys() - left
                    if name not in state or state[name].shape != ours[name].shape)
     extra = sorted(name for name in state.keys() - ours.keys()

@@ -115,14 +115,14 @@ class Run:
         header = read_log(self.folder)[:1]
         if header:
             self.check_resumable(self.folder / "log.jsonl", header[0], grow=True)
-        kept = [path for path in others if path.name != "checkpoint-0.pth"]
-        if kept or not header:
-            own = [path for path in others if path.suffix == ".pth"]
-            latest = max(own, key=lambda path: path.stat().st_mtime, default=None)
-            raise BadInput(f"{self.folder}: holds {(kept or others)[0].name}, and no last.pth to "
-                           f"go on from; " + (f"give --resume {latest}, or " if header and latest
-                                           else "give ") + f"another {self._elsewhere}")
-        # else it is this run's own, killed between its first two files
+        later = [path for path in others if path.name != "checkpoint-0.pth"]
+        if header and not later:
+            return  # this run's own, killed between its first two files
+        saved = [path for path in others if path.suffix == ".pth"]
+        fix = f"--resume {max(saved, key=lambda path: path.stat().st_mtime)}, or " \
+            if header and saved else ""
+        raise BadInput(f"{self.folder}: holds {(later or others)[0].name}, and no last.pth to go "
+                       f"on from; give {fix}another {self._elsewhere}")
 
     def check_resumable(self, path: str | Path, old: dict, grow: bool = False,
                         **identity: object) -> None:

@@ -163,6 +163,14 @@ def test_irregularities_are_counted_by_rule(workbook, tmp_path, capsys):
     assert len(np.load(tmp_path / "set" / "flow.npy")) == 7
 
 
+@pytest.mark.parametrize("offset, apex", [(11, 11), (12, 11), (20, 15)])
+def test_an_apex_that_is_repaired_is_no_onset(offset, apex):
+    table = casme2.Table([], {}, ("others",))
+    casme2.add_clip(table, ("casme2", "sub01", "EP1"), ["10", "/", str(offset)], ("others", ""),
+                    ("row 2", set(), "middle"))
+    assert [row.apex for row in table.rows] == [apex]
+
+
 def test_other_sets_by_a_table_of_clips(raw, prepared, tmp_path):
     lines = ["database,subject,clip,folder,onset,apex,offset,label,units"]
     lines += [f"smic,s{s},{name},Cropped/sub{s:02d}/{name},{a},{b},{c},{emotion},{units}"

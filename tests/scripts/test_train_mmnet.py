@@ -235,6 +235,7 @@ def test_the_chosen_epoch_is_counted_within_its_stage(flags, tmp_path):
     assert len(uf1) == 2
     assert results(run)["choices"]["sub05"]["epochs"] == 1 + uf1.index(max(uf1))
     state = checkpoint.load(run / "last.pth")  # holds the network that was chosen
+    assert len(state["units"]) == len(state["model"]["au.bias"]) > 0
     assert runs.differing(state["model"], state["best"]["model"]) == []
 
 
