@@ -272,9 +272,11 @@ def check_spelling(path: str | Path, rows: list[Row]) -> None:
         plain = re.sub(r"(?<!\d)0+(?=\d+$)", "", row.person.lower())
         first = spelled.setdefault((row.database, plain), row)
         if first.person != row.person:
+            alike = first.person.lower() == row.person.lower()
             raise BadInput(f"{path}: subjects {first.subject!r} and {row.subject!r} of "
-                           f"{DATABASES[row.database]} differ in capitals, dots or zeros alone; "
-                           f"spell a person one way, or they are trained on and held out at once")
+                           f"{DATABASES[row.database]} differ in "
+                           f"{'capitals or dots' if alike else 'leading zeros'} alone; spell a "
+                           f"person one way, or they are trained on and held out at once")
 
 
 def read_clips_csv(path: str | Path, root: Path) -> Table:
