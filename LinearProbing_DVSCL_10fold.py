@@ -15,6 +15,7 @@ import util  # first: it settles how threads wait before torch is imported
 
 # isort: split
 from evaluation import heldout, probing, shortcuts
+from evaluation.encoders import RANDOM
 from training import distributed, epochs, options, record
 
 
@@ -53,6 +54,10 @@ def parse_option(argv):
     opt = parser.parse_args(argv)
     options.check_options(parser, opt)
     choose_solver(parser, opt, [*util.given(sgd, argv), *["--oracle_curve"] * opt.oracle_curve])
+    if opt.seeds and opt.solver == "lbfgs" and opt.model_path != RANDOM \
+            and "{seed}" not in opt.model_path:
+        parser.error("--seeds: heads that are solved for draw nothing; give a {seed} in "
+                     "--model_path, or --solver sgd")
     if opt.select_rates and opt.select != "inner":
         parser.error("--select_rates goes with --select inner")
     if opt.select_rates is None:

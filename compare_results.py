@@ -69,8 +69,9 @@ def read_results(path: str | Path) -> dict:
         ensure(isinstance(result["n_label"], int) and result["n_label"] == len(result["confusion"]))
         ensure(result.get("transductive") in TRANSDUCTIVE)
         ensure(all(isinstance(name, str) for name in result["free"]))
-    except FileNotFoundError:
-        raise BadInput(f"{path}: missing; name a results.json")
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise BadInput(f"{path}: " + ("a folder" if path.is_dir() else "missing")
+                       + "; name a results.json")
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
         raise BadInput(f"{path}: not a results.json; run the script that wrote it again")
     folder = path.resolve().parent.name

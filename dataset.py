@@ -402,7 +402,9 @@ def left_out(opt: argparse.Namespace, clips: ClipSet) -> list[tuple[str | None, 
                for i in np.flatnonzero(folds.of == folds.names.index(name))}
         return [(name, out | always)]
     if subject == "each":  # of those whom an evaluation holds out
-        return [(name, {person} | always) for person, name in labelled.names.items()]
+        never = {identity(person) for person in always}
+        return [(name, {person} | always) for person, name in labelled.names.items()
+                if identity(person) not in never]
     if not subject:
         return [(None, always)]
     out = find_people([subject], clips)

@@ -60,6 +60,8 @@ def parse_option(argv):
     options.check_size(parser, opt.model, opt.size)
     if opt.subject and opt.fold:
         parser.error("--subject and --fold exclude each other")
+    if opt.subject == "each" and opt.resume not in (None, "auto"):
+        parser.error("--resume FILE is the checkpoint of one run; with --subject each give auto")
     if (opt.pairs is None) != (opt.pool == "labelled"):
         parser.error("--pool unlabelled or both goes with --pairs FILE, and only with it")
     if opt.min_intensity is not None and not opt.pairs:
@@ -138,6 +140,9 @@ def set_model(opt, channels, n_data, device):
             print(f"--nce_k {opt.nce_k}: only {n_data - 1} other clips; each is a negative once")
     if opt.sync_bn and device.type != "cuda":
         raise BadInput("--sync_bn: synchronised batch norm needs CUDA; drop the flag")
+    if opt.sync_bn and not distributed.active() and distributed.gpus(device) > 1:
+        raise BadInput("--sync_bn: takes a process for each GPU; start with torchrun, or drop the "
+                       "flag")
     if opt.sync_bn and distributed.active():
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(device, memory_format=torch.channels_last)

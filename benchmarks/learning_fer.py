@@ -45,6 +45,8 @@ def parse_option(argv):
                         help="of baseline, SCN and regression")
     parser.add_argument("--seeds_ran", type=util.positive_int, default=1,
                         help="of RAN, six times as slow")
+    parser.add_argument("--seeds_losses", type=util.positive_int, default=1,
+                        help="of the baseline with each other loss")
     parser.add_argument("--processes", type=util.positive_int, default=os.cpu_count(),
                         help="runs at a time, one thread each [one a core]")
     opt = parser.parse_args(argv)
@@ -108,10 +110,11 @@ def systems(opt):
     if opt.quick:
         return
     yield "SCN without relabelling, 30% noise", opt.seeds, (*scn[:4], "--noise", 0.3)
-    for loss in ("focal", "balanced", "logit_adjusted"):
-        yield f"baseline, {loss}", 1, ("--loss", loss)
-    yield "baseline, oversampled", 1, ("--oversample",)
-    yield "baseline, Wasserstein", 1, ("--wloss_alpha", 0.0125)
+    losses = {loss: ("--loss", loss) for loss in ("focal", "balanced", "logit_adjusted")} | {
+        "oversampled": ("--oversample",), "Wasserstein": ("--wloss_alpha", 0.0125)}
+    for name, flags in losses.items():
+        for noise in NOISE:
+            yield f"baseline, {name}{told(noise)}", opt.seeds_losses, (*flags, "--noise", noise)
 
 
 def relabelled(folders):

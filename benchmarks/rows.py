@@ -25,7 +25,7 @@ from evaluation import measures, photographs, probing
 from images.faces import FaceSet, decode
 
 # options with which what is finished stays right
-ALIKE = ("work", "processes", "seeds", "seeds_ran", "quick", "pools")
+ALIKE = ("work", "processes", "seeds", "seeds_ran", "seeds_losses", "quick", "pools")
 GREY_SIDE = 48  # of the pixels of faces that are regressed on
 PENALTIES = (1e-3, 1e-2, 1e-1, 1, 10)  # C
 

@@ -1,6 +1,7 @@
 """Which encoder each held-out person gets, from which checkpoint, and whom it saw before."""
 import argparse
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -21,12 +22,19 @@ from util import BadInput
 RANDOM = "random"  # in place of a checkpoint: an untrained encoder
 
 
+# options of a pre-training that may differ between the encoders of one evaluation
+APART = {"subject", "fold", "without", "pairs", "data_folder", "list_folder", "cache", "device",
+         "num_workers", "resume", "model_path", "save_path", "tb_path", "tag", "print_freq",
+         "save_freq", "save_minutes", "seeds", "warmup_derived"}
+
+
 class Seen(NamedTuple):
     """Persons, (database, subject), that an encoder is known to have seen, whether they are all,
-    and whether it saw labels."""
+    and whether it saw labels; how it was trained: its options but APART, and its epochs."""
     people: set
     complete: bool
     labelled: bool = False
+    how: dict | None = None
 
 
 def load_classifier(opt: argparse.Namespace, path: str, clips: ClipSet,
@@ -60,7 +68,9 @@ def load_classifier(opt: argparse.Namespace, path: str, clips: ClipSet,
     normalization = state.get("normalization") or encoding.fixed_normalization(
         "wrap", clips.views, clips.channels)
     try:
-        seen = people_seen(state.get("seen"))._replace(labelled=tuned)
+        seen = people_seen(state.get("seen"))._replace(labelled=tuned, how={
+            **{name: value for name, value in state["opt"].items() if name not in APART},
+            "epochs trained": state.get("epoch"), "complete": not state.get("within")})
         mean, std = np.float64(normalization["mean"]), np.float64(normalization["std"])
         lengths = {len(mean), len(std)} if np.isfinite([mean, std]).all() and (std > 0).all() \
             else set()
@@ -83,6 +93,10 @@ def people_seen(seen: dict | None) -> Seen:
     return Seen(named, named == people)
 
 
+def _digest(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 class Encoders:
     """The checkpoints behind a run of held-out persons.
 
@@ -103,7 +117,7 @@ class Encoders:
             if path != RANDOM:
                 if not Path(path).is_file():
                     raise BadInput(f"--model_path {path}: no such checkpoint")
-                self.sha256[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+                self.sha256[path] = _digest(path)
 
     def _folds(self, people):
         """Name of the fold that pre-training left each person out with: of as many as --protocol
@@ -134,21 +148,40 @@ class Encoders:
                                  opt.size)
 
     def check(self, path: str) -> None:
-        """Loads an encoder before anything is written; the next `load` without a head takes it."""
+        """Loads an encoder before anything is written; the next `load` without a head takes it.
+        Raises BadInput where another one was trained otherwise: whom they predict would be the
+        only thing to make them differ."""
         self.checked = path, self.load(path)
+        how = self.seen[path].how
+        for other, seen in self.seen.items():
+            if None in (how, seen.how) or how == seen.how:
+                continue
+            name = next(k for k in {**how, **seen.how} if how.get(k) != seen.how.get(k))
+            raise BadInput(f"{path}: {name} {how.get(name)}, but {seen.how.get(name)} in {other}; "
+                           f"all of --model_path must come from one pre-training's command")
+
+    def training(self) -> str | None:
+        """Digest of how the encoders were trained that have been loaded; None where nothing was."""
+        how = next((seen.how for seen in self.seen.values() if seen.how), None)
+        return how and hashlib.sha256(json.dumps(how, sort_keys=True, default=str).encode()
+                                      ).hexdigest()[:16]
 
     def load(self, path: str, head: nn.Module | None = None) -> Classifier:
-        """A fresh copy of the encoder in `path`, under a fresh head unless one is given."""
+        """A fresh copy of the encoder in `path`, under a fresh head unless one is given. Raises
+        BadInput where the file is another one by now."""
         checked, classifier = self.checked
         self.checked = None, None
         if head is not None or path != checked:
             classifier, self.seen[path] = load_classifier(
                 self.opt, path, self.clips, self.create_head() if head is None else head)
+            if path != RANDOM and _digest(path) != self.sha256[path]:
+                raise BadInput(f"{path}: has changed since this run began; name a checkpoint that "
+                               f"stays, such as ckpt_epoch_N.pth")
         return classifier
 
     def transductive(self, path: str, person: tuple) -> bool | None:
         """Whether the encoder of a loaded `path` saw a person; None where that is unknown."""
-        people, complete, _ = self.seen[path]
-        if self.identities[person] in {dataset.identity(other) for other in people}:
+        seen = self.seen[path]
+        if self.identities[person] in {dataset.identity(other) for other in seen.people}:
             return True
-        return False if complete else None
+        return False if seen.complete else None

@@ -96,8 +96,10 @@ def make_header(opt: argparse.Namespace, argv: list[str], script: str, data: Dat
         data_digest=hashlib.sha256((clips.digest() + data.digest).encode()).hexdigest(), **more)
 
 
-def open_run(run: Run, header: dict, sha256: dict, besides: dict | None = None) -> set[str]:
-    """Enters a run folder of held-out predictions; returns the names already finished.
+def open_run(run: Run, header: dict, sha256: dict,
+             besides: dict | None = None) -> dict[str, str | None]:
+    """Enters a run folder of held-out predictions; returns the names already finished, and how the
+    encoder of each was trained, as Encoders.training has it.
 
     sha256: name → path and digest of each wanted subject's checkpoint; besides: digests of the
     header that must be equal as well. An existing folder takes --resume, or --subject, which adds
@@ -115,16 +117,16 @@ def open_run(run: Run, header: dict, sha256: dict, besides: dict | None = None) 
         raise BadInput(f"{folder}: exists, but holds no log.jsonl; remove it or give another --tag")
     if opt.resume not in (None, "auto") and not Path(opt.resume).is_file():
         raise BadInput(f"--resume {opt.resume}: no such checkpoint")
-    done = {path.stem: path for path in (folder / "subjects").glob("*.json")}
-    now = dict(sha256.values())  # path → digest
-    for name, path in done.items():
-        was = result_files.read_subject(path)[0]
+    done, now = {}, dict(sha256.values())  # path → digest
+    for path in (folder / "subjects").glob("*.json"):
+        name, was = path.stem, result_files.read_subject(path)[0]
+        done[name] = was.get("training")
         digest = sha256[name][1] if name in sha256 else \
             now.get(was.get("checkpoint"), was.get("sha256"))
         if was.get("sha256") != digest:
             raise BadInput(f"{path}: comes from another checkpoint than the one --model_path "
                            f"names now; remove it, or give another --tag")
-    return set(done)
+    return done
 
 
 def checked_states(run: Run, header: dict, encoders: Encoders, names: dict[str | None, str],
@@ -199,7 +201,11 @@ class HeldOut:
         everyone = self._groups(todo)
         self.groups = distributed.deal(everyone) if folds else \
             self._groups(distributed.deal(todo))
-        self.check()
+        self.check(everyone[:1])
+        now = self.encoders.training()
+        for name in [name for name, how in done.items() if None not in (how, now) and how != now]:
+            raise BadInput(f"{run.folder}: {name} comes from another pre-training than that of "
+                           f"--model_path now; give another --tag")
         distributed.agree(self.todo)
         names = {group.name: group.path for group in everyone} or {None: RANDOM}
         finished = {group.name for group in self._groups([p for p in wanted if p not in todo])} \
@@ -213,11 +219,12 @@ class HeldOut:
         self.log = open_log(run, self.header, names, {
             name: state["epoch"] for name, state in self.states.items()}) if todo else None
 
-    def check(self) -> None:
+    def check(self, first: list[Group]) -> None:
         """Raises BadInput for what would end the training of `groups`: before there is a run
-        folder."""
+        folder. first: of all ranks' groups, whose encoder those of every rank are like."""
         if hasattr(self.run.opt, "model_path"):
-            for path in dict.fromkeys(group.path for group in reversed(self.groups)):
+            paths = dict.fromkeys(group.path for group in [*self.groups, *first])
+            for path in reversed(paths):  # that of the first group is loaded next
                 self.encoders.check(path)
 
     def _check_begun(self):
@@ -271,6 +278,7 @@ class HeldOut:
                 "transductive": encoders.transductive(group.path, person),
                 "checkpoint": None if group.path == RANDOM else group.path,
                 "sha256": encoders.sha256[group.path], "made_by": made_by, **notes(mine),
+                **({"training": encoders.training()} if encoders.training() else {}),
                 **({"start_labelled": True} if encoders.seen[group.path].labelled else {}),
                 "rows": result_files.rows_of([clips.clips[i] for i in members[mine]],
                                              probabilities[mine]),
@@ -425,6 +433,12 @@ def over_seeds(opt: argparse.Namespace, evaluate: Callable, run_name: Callable) 
     results = [results for _, results in runs if results]
     if not opt.seeds or not results:
         return
+    clips = [set(result_files.read_predictions(folder / "predictions.csv", result["n_label"]))
+             for folder, result in runs]
+    for (folder, _), own in zip(runs, clips):
+        if own != clips[0]:
+            raise BadInput(f"{folder}: holds {len(own)} clips, not the {len(clips[0])} of "
+                           f"{runs[0][0].name}; give every seed the same --subject")
     figures = measures.over_seeds(results)
     first = runs[0][0]
     head, _, tail = first.name.rpartition(f"_seed_{opt.seeds[0]}")

@@ -30,7 +30,8 @@ def measure(opt: argparse.Namespace, clips: ClipSet, frozen: probing.Frozen) -> 
 
 def subject_probe(opt: argparse.Namespace, clips: ClipSet, frozen: probing.Frozen) -> dict | None:
     """How well linear heads on the features of a probing.Frozen name the subject of clips they
-    did not see; solved with the median of its penalties, or trained as its heads were.
+    did not see; trained as its heads were, or solved with --l2, in place of which there is one
+    penalty where inner folds chose: it must not depend on whom a call holds out.
 
     Five folds of clips, dealt out in turn within each subject; subjects with one clip, which no
     training could name, stay out. Returns {n, n_subjects, accuracy, chance}, chance being that of
@@ -49,7 +50,7 @@ def subject_probe(opt: argparse.Namespace, clips: ClipSet, frozen: probing.Froze
     task = probing.Task(features if everybody else features[:, members], labels, len(of), fold_of,
                         sorted(set(fold_of.tolist())))
     if frozen.l2:
-        l2 = float(np.median(frozen.l2))
+        l2 = probing.FEW if opt.l2 is None else opt.l2
         same = frozen.regression.relabelled(labels, len(of)) if everybody else None
         heads, _ = probing.solve_heads(task, l2, tolerance=SUBJECT_ROUGH * logistic.rough(l2),
                                        regression=same)

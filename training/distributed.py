@@ -31,6 +31,9 @@ def rank() -> tuple[int, int]:
 
 def local_device(device: torch.device) -> torch.device:
     """The GPU of this process where several share a node; raises BadInput if there are fewer."""
+    if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        raise BadInput(f"--device {device}: every process would take this one; say --device cuda, "
+                       f"and choose GPUs with CUDA_VISIBLE_DEVICES")
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         gpus = torch.cuda.device_count()
@@ -164,7 +167,7 @@ class _Autocast(nn.Module):
             return self.model(*args)
 
 
-def _gpus(device):
+def gpus(device: torch.device) -> int:
     """GPUs of this one process: all there are, where --device names none of them."""
     alone = active() or device.type != "cuda" or device.index is not None
     return 1 if alone else torch.cuda.device_count()
@@ -179,9 +182,9 @@ def wrap(model: nn.Module, device: torch.device, autocast: Callable) -> nn.Modul
         warnings.filterwarnings("ignore", r"(?s)Grad strides do not match.*= \[1, 1, 1, \d+\]")
         return nn.parallel.DistributedDataParallel(
             model, [device] if device.type == "cuda" else None)
-    if (gpus := _gpus(device)) > 1:
-        print(f"{gpus} GPUs in one process; faster: "
-              f"torchrun --nproc_per_node {gpus} with the same flags")
+    if (several := gpus(device)) > 1:
+        print(f"{several} GPUs in one process; faster: "
+              f"torchrun --nproc_per_node {several} with the same flags")
         return nn.DataParallel(_Autocast(model, autocast))
     return model
 
@@ -197,7 +200,7 @@ def smallest_slice(n: int, device: torch.device) -> int:
     """Fewest clips that a rank or GPU gets of a global batch of `n`."""
     if active():
         return n // size()
-    share = -(-n // _gpus(device))  # DataParallel cuts as torch.chunk does
+    share = -(-n // gpus(device))  # DataParallel cuts as torch.chunk does
     return (n - 1) % share + 1
 
 

@@ -106,11 +106,12 @@ class Run:
         return Path(resume)
 
     def _check_others(self):
-        """Raises BadInput where a folder that the user named holds what another run left: a new
-        one would write over it. A run whose name follows from its options is the same one."""
-        others = sorted(self.folder.glob("checkpoint-*.pth")) + [
-            path for path in [self.folder / "results.json"] if path.exists()]
-        if not hasattr(self.opt, "accum_iter") or not others:
+        """Raises BadInput where the folder holds what a run left: a new one would write over
+        it."""
+        others = [*sorted(self.folder.glob("checkpoint-*.pth")),
+                  *sorted(self.folder.glob("ckpt_epoch_*.pth")),
+                  *self.folder.glob("results.json")]
+        if not others:
             return
         header = read_log(self.folder)[:1]
         if header:

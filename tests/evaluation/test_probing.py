@@ -360,6 +360,6 @@ def test_a_random_encoder_follows_from_the_seed(tmp_path):
         opt = SimpleNamespace(model="resnet18v1", seed=seed, size=224, layer=6)
         classifier, seen = encoders.load_classifier(opt, "random", clips, None)
         assert classifier.normalization["std"] == [8 / 255] * 3 + [4 / 255]
-        assert seen == (set(), True, False)
+        assert seen == (set(), True, False, None)
         actual.append(classifier.encoder.rgb_to_d.conv1.weight)
     assert torch.equal(actual[0], actual[1]) and not torch.equal(actual[0], actual[2])

@@ -1,5 +1,6 @@
 """Nested choice of epochs and rate, what picking on the test subjects would give, shortcuts."""
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -26,7 +27,7 @@ RATES = [0.01, 0.3]
 def options(**changes):
     return SimpleNamespace(**{"seed": 3, "epochs": 4, "batch_size": 9, "learning_rate": 0.1,
                               "lr_decay_epochs": [2], "lr_decay_rate": 0.5, "momentum": 0.9,
-                              "weight_decay": 0.01, **changes})
+                              "weight_decay": 0.01, "l2": None, **changes})
 
 
 @pytest.fixture
@@ -267,6 +268,12 @@ def test_several_seeds_are_run_and_averaged(drawn, quick, tmp_path, capsys):
         assert actual[name]["std"] == pytest.approx(abs(a - b) / 2 ** 0.5)
     uf1 = actual["uf1"]
     assert f"uf1 {uf1['mean']:.3f} ± {uf1['std']:.3f}" in capsys.readouterr().out
+    with pytest.raises(SystemExit):  # seed 5 has fewer clips than seed 0
+        probe("--data_folder", drawn, *quick, "--protocol", "loso", "--model_path", "random",
+              "--save_path", tmp_path, "--seeds", 0, 5, "--subject", "s1")
+    assert "holds 3 clips, not the 12 of" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*_seeds_0_5*"))
+    shutil.rmtree(next(tmp_path.glob("*_seed_5")))
     flags = ["--data_folder", drawn, *quick, "--protocol", "loso", "--save_path", tmp_path,
              "--seeds", 7]
     for seed, model, said in ((4, "random", "_seed_4: exists"), (
@@ -274,6 +281,9 @@ def test_several_seeds_are_run_and_averaged(drawn, quick, tmp_path, capsys):
         with pytest.raises(SystemExit):  # before the first seed trains
             probe(*flags, seed, "--model_path", model)
         assert said in capsys.readouterr().err and not list(tmp_path.glob("*_seed_7*"))
+    with pytest.raises(SystemExit):
+        probe("--data_folder", drawn, "--model_path", "m.pth", "--save_path", "s", "--seeds", 7, 8)
+    assert "--seeds: heads that are solved for draw nothing" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- picked on the test subjects

@@ -341,6 +341,7 @@ def test_a_broken_data_set_is_refused(breaks, expected, fresh, tmp_path, capsys)
     (["--pairs", "nothing.tsv", "--pool", "both"], "nothing.tsv: missing"),
     (["--pairs", "PAIRS", "--pool", "both", "--min_intensity", 99], "pairs.tsv: no pair of inten"),
     (["--subject", "s1", "--fold", "1/4"], "--subject and --fold exclude each other"),
+    (["--subject", "each", "--resume", "x.pth"], "with --subject each give auto"),
     (["--subject", "s7"], "--subject s7: no such subject; .* 4: s1, s2, s3, s4"),
     (["--without", "s1", "s7"], "--without s7: no such subject; .* 4: s1, s2, s3, s4"),
     (["--without", "s1", "s2", "s3", "s4"], "0 clips are left to contrast"),

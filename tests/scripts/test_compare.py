@@ -401,6 +401,11 @@ def test_what_is_no_result_is_refused_by_name(make, capsys, broken, answer):
     assert answer in line and str(b.parent) in line
 
 
+def test_a_runs_folder_is_refused_with_what_to_name(make, capsys):
+    a, b = make("a", 0.9), make("b", 0.5)
+    assert "b: a folder; name a results.json" in refused(capsys, a, b.parent)
+
+
 def test_the_same_result_twice_is_refused(make, capsys):
     a = make("a", 0.9)
     assert "named twice" in refused(capsys, a, a.parent / ".." / "a" / "results.json")

@@ -118,6 +118,27 @@ def test_subject_each_makes_one_run_per_subject_without_it(strict, pretrained):
         assert state["normalization"] != load(pretrained)["normalization"]
 
 
+def test_subject_each_makes_none_for_who_is_left_out_of_all(drawn):
+    clips = dataset.read_clips(drawn)
+    opt = SimpleNamespace(subject="each", fold=None, without=["s2"], pool="labelled")
+    assert dataset.left_out(opt, clips) == [
+        (f"s{i}", {(0, f"s{i}"), (0, "s2")}) for i in (1, 3, 4)]
+
+
+def test_a_run_without_its_last_checkpoint_is_not_trained_over(drawn, quick, tmp_path, capsys):
+    flags = ["--data_folder", drawn, *quick, "--model_path", tmp_path, "--resume", "auto"]
+    pretrain(*flags, "--epochs", 2, "--save_freq", 1)
+    run = only(tmp_path)
+    (run / "last.pth").unlink()
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    for more, expected in ((["--crop_low", 0.5], "--crop_low 1.0 there, 0.5 here"),
+                           ([], r"holds ckpt_epoch_\d\.pth, and no last.pth .* --resume .*ckpt_e")):
+        with pytest.raises(SystemExit):
+            pretrain(*flags, "--epochs", 2, *more)
+        assert re.search(expected, capsys.readouterr().err)
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
 def test_a_subject_left_out_leaves_no_trace(fresh, quick, strict, tmp_path):
     """Garbage in the images of the subject that is left out changes no bit."""
     clips = dataset.read_clips(fresh)
@@ -326,6 +347,7 @@ def test_merged_subjects_with_solved_heads_equal_one_run_over_all(plain, solved,
     assert same_predictions(run, solved)
     ours, theirs = (json.loads((folder / "results.json").read_text()) for folder in (run, solved))
     assert ours["choices"] == theirs["choices"] and ours["n_subjects"] == 4
+    assert ours["shortcuts"]["subject"] == theirs["shortcuts"]["subject"]
 
 
 def test_ten_folds_and_the_random_encoder(drawn, quick, tmp_path):
@@ -432,6 +454,48 @@ def test_checkpoints_per_fold_are_not_transductive_unless_mixed_up(drawn, quick,
         assert transductive(folder / "out") is bool(shift)
 
 
+@pytest.mark.parametrize("other", [
+    {"epoch": 9}, {"within": {"step": 1}}, {"opt": {"crop_low": 0.5}}], ids=lambda v: next(iter(v)))
+def test_encoders_of_one_evaluation_are_trained_alike(drawn, quick, strict, tmp_path, capsys,
+                                                      other):
+    """In one call, and where calls add subjects to one run."""
+    states = {i: load(strict / f"{RUN}_without_s{i}" / "last.pth") for i in (1, 2)}
+    changed = {k: states[2][k] | v if k == "opt" else v for k, v in other.items()}
+    for folder, second in (("mixed", states[2] | changed), ("alike", states[2])):
+        for i, state in ((1, states[1]), (2, second)):
+            (tmp_path / folder / f"s{i}").mkdir(parents=True)
+            torch.save(state, tmp_path / folder / f"s{i}" / "last.pth")
+    flags = ["--data_folder", drawn, *quick, "--protocol", "loso", "--save_path", tmp_path / "out"]
+
+    def refused(*more):
+        with pytest.raises(SystemExit):
+            probe(*flags, *more)
+        return capsys.readouterr().err
+    said = refused("--model_path", tmp_path / "mixed" / "{subject}" / "last.pth", "--subject", "s1",
+                   "s2")
+    assert "must come from one pre-training" in said and not (tmp_path / "out").exists()
+    probe(*flags, "--model_path", tmp_path / "alike" / "{subject}" / "last.pth", "--subject", "s1")
+    (tmp_path / "alike" / "s2" / "last.pth").unlink()
+    shutil.move(tmp_path / "mixed" / "s2" / "last.pth", tmp_path / "alike" / "s2")
+    said = refused("--model_path", tmp_path / "alike" / "{subject}" / "last.pth", "--subject", "s2")
+    assert "s1 comes from another pre-training" in said
+
+
+def test_an_encoder_that_changes_within_a_run_ends_it(drawn, quick, pretrained, tmp_path, capsys,
+                                                      monkeypatch):
+    path, keep = shutil.copyfile(pretrained, tmp_path / "last.pth"), record.Run.finished
+
+    def changed(run, name):
+        keep(run, name)
+        torch.save(load(path) | {"epoch": 9}, path)
+    monkeypatch.setattr(record.Run, "finished", changed)
+    with pytest.raises(SystemExit):
+        finetune("--data_folder", drawn, *quick, "--epochs", 1, "--model_path", path, "--subject",
+                 "s1", "s2", "--save_path", tmp_path / "out")
+    assert "last.pth: has changed since this run began" in capsys.readouterr().err
+    assert [one.stem for one in tmp_path.glob("out/*/subjects/*")] == ["s1"]
+
+
 def test_folds_that_pretraining_cut_otherwise_have_a_training_for_each_checkpoint(
         strangers, quick, pretrained, tmp_path):
     """Without s3 the folds of the others are not those of all: one takes two checkpoints."""
@@ -445,7 +509,7 @@ def test_folds_that_pretraining_cut_otherwise_have_a_training_for_each_checkpoin
                       if folds[a] == folds[b] and source[a] != source[b])
     state = torch.load(pretrained, weights_only=True)
     for i in range(3):
-        torch.save(state | {"epoch": i}, tmp_path / f"fold{i + 1}of3.pth")
+        torch.save(state | {"number": i}, tmp_path / f"fold{i + 1}of3.pth")
     flags = ["--data_folder", strangers, *quick, "--model_path", tmp_path / "{fold}.pth",
              "--save_path", tmp_path / "r", "--protocol", "10fold", "--without", "s3", "--epochs",
              1]
@@ -461,7 +525,7 @@ def test_folds_that_pretraining_cut_otherwise_have_a_training_for_each_checkpoin
             assert kept["checkpoint"].endswith(f"fold{source[subject] + 1}of3.pth")
         trained = [line["subject"] for line in record.read_log(run)[1:]]
         assert len(trained) == 2 and all("of3_" in name for name in trained)
-        torch.save(state | {"epoch": 9}, tmp_path / f"fold{source[one] + 1}of3.pth")
+        torch.save(state | {"number": 9}, tmp_path / f"fold{source[one] + 1}of3.pth")
         with pytest.raises(SystemExit):  # one fold of two versions of its encoder
             finetune(*flags, "--subject", *(s for s in folds if source[s] == source[one]
                                             and s != one), "--resume", "auto")
@@ -561,7 +625,7 @@ def test_an_empty_name_in_a_checkpoint_is_somebody_unknown(drawn, quick, pretrai
     ({"people": None, "named": []}, set(), False), ({"people": None}, set(), False),
     ({}, set(), False), (None, set(), False)])
 def test_whom_an_encoder_saw_and_whether_these_are_all(seen, people, all_of_them):
-    assert encoders.people_seen(seen) == (people, all_of_them, False)
+    assert encoders.people_seen(seen)[:3] == (people, all_of_them, False)
 
 
 # ---------------------------------------------------------------- fine-tuning
@@ -666,7 +730,7 @@ def test_jobs_that_share_a_run_folder_resume_with_checkpoints_of_their_own(drawn
     """last.pth may be of another job's subject, whose encoder was another one."""
     for i in (1, 2):
         state = torch.load(pretrained, weights_only=True)
-        torch.save(state | {"epoch": i}, tmp_path / f"s{i}.pth")
+        torch.save(state | {"number": i}, tmp_path / f"s{i}.pth")
     for i in (1, 2):
         run, state = tuned(drawn, quick, tmp_path / "{subject}.pth", tmp_path / "r", "--subject",
                            f"s{i}", "--resume", "auto")

@@ -95,6 +95,7 @@ def weights_differ(one, two):
     return [name for name in a if not torch.equal(a[name], b[name])]
 
 
+@pytest.mark.pictures
 def test_the_picture_of_mistakes_says_what_its_maps_are(prepared, tmp_path, monkeypatch):
     data, _ = dataset.read_videos(prepared, 48, False)
     held, drawn = object.__new__(held_out.HeldOutVideos), []

@@ -1,4 +1,5 @@
 """Two CPU processes (gloo) do what one does."""
+import importlib
 import os
 import socket
 import subprocess
@@ -224,3 +225,15 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         else:
             with pytest.raises(util.BadInput, match="more processes than the 2 GPUs"):
                 distributed.local_device(CUDA)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(util.BadInput, match="--device cuda:1: every process would take this one"):
+        distributed.local_device(torch.device("cuda", 1))
+
+
+def test_synchronised_batch_norm_takes_a_process_for_each_gpu(drawn, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    start = importlib.import_module("pre-train_DVSCL")
+    opt = start.parse_option(["--data_folder", str(drawn), "--model_path", "m", "--model",
+                              "resnet18v1", "--sync_bn"])
+    with pytest.raises(util.BadInput, match="--sync_bn: takes a process for each GPU"):
+        start.set_model(opt, [3, 3], 50, CUDA)
