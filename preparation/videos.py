@@ -22,7 +22,7 @@ from util import replacing, write_bytes
 
 RECORDS = ".prepare_flow"  # a folder may hold difference images too, with records of their own
 FRAMES, STEPS = 5, 4
-VERSION = 2  # of the computation: another one makes all records void
+VERSION = 3  # of the computation: another one makes all records void
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,13 @@ class Task:
     """One clip. frames: paths of those it takes, the onset first; steps: (from, to), places in
     `frames`, of every step of motion, those of the plain clip first; variants: four places in
     `steps` each, the plain clip first; plain: places of its five frames; more: frames on which the
-    face is looked for next."""
+    face is looked for next; numbers: of the frames."""
     key: str
     frames: tuple
     plain: tuple
     steps: tuple
     variants: tuple
+    numbers: tuple
     box: Box | None = None
     more: tuple = ()
 
@@ -65,8 +66,8 @@ def plan(key: str, variants: list, path_of: dict, reference: str, box: Box | Non
     return Task(key, tuple(path_of[number] for number in numbers),
                 tuple(place[number] for number in variants[0]),
                 tuple((place[a], place[b]) for a, b in steps),
-                (tuple(range(STEPS)), *(tuple(map(steps.index, one)) for one in chosen[1:])), box,
-                tuple(later[:LOOK_ON]))
+                (tuple(range(STEPS)), *(tuple(map(steps.index, one)) for one in chosen[1:])),
+                tuple(numbers), box, tuple(later[:LOOK_ON]))
 
 
 # ---------------------------------------------------------------- one clip
@@ -103,7 +104,8 @@ def read_frames(task: Task) -> tuple[list[np.ndarray], int]:
 
 def cut_frames(task: Task, settings: Settings) -> tuple[np.ndarray, int, int]:
     """(crops uint8 `[F, S, S, 3]` of all frames of a clip, registered onto the onset; how many did
-    not register and stayed where they were; how many jittered ones the plain one replaces). Raises
+    not register and moved as the nearest one that did: standing still among frames that move, they
+    would show a motion of the head; how many jittered ones the plain one replaces). Raises
     Unusable."""
     size, (frames, replaced) = settings.size, read_frames(task)
     height, width = frames[0].shape[:2]
@@ -117,7 +119,7 @@ def cut_frames(task: Task, settings: Settings) -> tuple[np.ndarray, int, int]:
             return registration.crop_matrix(box, side, margin), (box, side, margin)
         return whole_matrix(width, height, side), (Box(0, 0, side, side), side, 0.0)
     matrix, _ = framing(size)
-    warps = [np.eye(2, 3)] * len(frames)
+    warps = {0: np.eye(2, 3)}  # of the onset, and of what registers onto it
     if settings.register != "none":
         side = max(size, registration.LEAST_SIDE)
         large, where = framing(side)
@@ -126,9 +128,11 @@ def cut_frames(task: Task, settings: Settings) -> tuple[np.ndarray, int, int]:
         for i, other in enumerate(others, 1):
             warp, converged = registration.register(onset, other, masks, settings.register)
             failed += not converged
-            warps[i] = registration.resized(warp, side, size)
-    return np.stack([registration.cut(frame, registration.compose(matrix, warp), size)
-                     for frame, warp in zip(frames, warps)]), failed, replaced
+            if converged:
+                warps[i] = registration.resized(warp, side, size)
+    nearest = [min(warps, key=lambda i: abs(task.numbers[i] - number)) for number in task.numbers]
+    return np.stack([registration.cut(frame, registration.compose(matrix, warps[i]), size)
+                     for frame, i in zip(frames, nearest)]), failed, replaced
 
 
 def process(task: Task, settings: Settings, folder: str | Path) -> dict:

@@ -92,7 +92,7 @@ def test_rows_of_the_index_are_the_flow_of_their_frames(raw, prepared):
     settings = videos.Settings(size=32, register="none")
     for frames, rows in zip(variants, index[2]):
         files = tuple(str(place / f"reg_img{n}.jpg") for n in frames)
-        crops, *_ = videos.cut_frames(videos.Task("k", files, (), (), ()), settings)
+        crops, *_ = videos.cut_frames(videos.Task("k", files, (), (), (), frames), settings)
         expected = flow.flow_steps(np.stack([flow.grey(crop) for crop in crops]))
         assert abs(steps[rows] - expected).max() < 2e-3  # half precision
 
@@ -582,6 +582,25 @@ def test_frames_by_the_number_in_their_name(tmp_path, names, frames):
     assert {n: Path(path).name for n, path in actual.items()} == frames
 
 
+@pytest.mark.parametrize("numbers, nearest", [((10, 12, 20, 21, 40), 3), ((10, 12, 20, 29, 40), 1),
+                                              ((10, 30, 12, 31, 40), 0)])
+def test_a_frame_that_does_not_register_moves_as_the_nearest_that_does(tmp_path, monkeypatch,
+                                                                        numbers, nearest):
+    found = iter((1, 0, 3, 4))
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    cv2.imwrite(str(tmp_path / "f.png"), image)
+
+    def register(*_):
+        shift = next(found)
+        return np.array([[1, 0, 4.0 * shift], [0, 1, 0]]), bool(shift)
+    monkeypatch.setattr(videos.registration, "register", register)
+    crops, failed, _ = videos.cut_frames(
+        videos.Task("k", (str(tmp_path / "f.png"),) * 5, (), (), (), numbers),
+        videos.Settings(size=32, register="translation"))
+    same = [i for i in range(5) if i != 2 and (crops[i] == crops[2]).all()]
+    assert failed == 1 and same == [nearest]
+
+
 @pytest.mark.parametrize("motion, turn", [("translation", [[1, 0], [0, 1]]),
                                           ("similarity", [[1.01, -0.02], [0.02, 1.01]])])
 def test_small_crops_are_registered_as_large_ones_are(tmp_path, motion, turn):
@@ -596,7 +615,8 @@ def test_small_crops_are_registered_as_large_ones_are(tmp_path, motion, turn):
     off = []
     for register in ("none", motion):
         (onset, other), failed, _ = videos.cut_frames(
-            videos.Task("k", tuple(files), (), (), ()), videos.Settings(size=48, register=register))
+            videos.Task("k", tuple(files), (), (), (), (1, 2)),
+            videos.Settings(size=48, register=register))
         assert not failed and onset.shape == (48, 48, 3)
         off.append(np.abs(onset.astype(float) - other)[6:-6, 6:-6].mean())
     # a similarity of the frame is not quite one of the square it is squeezed to
