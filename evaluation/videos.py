@@ -99,7 +99,7 @@ class HeldOutVideos(heldout.HeldOut):
             "units_digest": digest_of(units and json.dumps([*map(sorted, units)]).encode())})
         self.encoders.seen[RANDOM] = seen
 
-    def check(self) -> None:
+    def check(self, first: list[heldout.Group]) -> None:
         opt, clips = self.run.opt, self.data.clips
         for group in self.groups:
             members = np.setdiff1d(np.arange(len(clips)), clips.members(group.out))
@@ -111,6 +111,13 @@ class HeldOutVideos(heldout.HeldOut):
                 network = mmnet.create_mmnet(opt.model, clips.n_label, units and len(units),
                                              opt.channels, opt.size)
             motion.fitting(network, opt, clips.classes, units)
+
+    def check_start(self) -> None:
+        """Raises BadInput where --pretrained is another file than when the run began."""
+        path = self.run.opt.pretrained
+        if path and digest_of(Path(path).read_bytes()) != self.header["pretrained_sha256"]:
+            raise BadInput(f"--pretrained {path}: has changed since this run began; name a "
+                           f"checkpoint that stays")
 
     def seen(self, members: np.ndarray) -> dict:
         """What a checkpoint says of whom it saw: the persons of `members`, and those before."""

@@ -441,6 +441,21 @@ def test_a_published_checkpoint_starts_a_network(flags, prepared, tmp_path, caps
     assert not (tmp_path / "x").exists()
 
 
+def test_a_start_that_changes_within_a_run_ends_it(flags, prepared, tmp_path, capsys, monkeypatch):
+    _, job = job_of(prepared, "V4")
+    path, keep = tmp_path / "start.pth", record.Run.finished
+    torch.save({"model": job.network.state_dict()}, path)
+
+    def changed(run, name):
+        keep(run, name)
+        torch.save({"model": job.network.state_dict(), "epoch": 9}, path)
+    monkeypatch.setattr(record.Run, "finished", changed)
+    said = refused(capsys, *flags, "--model", "V4", "--save_path", tmp_path / "out", "--pretrained",
+                   path, "--part", "4,5")
+    assert "start.pth: has changed since this run began" in said
+    assert [one.stem for one in tmp_path.glob("out/*/subjects/*")] == ["sub04"]
+
+
 def test_results_say_whom_a_pretrained_network_saw(flags, prepared, tmp_path, capsys):
     flags += ["--epochs", 1]
     train(*flags, "--save_path", tmp_path / "first", "--part", "5", "--select", "inner")
