@@ -175,11 +175,16 @@ def read_class_folders(found: Found, splits: dict[str, tuple],
     found.notes[OTHER_FOLDERS] += [name for name in subfolders(found) if name not in used]
 
 
+def check_folder(folder: Path) -> None:
+    """Raises BadInput for what detect_faces.py wrote: photographs with boxes drawn lie in it."""
+    if (folder / "faces.json").is_file() and (folder / "crops").is_dir():
+        raise BadInput(f"{folder}: what detect_faces.py wrote; its crops are in "
+                       f"{folder / 'crops'}: name that")
+
+
 def read_any_folders(found: Found) -> None:
     """Takes in `<split>/<class>/…` or `<class>/…` of any classes; raises BadInput."""
-    if (found.folder / "faces.json").is_file() and (found.folder / "crops").is_dir():
-        raise BadInput(f"{found.folder}: what detect_faces.py wrote; its crops are in "
-                       f"{found.folder / 'crops'}: name that")
+    check_folder(found.folder)
     top, starts = subfolders(found), {}
     for name in top:
         split = SPLIT_NAMES.get(name.lower())

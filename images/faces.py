@@ -158,6 +158,7 @@ def read_unlabelled(folder: str | Path) -> FaceSet:
     folder = Path(folder)
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder; name the one that holds the images")
+    face_folders.check_folder(folder)
     named = [name for name in face_folders.subfolders(Found(folder))
              if face_folders.SPLIT_NAMES.get(name.lower()) == "train"]
     if len(named) > 1:

@@ -200,9 +200,10 @@ def _add_row(table, values, where, clips):
         table.repaired("subject spelled otherwise than spNO.<i>", key)
     if values["emotion"] != emotion:
         table.repaired("emotion with capitals (Others)", key)
-    if offset == 0:
-        offset = onset + NO_OFFSET
-        table.repaired(f"offset 0: onset + {NO_OFFSET}", key)
+    if offset == 0 or offset < onset:
+        table.repaired(f"offset {'before onset' if offset else 0}: onset + {NO_OFFSET}, or the "
+                       f"apex", key)
+        offset = max(onset + NO_OFFSET, apex)
     table.rows.append(_blank_checked(
         table, Row(0, subject, video, onset, apex, offset, values["au"], emotion, key)))
 
@@ -291,8 +292,10 @@ def read_clips_csv(path: str | Path, root: Path) -> Table:
         raise BadInput(f"{path}:1: one of the columns depth_onset and depth_apex; give both or "
                        f"neither")
     table = Table(rows, {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-                         "rows": len(cells) - 1})
+                         "rows": sum(bool("".join(line).strip()) for _, line in cells[1:])})
     for number, line in cells[1:]:
+        if not "".join(line).strip():
+            continue  # as spreadsheets end their files
         if len(line) != len(cells[0][1]):
             raise BadInput(f"{path}:{number}: {len(line)} fields, the header has "
                            f"{len(cells[0][1])}")

@@ -59,8 +59,8 @@ def caption(clip: tuple) -> str:
     residual = "-" if record["residual"] is None else f"{record['residual']:.2f}"
     return (f"{row.key}\n{row.emotion or 'unlabelled'}\n"
             f"action units: {row.units or 'not known'}\n"
-            f"onset to apex: {row.apex - row.onset} frames\n"
-            f"head moved {record['shift']:.2f} px, left {residual} px\n"
+            + f"onset to apex: {row.apex - row.onset} frames\n" * (not row.files)  # else unknown
+            + f"head moved {record['shift']:.2f} px, left {residual} px\n"
             f"rms change {record['amplitude']:.2f} levels\n"
             f"depth invalid {record['invalid']:.0%}, clipped {record['clipped']:.1%}"
             + ("\nblank" if row.blank else ""))

@@ -361,7 +361,7 @@ def run(opt: argparse.Namespace) -> None:
             table.dropped.append((row.key, record["dropped"]))
             continue
         if record["failed"]:
-            table.repaired("frames that did not register: moved as the nearest that did", row.key)
+            table.repaired("frames that did not register: moved as between those that did", row.key)
         if record["replaced"]:
             table.repaired("jittered frame that cannot be used: the plain one", row.key)
         clips.append((row, task, record))

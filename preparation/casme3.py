@@ -220,14 +220,21 @@ def plan_pairs(opt: argparse.Namespace, table: Table) -> tuple:
 
 # ---------------------------------------------------------------- run
 
-def sort_out(table: Table, rows: list, tasks: list, records: list,
-             max_motion: float | None) -> list:
-    """(row, task, record) of the clips that stay; the table names the others."""
+def sort_out(table: Table, rows: list, tasks: list, records: list, max_motion: float | None,
+             measured: bool = False) -> list:
+    """(row, task, record) of the clips that stay; the table names the others. measured: the change
+    is taken for their intensity."""
     kept = []
     for row, task, record in zip(rows, tasks, records):
         motion = record.get("residual")
         if "dropped" in record:
             table.dropped.append((row.key, record["dropped"]))
+        elif measured and not record["registered"]:
+            table.dropped.append((row.key, "registration did not converge: its change is the "
+                                           "head's, no intensity"))
+        elif max_motion is not None and motion is None and not record["registered"]:
+            table.dropped.append((row.key, "residual motion unknown, and registration did not "
+                                           "converge"))
         elif None not in (max_motion, motion) and motion > max_motion:
             table.dropped.append((row.key, f"residual motion {motion:.2f} pixels, more than "
                                            f"--max_motion {max_motion:g}"))
@@ -264,7 +271,8 @@ def run(opt: argparse.Namespace) -> None:
     records = cutting.run_all(cutting.process, tasks + pair_tasks, settings, folder,
                               opt.num_workers)
     labelled = sort_out(table, table.rows, tasks, records[:len(tasks)], opt.max_motion)
-    unlabelled = sort_out(table, pairs, pair_tasks, records[len(tasks):], opt.max_motion)
+    unlabelled = sort_out(table, pairs, pair_tasks, records[len(tasks):], opt.max_motion,
+                          opt.intensity == "difference" and opt.register != "none")
     strength = [outputs.strength(opt.intensity, row, record) for row, _, record in unlabelled]
     unlabelled = [one for one, found in zip(unlabelled, strength) if found >= opt.floor]
     if search:

@@ -190,13 +190,14 @@ def read_boxes(path: str, roll: bool) -> dict:
 def _box_key(database, subject, video, onset):
     onset = (onset or "").strip()
     number = re.fullmatch(r"(\d+)(\.0*)?", onset)  # tables with empty cells make 2.0 of 2
-    return (database or "casme3", subject_number(subject.strip()), (video or "").strip().lower(),
-            str(int(number[1])) if number else onset)
+    return ((database or "").strip(), subject_number(subject.strip()),
+            (video or "").strip().lower(), str(int(number[1])) if number else onset)
 
 
 def box_for(boxes: dict, *spellings: tuple) -> Box | None:
     """The most specific box for one clip, or None; spellings: of its (database, subject, video,
-    onset), the first goes first."""
+    onset), the first goes first. A box without a database is one of all."""
     keys = [_box_key(*spelling) for spelling in spellings]
+    keys += [("", *key[1:]) for key in keys]
     return next((boxes[k] for known in (4, 3, 2) for key in keys
                  if (k := (*key[:known], *[""] * (4 - known))) in boxes), None)

@@ -56,12 +56,21 @@ class Tree:
         return sorted({(subject, name.lower()) for subject, folders in self.subjects.items()
                        for folder in folders for name in _folders(folder)})
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019 (one tree per run)
     def frames(self, subject: str, video: str, onset: int | None = None) -> tuple:
         """What there is of one video: ({number: path} of RGB, the same of depth, notes).
 
         onset: also the packaged clip of this onset. notes: irregularities of the folders.
         """
+        rgb, depth, notes = self._video(subject, video)
+        packaged = self.packaged.get((subject_number(subject), video.lower(), onset), ())
+        images = {"rgb": dict(rgb), "depth": dict(depth)} if packaged else {}
+        for folder in packaged:
+            self._collect(folder, images)
+        return images.get("rgb", rgb), images.get("depth", depth), notes
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 (one tree per run)
+    def _video(self, subject, video):
+        """The same of its folders, which are listed once for all of its clips."""
         number, images, notes = subject_number(subject), {"rgb": {}, "depth": {}}, set()
         for folder in self._video_folders(number, video, notes):
             inner = [name for name in _folders(folder) if name.lower() in VIEWS]
@@ -78,8 +87,6 @@ class Tree:
                 images[view] = own[view] | there
             if images["depth"] and not SUBJECT.fullmatch(Path(folder).parent.name)[1]:
                 notes.add("subject folder without the dot (spNO210)")
-        for folder in self.packaged.get((number, video.lower(), onset), ()):
-            self._collect(folder, images)
         return images["rgb"], images["depth"], tuple(sorted(notes))
 
     def _video_folders(self, number, video, notes):

@@ -12,7 +12,7 @@ import numpy as np
 from scipy.ndimage import median_filter
 
 from images.lists import clip_key
-from preparation.annotation import Row, Table, place
+from preparation.annotation import NO_OFFSET, Row, Table, place
 from preparation.frames import Tree, subject_number
 from util import BadInput, read_cells
 
@@ -73,7 +73,9 @@ def labelled_spans(table: Table) -> dict:
     for row in table.annotated:
         if not row.files:
             key = subject_number(row.subject), row.video.lower()
-            spans.setdefault(key, []).append((row.onset, max(row.apex, row.offset or 0)))
+            # published lists name no offset
+            offset = row.onset + NO_OFFSET if row.offset is None else row.offset
+            spans.setdefault(key, []).append((row.onset, max(row.apex, offset)))
     return spans
 
 

@@ -233,14 +233,15 @@ def report(table: Table, labelled: list, unlabelled: list, search: dict | None,
 
 def print_counts(table: Table, clips: dict) -> None:
     """Prints the result of `counts`, class by class, beside the published counts."""
-    print(f"{'class':12}{'here':>8}{'blank':>8}" + "".join(f"{n:>14}" for n in PUBLISHED))
+    published = {} if any(row.files for row in table.rows) else PUBLISHED  # files: of --clips
+    print(f"{'class':12}{'here':>8}{'blank':>8}" + "".join(f"{n:>14}" for n in published))
     for name in table.classes:
         print(f"{name:12}{clips['classes'][name]:8}{clips['blank'][name]:8}"
-              + "".join(f"{c.get(name, '-'):>14}" for c in PUBLISHED.values()))
+              + "".join(f"{c.get(name, '-'):>14}" for c in published.values()))
     empty = [name for name in table.classes if not clips["classes"][name]]
     if empty:
         print(f"no clip of {', '.join(empty)}: the training scripts take lists whose labels are "
-              f"0 to C-1 without a gap")
+              f"0 to C-1 without a gap; for them give other --classes")
 
 
 def print_rules(table: Table, file: str = "manifest.json") -> None:

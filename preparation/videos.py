@@ -22,7 +22,7 @@ from util import replacing, write_bytes
 
 RECORDS = ".prepare_flow"  # a folder may hold difference images too, with records of their own
 FRAMES, STEPS = 5, 4
-VERSION = 3  # of the computation: another one makes all records void
+VERSION = 4  # of the computation: another one makes all records void
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ def read_frames(task: Task) -> tuple[list[np.ndarray], int]:
 
 def cut_frames(task: Task, settings: Settings) -> tuple[np.ndarray, int, int]:
     """(crops uint8 `[F, S, S, 3]` of all frames of a clip, registered onto the onset; how many did
-    not register and moved as the nearest one that did: standing still among frames that move, they
-    would show a motion of the head; how many jittered ones the plain one replaces). Raises
-    Unusable."""
+    not register and moved as lies between those around them that did: standing still among frames
+    that move, they would show a motion of the head; how many jittered ones the plain one replaces).
+    Raises Unusable."""
     size, (frames, replaced) = settings.size, read_frames(task)
     height, width = frames[0].shape[:2]
     box, margin, failed = None, settings.margin, 0
@@ -130,9 +130,12 @@ def cut_frames(task: Task, settings: Settings) -> tuple[np.ndarray, int, int]:
             failed += not converged
             if converged:
                 warps[i] = registration.resized(warp, side, size)
-    nearest = [min(warps, key=lambda i: abs(task.numbers[i] - number)) for number in task.numbers]
-    return np.stack([registration.cut(frame, registration.compose(matrix, warps[i]), size)
-                     for frame, i in zip(frames, nearest)]), failed, replaced
+    known = sorted(warps, key=task.numbers.__getitem__)
+    cells = np.stack([warps[i].ravel() for i in known], 1)  # [6, W]
+    moved = np.stack([np.interp(task.numbers, [task.numbers[i] for i in known], cell)
+                      for cell in cells], 1).reshape(-1, 2, 3)
+    return np.stack([registration.cut(frame, registration.compose(matrix, warp), size)
+                     for frame, warp in zip(frames, moved)]), failed, replaced
 
 
 def process(task: Task, settings: Settings, folder: str | Path) -> dict:

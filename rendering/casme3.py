@@ -67,8 +67,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     outputs.add_running(parser)
 
 
-def check_options(_: argparse.ArgumentParser, opt: argparse.Namespace) -> None:
+def check_options(parser: argparse.ArgumentParser, opt: argparse.Namespace) -> None:
     """Raises BadInput for flags that do not go together."""
+    name, goes = ("size", "without --raw") if opt.raw else ("raw_size", "with --raw")
+    if getattr(opt, name) != parser.get_default(name):
+        raise BadInput(f"--{name} goes {goes}; drop one of the two")
     if opt.raw and opt.lists:
         raise BadInput("--raw with --lists: lists name difference images, not frames; drop one of "
                        "the two")

@@ -852,5 +852,8 @@ def test_what_detect_faces_wrote_is_no_set_of_its_own(tmp_path):
     for folder in ("crops", "annotated"):
         draw(tmp_path / "d" / folder, "1.png")
     (tmp_path / "d" / "faces.json").write_text("{}")
-    with pytest.raises(BadInput, match=r"its crops are in .*crops: name that"):
-        faces.read_faces("folder", tmp_path / "d")
+    for read in (lambda: faces.read_faces("folder", tmp_path / "d"),
+                 lambda: faces.read_unlabelled(tmp_path / "d")):
+        with pytest.raises(BadInput, match=r"its crops are in .*crops: name that"):
+            read()
+    assert len(faces.read_unlabelled(tmp_path / "d" / "crops")) == 1

@@ -359,6 +359,9 @@ def test_the_most_specific_box_holds_in_any_spelling():
     names = [("casme2", "s1", "a", "5"), ("casme2", "s1", "a-5", "img5")]
     assert detection.box_for(boxes, *names) == 3 and detection.box_for(boxes, names[0]) == 2
     assert detection.box_for(boxes, ("casme2", "s1", "b", "5")) == 1
+    boxes = {("", "s1", "", ""): 4, ("casme2", "s1", "", ""): 5}  # of no database: of all
+    assert [detection.box_for(boxes, (name, "s1", "b", "5")) for name in ("samm", "casme2")] \
+        == [4, 5]
 
 
 @pytest.mark.parametrize("place, raw_folder", [
@@ -582,23 +585,26 @@ def test_frames_by_the_number_in_their_name(tmp_path, names, frames):
     assert {n: Path(path).name for n, path in actual.items()} == frames
 
 
-@pytest.mark.parametrize("numbers, nearest", [((10, 12, 20, 21, 40), 3), ((10, 12, 20, 29, 40), 1),
-                                              ((10, 30, 12, 31, 40), 0)])
-def test_a_frame_that_does_not_register_moves_as_the_nearest_that_does(tmp_path, monkeypatch,
-                                                                        numbers, nearest):
-    found = iter((1, 0, 3, 4))
+@pytest.mark.parametrize("shifts, between", [((0, 2, 4, 6), 1), ((2, 0, 4, 6), 3),
+                                             ((2, 4, 6, 0), 6)])
+def test_a_frame_that_does_not_register_moves_as_those_around_it(tmp_path, monkeypatch, shifts,
+                                                                 between):
+    """Half-way in time, half-way in motion; the last one as the one before."""
+    found, missed = iter(shifts), 1 + shifts.index(0)
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     cv2.imwrite(str(tmp_path / "f.png"), image)
 
     def register(*_):
         shift = next(found)
-        return np.array([[1, 0, 4.0 * shift], [0, 1, 0]]), bool(shift)
+        return np.array([[1, 0, 7.0 * shift], [0, 1, 0]]), bool(shift)
     monkeypatch.setattr(videos.registration, "register", register)
-    crops, failed, _ = videos.cut_frames(
-        videos.Task("k", (str(tmp_path / "f.png"),) * 5, (), (), (), numbers),
-        videos.Settings(size=32, register="translation"))
-    same = [i for i in range(5) if i != 2 and (crops[i] == crops[2]).all()]
-    assert failed == 1 and same == [nearest]
+    task = videos.Task("k", (str(tmp_path / "f.png"),) * 5, (), (), (), (46, 52, 58, 64, 70))
+    crops, failed, _ = videos.cut_frames(task, videos.Settings(size=32, register="translation"))
+    # crops of 32 pixels of those of 224 that are registered: 7 there are one here, two of 64
+    matrix = videos.whole_matrix(64, 64, 32)
+    matrix[0, 2] += 2 * between
+    assert failed == 1
+    assert (crops[missed] == videos.registration.cut(image[..., ::-1], matrix, 32)).all()
 
 
 @pytest.mark.parametrize("motion, turn", [("translation", [[1, 0], [0, 1]]),

@@ -2,6 +2,7 @@
 import csv
 import itertools
 import json
+import os
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from conftest import draw_pairs, draw_set, pretrain, script
 
 import dataset
 from images.lists import write_lists
-from preparation import audit, intensity, registration
+from preparation import annotation, audit, frames, intensity, registration
 
 UNITS = (1, 4, 12, 25, 45)
 
@@ -217,6 +218,37 @@ def test_what_befalls_unlabelled_pairs_is_reported_too(videos, tmp_path, capsys,
             "--data_folder", tmp_path / "set", *FLAGS)
     assert "  repaired     3  registration did not converge: left as it was" in \
         capsys.readouterr().out
+
+
+def test_a_change_that_is_the_heads_is_no_intensity(videos, tmp_path, capsys, monkeypatch):
+    register, count = registration.register, []
+
+    def once(*given):
+        count.append(1)
+        return (np.eye(2, 3), False) if len(count) == 1 else register(*given)
+    flags = ["--unlabelled", videos / "raw", "--intensity", "difference", *FLAGS]
+    prepare(*flags, "--data_folder", tmp_path / "all")
+    monkeypatch.setattr(registration, "register", once)
+    prepare(*flags, "--data_folder", tmp_path / "set")
+    assert "  dropped      1  registration did not converge" in capsys.readouterr().out
+    names = [{row["rgb"] for row in read_rows(tmp_path / name)} for name in ("all", "set")]
+    assert names[1] < names[0] and len(names[0] - names[1]) == 1
+
+
+def test_a_video_is_listed_once_for_all_its_clips(videos, monkeypatch):
+    tree, listed, scandir = frames.Tree(videos / "raw"), [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scandir(path))
+    whole = tree.frames("spNO.1", "b")
+    count = len(listed)
+    assert count and all(tree.frames("spNO.1", "b", onset) == whole for onset in range(9))
+    assert len(listed) == count
+
+
+def test_spans_of_lists_which_name_no_offset_reach_past_the_apex():
+    row = annotation.Row(0, "spNO.1", "a", 10, 14, None, "", "happy", "k")
+    table = annotation.Table([], {})
+    table.annotated = (row, replace(row, onset=40, apex=60), replace(row, onset=80, offset=82))
+    assert intensity.labelled_spans(table) == {(1, "a"): [(10, 25), (40, 60), (80, 82)]}
 
 
 def test_the_units_that_count_are_chosen(videos, tmp_path, capsys):

@@ -155,7 +155,7 @@ def test_every_irregularity_is_counted(cut):
         OUTSIDE: [key("spNO.1", "c", 12, 40)],
         FRAMELESS: [key("spNO.2", "b", 0, 0)],
         NEAREST: [key("spNO.5", "a", 10, 18), key("spNO.5", "b", 10, 20)],
-        "offset 0: onset + 15": [key("spNO.2", "a", 10, 18)],
+        "offset 0: onset + 15, or the apex": [key("spNO.2", "a", 10, 18)],
         "emotion with capitals (Others)": [key("spNO.2", "a", 10, 18)],
         "subject spelled otherwise than spNO.<i>": [key("spNO.210", "a", 10, 15)],
         "video letter in another case (J, j)": [key("spNO.2", "J", 10, 17)],
@@ -385,7 +385,7 @@ def test_every_irregularity_of_rendered_frames(tmp_path):
     repairs = actual["repairs"]
     for name, rule in (("Others beside others", "emotion with capitals (Others)"),
                        ("apex frame missing", NEAREST), ("apex frame missing in depth", NEAREST),
-                       ("offset 0", "offset 0: onset + 15"),
+                       ("offset 0", "offset 0: onset + 15, or the apex"),
                        ("depth folder without the inner depth/",) * 2,
                        ("subject without the dot in the depth tree",
                         "subject folder without the dot (spNO210)"),
@@ -798,6 +798,31 @@ def test_clips_of_other_sets(tmp_path):
     (row,) = [c for c in clips.clips if c.subject == "sub01" and c.label == 1]
     rgb = level_change(tmp_path / "set", row.paths[0])
     assert rgb == pytest.approx(40 * 0.6 * 0.9 / 2, rel=0.1)
+
+
+@pytest.mark.parametrize("apex, offset, blank, kept", [
+    (120, 0, False, 120), (110, 0, False, 115), (110, 11, False, 115), (120, 110, True, 110)])
+def test_an_offset_that_is_none_makes_no_clip_blank(tmp_path, apex, offset, blank, kept):
+    (tmp_path / "labels.csv").write_text(f"Subject,Filename,Onset,Apex,Offset,AU,Emotion\n"
+                                         f"spNO.1,a,100,{apex},{offset},4,disgust\n")
+    (row,) = annotation.read_annotation(tmp_path / "labels.csv").rows
+    assert (row.onset, row.apex, row.offset, row.blank) == (100, apex, kept, blank)
+
+
+def test_a_table_of_other_sets_is_read_as_spreadsheets_end_it(tmp_path, capsys):
+    """Blank rows; and what is known of CAS(ME)^3 alone is not said of them."""
+    for n in (3, 9):
+        raw_tree.write_frame("x", n / 10, tmp_path / "raw" / f"{n}.jpg", None)
+    (tmp_path / "clips.csv").write_text("database,subject,clip,onset,apex,label\n"
+                                        "smic,s1,c,3.jpg,9.jpg,happy\n,,,,,\n\n"
+                                        "smic,s2,c,3.jpg,9.jpg,disgust\n,,,,,\n")
+    table = annotation.read_clips_csv(tmp_path / "clips.csv", tmp_path / "raw")
+    assert [row.subject for row in table.rows] == ["s1", "s2"] and table.source["rows"] == 2
+    prepare("--raw", tmp_path / "raw", "--clips", tmp_path / "clips.csv", "--data_folder",
+            tmp_path / "set", *PLAIN)
+    said = capsys.readouterr().out
+    assert "943" not in said and "no clip of others, surprise: " in said
+    assert "give other --classes" in said
 
 
 @pytest.mark.parametrize("header, row, words", [

@@ -64,6 +64,10 @@ def test_unlabelled_pairs_show_as_many_other_people_as_asked_for(tmp_path, capsy
         capsys, "--data_folder", tmp_path / "x", "--raw", "ME_clip", "--unlabelled", 3)
     assert "goes with --unlabelled" in refused(
         capsys, "--data_folder", tmp_path / "x", "--unlabelled_subjects", 3)
+    assert "--raw_size goes with --raw" in refused(
+        capsys, "--data_folder", tmp_path / "x", "--raw_size", 96, 72)
+    assert "--size goes without --raw" in refused(
+        capsys, "--data_folder", tmp_path / "x", "--raw", "--size", 128)
 
 
 @pytest.fixture(scope="module")
