@@ -717,7 +717,7 @@ def test_fine_tuning_that_was_stopped_goes_on_to_the_same_result(drawn, quick, p
         stop_at(patch, 4)
         finetune(*flags)
     part = only(tmp_path / "part")
-    finetune(*flags, "--resume", "auto" if resume == "auto" else part / "last.pth")
+    finetune(*flags, "--resume", "auto" if resume == "auto" else part / "last_s2.pth")
     whole = only(tmp_path / "whole")
     assert (part / "predictions.csv").read_bytes() == (whole / "predictions.csv").read_bytes()
     assert states_differ(whole / "last.pth", part / "last.pth") == []
