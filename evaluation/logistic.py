@@ -132,12 +132,15 @@ class Regression:
             one = l2 if len(near) * self.n_label > COLUMNS else None
             l2 = torch.full((len(far),), l2, dtype=torch.float64)
         stages = self._stages(tolerance, most, one)
+        # of clips that lie as many deviations away, to the last digit as well
+        away = ratio.masked_fill(ratio <= APART, 0).square().sum(1).sqrt()
+        stricter = (APART / away).clamp(max=1) if tolerance < ROUGH else torch.ones_like(away)
 
         def together(chosen):
             problem = (training[:, chosen], Statistics(*(value[chosen] for value in stats)),
                        l2[chosen], None if weights is None else weights[chosen])
             old = start and Solution(*(value[..., chosen] for value in start))
-            return self._together(problem, old, stages)
+            return self._together(problem, old, stages, stricter[chosen])
         # by their number alone: were they grouped by penalty, rounding in one fold would follow
         # from what others chose, and so from labels that its head must not see
         number_of_parts = min(-(-len(near) * self.n_label // COLUMNS), len(near))
@@ -173,11 +176,14 @@ class Regression:
         return [(*stage, (self.basis[stage[0]] * share.to(stage[0])) @ self.basis[stage[0]].t())
                 for stage in stages]
 
-    def _together(self, problem, start, stages):
+    def _together(self, problem, start, stages, stricter=1.0):
         """(Solution, which have converged) of some folds in the kernel of all clips; problem:
-        their training, stats, l2 and weights, as in `solve`."""
+        their training, stats, l2 and weights, as in `solve`; stricter: the share of the tolerance
+        that holds in double precision, `[P]`."""
         for kind, tolerance, most, matrix in stages:
             old = start and Solution(*(value.to(kind) for value in start))
+            if kind == torch.float64:
+                tolerance = tolerance * stricter
             start, done = _Folds(self, kind, matrix, *problem).solve(old, tolerance, most)
         return start, done
 
@@ -285,9 +291,10 @@ class _Folds:
         self.change = (own - 1 / regression.length).t().unsqueeze(1).to(kind)  # [D, 1, P]
         self.shape = len(self.keep), regression.n_label, training.shape[1]
 
-    def solve(self, start: Solution | None, tolerance: float, most: int) -> tuple[Solution, Tensor]:
-        """(Solution, bool `[P]`: which have converged); start: a Solution or None; see
-        Regression.solve."""
+    def solve(self, start: Solution | None, tolerance: float | Tensor,
+              most: int) -> tuple[Solution, Tensor]:
+        """(Solution, bool `[P]`: which have converged); start: a Solution or None; tolerance: of
+        all, or `[P]`; see Regression.solve."""
         alpha, offset, bias = (start.alpha, start.offset, start.bias) if start else (
             self.basis.new_zeros(shape) for shape in (self.shape, self.shape, self.shape[1:]))
         logits = start.logits - offset if start else torch.zeros_like(alpha)
@@ -317,7 +324,7 @@ class _Folds:
             offset = torch.where(done, offset, offset + step * relax)
         return Solution(alpha, own, logits + own, bias), done & minimal
 
-    def minimum(self, point: tuple, offset: Tensor, settled: Tensor, tolerance: float,
+    def minimum(self, point: tuple, offset: Tensor, settled: Tensor, tolerance: float | Tensor,
                 most: int) -> tuple[tuple, Tensor]:
         """(point at the minimum for an offset to the logits, bool `[P]`: which folds have got
         there) from a point (alpha, its logits, bias); the folds `settled` stay as they are."""
