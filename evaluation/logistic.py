@@ -34,6 +34,7 @@ MOST_STEPS, MOST_PASSES, ROUGH_STEPS = 500, 50, 100
 # of features; in no more than this share of those that vary, to the last digit or roughly: what is
 # said of clips outside the fold, which may lie as many deviations away, is then some per cent off
 APART, FEW_APART, FAR_APART, ROUGHLY_APART = 30, 1e-3, 300, 1000
+AWAY = 100  # deviations beyond which TOLERANCE is to be smaller for probabilities right to 1e-4
 LEAST = 0.01  # curvature: where all rows are fitted, that of the loss is no guide any more
 COLUMNS = 192  # classes of all folds a thread solves at a time: what it touches stays near it
 BLOCK = 24  # columns: numbers it does not divide take MKL up to twice the time without AVX-512
@@ -132,9 +133,9 @@ class Regression:
             one = l2 if len(near) * self.n_label > COLUMNS else None
             l2 = torch.full((len(far),), l2, dtype=torch.float64)
         stages = self._stages(tolerance, most, one)
-        # of clips that lie as many deviations away, to the last digit as well
+        # an error of the weights counts in clips that lie as many deviations away
         away = ratio.masked_fill(ratio <= APART, 0).square().sum(1).sqrt()
-        stricter = (APART / away).clamp(max=1) if tolerance < ROUGH else torch.ones_like(away)
+        stricter = (AWAY / away).clamp(max=1) if tolerance < ROUGH else torch.ones_like(away)
 
         def together(chosen):
             problem = (training[:, chosen], Statistics(*(value[chosen] for value in stats)),
