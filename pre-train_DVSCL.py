@@ -81,7 +81,7 @@ def add_pool_options(data):
     data.add_argument("--without", nargs="+", metavar="NAME", default=[],
                       help="leave these subjects out of every run as well [none]")
     data.add_argument("--pairs", metavar="FILE", free=True,
-                      help="pairs.tsv with unlabelled pairs")
+                      help="pairs.tsv with unlabelled pairs; goes with --pool unlabelled or both")
     data.add_argument("--pool", choices=("labelled", "unlabelled", "both"), default="labelled",
                       help="which clips to contrast")
     data.add_argument("--min_intensity", type=number(float), metavar="X",

@@ -169,8 +169,9 @@ def add_model_options(parser):
                             "network; ran: region attention network")
     model.add_argument("--arch", choices=ARCHITECTURES, default="resnet18", help="its backbone")
     model.add_argument("--recipe", choices=("strong", "published", "notes"), default="strong",
-                       help="published: what SCN's and RAN's papers used; notes: what the lab "
-                            "notes did; strong: the defaults below. Flags that are given count")
+                       help="published: what SCN and RAN published, relabelling as SCN's "
+                            "code does it; notes: what the lab notes did; strong: the defaults "
+                            "below. Flags that are given count")
     model.add_argument("--pretrained", metavar="none|imagenet|FILE", default="imagenet",
                        help="backbone to start from: torchvision's, or a checkpoint of "
                             "torchvision's, MS1M's, SCN's, RAN's or these scripts' naming")
@@ -218,7 +219,7 @@ def add_model_options(parser):
     method.add_argument("--wloss_norm", choices=("l1", "frobenius"), default="l1",
                         help="l1: rows of distances sum to 1; frobenius: divided by the norm")
     method.add_argument("--wloss_update", type=number(int, 0), default=0, metavar="EPOCHS",
-                        help="epochs after which distances grow by the confusion of the "
+                        help="every so many epochs distances grow by the confusion of the "
                              "validation images; 0: never")
 
 

@@ -125,7 +125,7 @@ def add_augmentation_options(parser: ArgumentParser) -> None:
     group.add_argument("--recount", type=number(int, 1), default=1, help="boxes of random erasing")
     masked_options.add_switch(group, "--tricks", default=False,
                               help="in place of random crops and --aa: flip, colours, shift and "
-                                   "scale, erasing")
+                                   "scale; erasing stays")
     group.add_argument("--smoothing", type=number(float, 0, 0.9), default=0.1,
                        dest="label_smoothing", help="share of the target that all classes have "
                                                     "alike")

@@ -86,7 +86,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_processes(run)
     output = parser.add_argument_group("output")
     output.add_argument("--data_folder", required=True, metavar="DIR",
-                        help="folder for clips.csv, flow.npy, frames.npy, index.npy, flow.json")
+                        help="folder for clips.csv, onset_apex.csv, flow.npy, jitter.npy, "
+                             "index.npy, frames.npy, flow.json and audit/")
 
 
 def check_options(parser: argparse.ArgumentParser, opt: argparse.Namespace) -> None:
