@@ -1,6 +1,6 @@
 """Does FER learn? UF1 on rendered faces of baseline, SCN and RAN under label noise, and each loss.
 
-  python benchmarks/learning_fer.py --work runs/learning_fer          # over 90 minutes, two CPU cores
+  python benchmarks/learning_fer.py --work runs/learning_fer        # over 90 minutes, two CPU cores
   python benchmarks/learning_fer.py --work runs/quick --quick            # a tenth of that
 
 Held against majority, chance and logistic regression on pixels, on people that nobody was trained
