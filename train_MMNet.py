@@ -251,7 +251,7 @@ def tune(opt, held, group, units, device):
     best = Best(data.clips, members) if opt.select == "inner" else None
     job = set_job(opt, data, units, members if best is None else best.rest, name, device,
                   held.masks)
-    held.check_start()  # after it was read
+    held.check_pretrained()  # after it was read
     epochs.announce_dropped(len(job.members), opt.batch_size)
     state, history = held.states.pop(name, None) or {"epoch": 0}, []
     if state["epoch"] or state.get("within"):

@@ -17,6 +17,7 @@ import csv
 import errno
 import functools
 import glob
+import hashlib
 import io
 import json
 import math
@@ -321,6 +322,11 @@ def write_bytes(path: str | Path, content: bytes, flush: bool = False) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """Writes UTF-8 text whole; of a path that is none, JSON's escapes."""
     write_bytes(path, text.encode("utf-8", "backslashreplace"), flush=True)
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def write_json(path: str | Path, content: object) -> None:

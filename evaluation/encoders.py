@@ -17,11 +17,9 @@ from models import create_classifier, create_model
 from models.classifier import Classifier
 from training import checkpoint
 from training.options import PROTOCOLS
-from util import BadInput
+from util import BadInput, sha256_of
 
 RANDOM = "random"  # in place of a checkpoint: an untrained encoder
-
-
 # options of a pre-training that may differ between the encoders of one evaluation
 APART = {"subject", "fold", "without", "pairs", "data_folder", "list_folder", "cache", "device",
          "num_workers", "resume", "model_path", "save_path", "tb_path", "tag", "print_freq",
@@ -93,10 +91,6 @@ def people_seen(seen: dict | None) -> Seen:
     return Seen(named, named == people)
 
 
-def _digest(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 class Encoders:
     """The checkpoints behind a run of held-out persons.
 
@@ -117,7 +111,7 @@ class Encoders:
             if path != RANDOM:
                 if not Path(path).is_file():
                     raise BadInput(f"--model_path {path}: no such checkpoint")
-                self.sha256[path] = _digest(path)
+                self.sha256[path] = sha256_of(path)
 
     def _folds(self, people):
         """Name of the fold that pre-training left each person out with: of as many as --protocol
@@ -149,8 +143,8 @@ class Encoders:
 
     def check(self, path: str) -> None:
         """Loads an encoder before anything is written; the next `load` without a head takes it.
-        Raises BadInput where another one was trained otherwise: whom they predict would be the
-        only thing to make them differ."""
+        Raises BadInput where one that was loaded before was trained otherwise: encoders of one
+        evaluation may differ in whom they were trained without, and in nothing else."""
         self.checked = path, self.load(path)
         how = self.seen[path].how
         for other, seen in self.seen.items():
@@ -160,7 +154,7 @@ class Encoders:
             raise BadInput(f"{path}: {name} {how.get(name)}, but {seen.how.get(name)} in {other}; "
                            f"all of --model_path must come from one pre-training's command")
 
-    def training(self) -> str | None:
+    def training_digest(self) -> str | None:
         """Digest of how the encoders were trained that have been loaded; None where nothing was."""
         how = next((seen.how for seen in self.seen.values() if seen.how), None)
         return how and hashlib.sha256(json.dumps(how, sort_keys=True, default=str).encode()
@@ -174,7 +168,7 @@ class Encoders:
         if head is not None or path != checked:
             classifier, self.seen[path] = load_classifier(
                 self.opt, path, self.clips, self.create_head() if head is None else head)
-            if path != RANDOM and _digest(path) != self.sha256[path]:
+            if path != RANDOM and sha256_of(path) != self.sha256[path]:
                 raise BadInput(f"{path}: has changed since this run began; name a checkpoint that "
                                f"stays, such as ckpt_epoch_N.pth")
         return classifier

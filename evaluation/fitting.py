@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +14,7 @@ from evaluation import measures, photographs
 from images.faces import FaceSet, content, fingerprints
 from training import checkpoint, distributed, epochs, faces, losses, record
 from training.record import Run
-from util import BadInput
+from util import BadInput, sha256_of
 
 if TYPE_CHECKING:  # see training/faces.py
     from timm.data import Mixup
@@ -97,7 +96,7 @@ class Fit:
         labels of images which now are to choose."""
         self.before, self.transductive = photographs.Seen.of(state), None
         self.started = {"checkpoint": str(path),
-                        "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+                        "sha256": sha256_of(path)}
         if self.before.any is None and not len(self.before.labelled):
             self._check_earlier(flag, path, state)
             return

@@ -99,7 +99,7 @@ def make_header(opt: argparse.Namespace, argv: list[str], script: str, data: Dat
 def open_run(run: Run, header: dict, sha256: dict,
              besides: dict | None = None) -> dict[str, str | None]:
     """Enters a run folder of held-out predictions; returns the names already finished, and how the
-    encoder of each was trained, as Encoders.training has it.
+    encoder of each was trained, as Encoders.training_digest has it.
 
     sha256: name → path and digest of each wanted subject's checkpoint; besides: digests of the
     header that must be equal as well. An existing folder takes --resume, or --subject, which adds
@@ -202,7 +202,7 @@ class HeldOut:
         self.groups = distributed.deal(everyone) if folds else \
             self._groups(distributed.deal(todo))
         self.check(everyone[:1])
-        now = self.encoders.training()
+        now = self.encoders.training_digest()
         for name in [name for name, how in done.items() if None not in (how, now) and how != now]:
             raise BadInput(f"{run.folder}: {name} comes from another pre-training than that of "
                            f"--model_path now; give another --tag")
@@ -278,7 +278,7 @@ class HeldOut:
                 "transductive": encoders.transductive(group.path, person),
                 "checkpoint": None if group.path == RANDOM else group.path,
                 "sha256": encoders.sha256[group.path], "made_by": made_by, **notes(mine),
-                **({"training": encoders.training()} if encoders.training() else {}),
+                **({"training": encoders.training_digest()} if encoders.training_digest() else {}),
                 **({"start_labelled": True} if encoders.seen[group.path].labelled else {}),
                 "rows": result_files.rows_of([clips.clips[i] for i in members[mine]],
                                              probabilities[mine]),

@@ -16,7 +16,7 @@ from images import videos
 from images.lists import DATABASES
 from models import mmnet
 from training import checkpoint, motion, record
-from util import BadInput
+from util import BadInput, sha256_of
 
 # the subjects that the published code did worst on: chosen by their test scores
 HARDEST = (5, 16, 7, 3, 6, 17, 20, 13, 26, 1)
@@ -71,11 +71,6 @@ def number_of(subject: str) -> int | None:
     return int(number[0]) if number else None
 
 
-def digest_of(content: bytes | None) -> str | None:
-    """SHA-256 of what there is, else None."""
-    return hashlib.sha256(content).hexdigest() if content else None
-
-
 class HeldOutVideos(heldout.HeldOut):
     """Held-out persons whose mistakes show flow and the maps of attention; no clip is blank.
 
@@ -94,9 +89,10 @@ class HeldOutVideos(heldout.HeldOut):
         self.masks = videos.read_masks(opt.landmarks, [clip.key for clip in data.clips.clips],
                                        opt.mask, opt.size, data.images.info["size"])
         super().__init__(run, argv, script, data, folds, {
-            "pretrained_sha256": digest_of(opt.pretrained and Path(opt.pretrained).read_bytes()),
-            "landmarks_sha256": digest_of(opt.landmarks and Path(opt.landmarks).read_bytes()),
-            "units_digest": digest_of(units and json.dumps([*map(sorted, units)]).encode())})
+            "pretrained_sha256": sha256_of(opt.pretrained) if opt.pretrained else None,
+            "landmarks_sha256": sha256_of(opt.landmarks) if opt.landmarks else None,
+            "units_digest": hashlib.sha256(json.dumps([*map(sorted, units)]).encode()).hexdigest()
+            if units else None})
         self.encoders.seen[RANDOM] = seen
 
     def check(self, first: list[heldout.Group]) -> None:
@@ -112,10 +108,10 @@ class HeldOutVideos(heldout.HeldOut):
                                              opt.channels, opt.size)
             motion.fitting(network, opt, clips.classes, units)
 
-    def check_start(self) -> None:
+    def check_pretrained(self) -> None:
         """Raises BadInput where --pretrained is another file than when the run began."""
         path = self.run.opt.pretrained
-        if path and digest_of(Path(path).read_bytes()) != self.header["pretrained_sha256"]:
+        if path and sha256_of(path) != self.header["pretrained_sha256"]:
             raise BadInput(f"--pretrained {path}: has changed since this run began; name a "
                            f"checkpoint that stays")
 

@@ -2,7 +2,6 @@
 
 Every source ends as a list of Row, with what was repaired or dropped on the way, by rule.
 """
-import hashlib
 import importlib
 import re
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from images import lists
 from images.lists import DATABASES, clip_key, image_paths, natural
-from util import BadInput, read_cells
+from util import BadInput, read_cells, sha256_of
 
 COLUMNS = ("subject", "filename", "onset", "apex", "offset", "au", "objective class", "emotion")
 CLIP_COLUMNS = ("database", "subject", "clip", "onset", "apex", "label")  # and, optional, key
@@ -95,7 +94,7 @@ def read_annotation(path: str | Path) -> Table:
         return _read_lists(path)
     cells = read_sheet(path, ", or a folder of lists")
     table = Table([], {"name": path.name,
-                       "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
+                       "sha256": sha256_of(path)})
     places = header(path, cells, COLUMNS)
     clips = set()
     for number, line in cells[1:]:
@@ -287,15 +286,15 @@ def read_clips_csv(path: str | Path, root: Path) -> Table:
                          f"{','.join(CLIP_COLUMNS)} and, optional, depth_onset,depth_apex and "
                          f"key")]
     places, rows, lines, missing = header(path, cells, CLIP_COLUMNS), [], {}, []
+    # spreadsheets may end their files in blank rows
+    filled = [(number, line) for number, line in cells[1:] if "".join(line).strip()]
     depth = "depth_onset" in places
     if depth != ("depth_apex" in places):
         raise BadInput(f"{path}:1: one of the columns depth_onset and depth_apex; give both or "
                        f"neither")
-    table = Table(rows, {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-                         "rows": sum(bool("".join(line).strip()) for _, line in cells[1:])})
-    for number, line in cells[1:]:
-        if not "".join(line).strip():
-            continue  # as spreadsheets end their files
+    table = Table(rows, {"name": path.name, "sha256": sha256_of(path),
+                         "rows": len(filled)})
+    for number, line in filled:
         if len(line) != len(cells[0][1]):
             raise BadInput(f"{path}:{number}: {len(line)} fields, the header has "
                            f"{len(cells[0][1])}")

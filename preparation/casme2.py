@@ -9,7 +9,6 @@ again, one that was finished is kept. Look at <data_folder>/audit/flow.png after
 clips a second on two cores.
 """
 import argparse
-import hashlib
 import re
 import shutil
 from collections import Counter
@@ -37,6 +36,7 @@ from util import (
     number,
     read_table,
     remove_leftovers,
+    sha256_of,
 )
 
 COLUMNS = ("subject", "filename", "onsetframe", "apexframe", "offsetframe", "action units",
@@ -108,7 +108,7 @@ def read_workbook(path: str | Path, bad_apex: str) -> Table:
     """Table of CASME II's workbook, either version; raises BadInput."""
     path = Path(path)
     cells, table = annotation.read_sheet(path), Table([], {
-        "name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}, CLASSES)
+        "name": path.name, "sha256": sha256_of(path)}, CLASSES)
     places = annotation.header(path, cells, COLUMNS)
     table.source["rows"], keys, names = 0, set(), {}
     for row, line in cells[1:]:
@@ -148,7 +148,7 @@ def read_clips(path: str | Path, bad_apex: str) -> Table:
     rows = [(place, {name: annotation.cell_text(cell) for name, cell in row.items()})
             for place, row in rows]
     names = {row["label"].lower() for _, row in rows} - {""}
-    table = Table([], {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    table = Table([], {"name": path.name, "sha256": sha256_of(path),
                        "rows": len(rows)}, tuple(sorted(names, key=natural)))
     # difference images are named by the key alone, whatever the database
     named = Counter((subject, clip, onset) for _, subject, clip, onset in {

@@ -23,7 +23,7 @@ from images import encoding, flow
 from images.decoding import PIXEL_LIMIT, eight_bits
 from preparation import detection, registration
 from preparation.registration import Box, Crops, Framing
-from util import RunFailed, handled, leave_signals, write_bytes, write_json
+from util import RunFailed, handled, leave_signals, sha256_of, write_bytes, write_json
 
 RECORDS = ".prepare"
 LOOK_ON = 5  # frames after the onset on which a face is looked for
@@ -117,7 +117,7 @@ def _finished(path, stamp, folder):
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         same = record and record["stamp"] == stamp and all(
-            hashlib.sha256((Path(folder) / name).read_bytes()).hexdigest() == digest
+            sha256_of(Path(folder) / name) == digest
             for name, digest in record["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -11,7 +11,7 @@ from images.lists import DATABASES, natural
 from images.videos import read_units, read_videos
 from preparation import annotation, outputs, videos
 from preparation.annotation import Row, Table
-from util import BadInput, write_json, write_table
+from util import BadInput, sha256_of, write_json, write_table
 
 SET_COLUMNS = ("database", "subject", "key", "label", "emotion", "clip", "onset", "apex", "offset",
                "units")
@@ -58,7 +58,7 @@ def is_finished(folder: Path, stamp: str) -> bool:
 
 def digests_of_tables(folder: Path) -> dict:
     """Name → SHA-256 of the tables of a set."""
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    return {name: sha256_of(folder / name)
             for name in ("clips.csv", "onset_apex.csv")}
 
 

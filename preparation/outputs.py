@@ -15,7 +15,7 @@ from preparation.annotation import Row, Table, copy_lists
 from preparation.cutting import RECORDS, record_path
 from preparation.detection import BOX_COLUMNS
 from preparation.intensity import LEVELS
-from util import BadInput, remove_leftovers, write_json, write_table, write_text
+from util import BadInput, remove_leftovers, sha256_of, write_json, write_table, write_text
 
 # Clips per class of the published lists and of the two workbooks, to compare with.
 PUBLISHED = {"lists (943)": {"negative": 508, "positive": 64, "surprise": 201, "others": 170},
@@ -114,7 +114,7 @@ def write(opt: argparse.Namespace, table: Table, labelled: list, unlabelled: lis
     texts = [folder / name for name in ("boxes.csv", "pairs.tsv", "encoding.json")]
     for path in (*sorted(folder.glob("v_*/*.txt")), *texts):
         if path.exists():
-            digests[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
+            digests[str(path.relative_to(folder))] = sha256_of(path)
     write_json(folder / "manifest.json", {
         "annotation": table.source, "options": _options(opt), "encoding": encoding,
         "counts": counts(table, labelled), "repairs": table.repairs,
