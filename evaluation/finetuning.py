@@ -41,7 +41,8 @@ def add_options(parser: ArgumentParser, data_set: str, path: str | None) -> None
     """Adds all flags; data_set, path: the defaults of --data_set and --data_path, which must be
     given where path is None."""
     data = masked_options.add_data_options(parser, "folder of the set, in the layout it is handed "
-                                           "out in", path, PATCH)
+                                           "out in", path, PATCH,
+                                           ", of 32 with a ConvNeXt V2")
     data.add_argument("--data_set", choices=tuple(sets.SETS), default=data_set, dest="dataset",
                       help="what it is; folder: a folder for each class, with splits or without")
     data.add_argument("--votes", choices=("majority", "plurality"), default="majority",

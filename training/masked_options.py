@@ -51,9 +51,9 @@ def add_opposite(group: argparse._ArgumentGroup, flag: str, dest: str, **more: o
 
 
 def add_data_options(parser: ArgumentParser, path_help: str, path: str | None,
-                     side: int) -> argparse._ArgumentGroup:
+                     side: int, sides: str = "") -> argparse._ArgumentGroup:
     """Adds the data group; path: the default of --data_path, None where it must be given; side: of
-    which the input's is a multiple, pixels."""
+    which the input's is a multiple, pixels; sides: what its help says beside that."""
     def size(text):
         pixels = number(int, side)(text)
         if pixels % side:
@@ -64,8 +64,7 @@ def add_data_options(parser: ArgumentParser, path_help: str, path: str | None,
                        dest="data_folder", metavar="DIR", help=path_help)
     group.add_argument("--input_size", type=size, default=224, dest="size",
                        help=f"side of what the network sees, pixels, a multiple of {side}"
-                            + ", of 32 with a ConvNeXt V2" * (side < 32)
-                            + "; images are kept with 8/7 of it")
+                            f"{sides}; images are kept with 8/7 of it")
     group.add_argument("--cache", free=True, metavar="DIR|off", default="data/cache",
                        help="folder for the decoded images, 196 kB each at 224 pixels, read again "
                             "by later runs; off: keep them in memory only. Where they do not fit "
