@@ -357,6 +357,8 @@ def main(argv: list[str] | None = None) -> None:
         note = f"on the {len(clips)} {noun} that all results hold"
     if any(result.get("rendered") for result in results):
         note += ", rendered stand-in data, no faces of people"
+    # of whom they are, where test scores chose them; see evaluation.videos
+    note += "".join(f"; {part}" for part in {result.get("part") for result in results} - {None})
     tables = [result_table(results, figures, note)]
     if len(results) > 1:
         changed = option_table(results)
@@ -370,8 +372,8 @@ def main(argv: list[str] | None = None) -> None:
         pictures.draw_comparison(
             opt.picture, [(f"{number}: {title(result)}", scores["uf1"], scores["ci95"]["uf1"])
                           for number, (result, scores) in enumerate(zip(results, figures), 1)],
-            {name: scores["uf1"] for name, scores in figures[0]["baselines"].items()}, note,
-            figures[0]["resampled"])
+            {name: scores["uf1"] for name, scores in figures[0]["baselines"].items()},
+            note.replace("; ", "\n"), figures[0]["resampled"])
 
 
 if __name__ == "__main__":

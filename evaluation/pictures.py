@@ -73,7 +73,7 @@ def draw_comparison(path: str | Path, rows: list[tuple], baselines: dict,
 
     rows: (name, UF1, (low, high) or None); baselines: name → UF1; units: what is resampled.
     """
-    figure = Figure(figsize=(7.2, 1.5 + 0.5 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(7.2, 1.8 + 0.5 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     for place, (_, uf1, interval) in enumerate(rows):
         if interval:
@@ -88,8 +88,8 @@ def draw_comparison(path: str | Path, rows: list[tuple], baselines: dict,
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(0, None)
     axes.set_xlabel(f"UF1 on held-out {units}, with 95 % intervals over {units}")
-    axes.set_title(title, fontsize="medium")
-    axes.legend(fontsize="small", loc="lower left")
+    figure.suptitle(title, fontsize="medium")  # above the names too: it may be longer than the axes
+    figure.legend(fontsize="small", loc="outside lower center", ncols=2)
     write_figure(path, figure)
 
 

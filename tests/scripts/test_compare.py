@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.metrics import f1_score, recall_score
 
 import compare_results
-from evaluation import measures, pictures, result_files
+from evaluation import measures, pictures, result_files, videos
 
 
 def uf1(labels, predictions, n_label):
@@ -504,6 +504,13 @@ def test_rendered_data_are_named(make, capsys):
     a = make("a", 0.9, details={"rendered": True})
     assert "rendered stand-in data, no faces of people" in compare(capsys, a)
     assert "rendered stand-in data, no faces of people" in compare(capsys, "--latex", a)
+
+
+def test_subjects_of_a_list_that_test_scores_chose_are_named(make, capsys):
+    whole, part = make("a", 0.9), make("b", 0.8, details={"part": videos.CHOSEN})
+    assert f"40 clips; {videos.CHOSEN}; in brackets" in compare(capsys, part)
+    assert compare(capsys, whole, part).count(videos.CHOSEN) == 1
+    assert videos.CHOSEN not in compare(capsys, whole)
 
 
 # ---------------------------------------------------------------- LaTeX, published figures
