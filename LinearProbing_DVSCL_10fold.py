@@ -14,9 +14,9 @@ minute for the 943 clips of CAS(ME)^3 on two CPU cores, and with --protocol loso
 import util  # first: it settles how threads wait before torch is imported
 
 # isort: split
-from evaluation import heldout, probing, shortcuts
+from evaluation import heldout, probing, seeds, shortcuts
 from evaluation.encoders import RANDOM
-from training import distributed, epochs, options, record
+from training import devices, distributed, options, record
 
 
 def parse_option(argv):
@@ -115,11 +115,10 @@ def evaluate(opt, argv, device, data, folds):
 @util.command_line
 def main(argv=None):
     opt = parse_option(argv)
-    device = distributed.local_device(epochs.pick_device(opt.device))
+    device = devices.local_device(opt.device)
     with distributed.group(device):
         data, folds = set_loader(opt)
-        heldout.over_seeds(opt, lambda one: evaluate(one, argv, device, data, folds),
-                           run_name)
+        seeds.run_each(opt, lambda one: evaluate(one, argv, device, data, folds), run_name)
 
 
 if __name__ == "__main__":

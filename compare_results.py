@@ -266,20 +266,20 @@ def test_table(results: list[dict], clips: list[tuple]) -> Table:
              for (i, j), (difference, p), holm, alone in zip(pairs, tests, adjusted, mcnemar)])
 
 
-def published_table(path: Path = PUBLISHED) -> Table:
+def published_table() -> Table:
     """The literature's figures; raises BadInput."""
     columns = ("method", "year", "source", "database", "n", "classes", "epoch_selection", "uf1",
                "uar", "verified")
-    rows, _ = read_table(path, columns, fix="it belongs to evaluation/")
-    for place, row in rows:
-        if not all(row[column] for column in columns) or row["verified"] not in VERIFIED:
+    lines, _ = read_table(PUBLISHED, columns, fix="it belongs to evaluation/")
+    for place, line in lines:
+        if not all(line[column] for column in columns) or line["verified"] not in VERIFIED:
             raise BadInput(f"{place}: no field is empty; 'not stated' where a paper is silent, and "
                            f"{' or '.join(VERIFIED)} at the end")
     return ("Published figures, not comparable with those above: other clips, other splits, and "
             "mostly no word on how the epoch was chosen; verified: both figures were seen in the "
             "source named, unverified: they were not",
             [{"uf1": "UF1", "uar": "UAR"}.get(c, c.replace("_", " ")) for c in columns],
-            [[row[column] for column in columns] for _, row in rows])
+            [[line[column] for column in columns] for _, line in lines])
 
 
 # ---------------------------------------------------------------- printing

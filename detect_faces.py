@@ -29,7 +29,7 @@ import torch
 
 from preparation import cutting, detection, photographs, registration
 from preparation.photographs import Photo, Settings
-from training import epochs, record
+from training import devices, record
 from util import BadInput, number, write_json, write_table, write_text
 
 RECORDS = "faces.jsonl"  # settings, then a line for each photograph, as it is finished
@@ -237,7 +237,7 @@ def report(opt: util.Options, settings: Settings, records: list[dict], counts: C
 @util.command_line
 def main(argv: list[str] | None = None) -> None:
     opt = parse_option(argv)
-    device = epochs.pick_device(opt.device)
+    device = devices.pick_device(opt.device)
     detection.require("detect_faces.py", "")
     if opt.crop:
         registration.require()

@@ -12,14 +12,13 @@ some ten minutes a subject on two CPU cores, seconds with --freeze_encoder.
 import util  # first: it settles how threads wait before torch is imported
 
 # isort: split
-import zlib
 
 import numpy as np
 import torch
 
 import dataset
-from evaluation import heldout, pictures, probing
-from training import checkpoint, distributed, epochs, options, record, supervised
+from evaluation import descent, heldout, pictures, probing, seeds
+from training import checkpoint, devices, distributed, epochs, options, record, supervised
 
 VIEWS = 2  # of a training image, from which the head is solved: plain and mirrored
 
@@ -109,8 +108,7 @@ def set_loader(opt):
 
 def set_model(opt, encoders, path, name, device):
     """A fresh copy of the pre-trained encoder with a fresh head of the training's own seed."""
-    torch.manual_seed(int(np.random.SeedSequence(
-        (opt.seed, zlib.crc32(name.encode()))).generate_state(1)[0]))
+    torch.manual_seed(epochs.seed_of(opt.seed, name))
     classifier = encoders.load(path, encoders.create_head())
     classifier.encoder.to(memory_format=torch.channels_last)
     return classifier.to(device)
@@ -118,7 +116,7 @@ def set_model(opt, encoders, path, name, device):
 
 def set_optimizer(opt, classifier, scale, penalty):
     """SGD with a rate for the encoder and one for the head, which is --learning_rate times
-    `scale` (probing.rate_scale); `base` keeps the initial rates, `warmup` whose rate rises first.
+    `scale` (descent.rate_scale); `base` keeps the initial rates, `warmup` whose rate rises first.
 
     penalty: of the head's weights, as the solved head had it; None: --weight_decay.
     """
@@ -142,14 +140,14 @@ def tune(opt, place, path, name, out, start, device):
     """
     data = start.data
     members = np.setdiff1d(np.arange(len(data.clips)), out)
-    precision = epochs.mixed_precision(opt.amp, device)
+    precision = devices.mixed_precision(opt.amp, device)
     classifier, source = set_model(opt, place.encoders, path, name, device), path
     if opt.train_bn:  # the held-out clips never enter: another encoder for each
         source = path, name
         supervised.set_norms(classifier, data.images, members, opt.batch_size)
     start.encode(source, classifier)
     length, l2 = start.fit(classifier.head, out)
-    scale = probing.rate_scale(length, start.encoded.positions)
+    scale = descent.rate_scale(length, start.encoded.positions)
     epochs.announce_dropped(len(members), opt.batch_size)
     print(f"{name}: learning rate of the head {opt.learning_rate:g} x {scale:.3g}, of the "
           f"encoder {opt.encoder_lr:g}")
@@ -249,11 +247,10 @@ def train_everybody(opt, argv, device, data, folds, run):
 @util.command_line
 def main(argv=None):
     opt = parse_option(argv)
-    device = distributed.local_device(epochs.pick_device(opt.device))
+    device = devices.local_device(opt.device)
     with distributed.group(device):
         data, folds = set_loader(opt)
-        heldout.over_seeds(opt, lambda one: evaluate(one, argv, device, data, folds),
-                           run_name)
+        seeds.run_each(opt, lambda one: evaluate(one, argv, device, data, folds), run_name)
 
 
 if __name__ == "__main__":

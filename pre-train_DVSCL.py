@@ -12,7 +12,9 @@ import util  # first: it settles how threads wait before torch is imported
 # isort: split
 import hashlib
 import time
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 import dataset
@@ -22,7 +24,7 @@ from models import MODEL_NAMES, create_model
 from NCE.BatchContrast import BatchContrast
 from NCE.NCEAverage import NCEAverage
 from NCE.NCECriterion import NCECriterion, NCESoftmaxLoss
-from training import checkpoint, distributed, epochs, options, record
+from training import checkpoint, devices, distributed, epochs, options, record, schedules
 from util import BadInput, number, positive_int
 
 METERS = ("rgb_loss", "rgb_prob", "depth_loss", "depth_prob")
@@ -152,14 +154,24 @@ def set_model(opt, channels, n_data, device):
 
 # ---------------------------------------------------------------- training
 
-def train(epoch, opt, pool, normalization, networks, optimizer, precision, within, on_step):
-    """One epoch of the contrastive step; returns the mean of METERS over the clips.
+class Job(NamedTuple):
+    """A network in training: on the clips `members` (indices) of a dataset.Data, whose images are
+    normalised so; model, contrast, criterion: as set_model gives them."""
+    data: dataset.Data
+    members: np.ndarray
+    normalization: dict
+    model: torch.nn.Module
+    contrast: torch.nn.Module
+    criterion: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    precision: devices.Precision
 
-    pool: (dataset.Data, indices of the clips to contrast); networks: as set_model gives them;
-    within, on_step: see epochs.Loop.run.
-    """
-    (clips, images, _), members = pool
-    model, contrast, criterion = networks
+
+def train(opt, job, epoch, within, on_step):
+    """One epoch of the contrastive step; returns the mean of METERS over the clips. within,
+    on_step: see epochs.Loop.run."""
+    (clips, images, _), members, normalization, model, contrast, criterion, optimizer, \
+        precision = job
     device, difference = next(model.parameters()).device, clips.encoding["difference"]
     means = epochs.Meters(METERS, within.get("meters"))
     model.train()
@@ -169,9 +181,7 @@ def train(epoch, opt, pool, normalization, networks, optimizer, precision, withi
     # drawn for the global batch, of which a rank takes its slice
     wanted = [members[distributed.part(index).numpy()] for _, index in steps]
     for (step, index), batch in zip(steps, cache.fetch(images, wanted, device)):
-        for group in optimizer.param_groups:
-            group["lr"] = epochs.scheduled(opt, opt.learning_rate, epoch, step, len(order),
-                                           opt.warmup_epochs)
+        schedules.set_rates(opt, optimizer, epoch, step, len(order))
         rng = epochs.generator(opt.seed, epoch, step)
         drawn = transforms.draw(len(index), rng, difference, opt.jitter, opt.crop_low,
                                 not opt.no_flip, len(clips.views))
@@ -190,12 +200,10 @@ def train(epoch, opt, pool, normalization, networks, optimizer, precision, withi
             losses[1].detach(), criterion.positive_probability(out_depth)]), len(mine))
         means.add(values.tolist(), len(index))
         epochs.check_loss(values, epoch, step, epochs.kept(opt))
-        optimizer.zero_grad(set_to_none=True)
         # gradients are averaged over ranks, whose slices may differ by one clip
         share = len(mine) * distributed.size() / len(index)
         precision.scaler.scale((losses[0] + losses[1]) * share).backward()
-        precision.scaler.step(optimizer)
-        precision.scaler.update()
+        epochs.descend(opt, model, optimizer, precision.scaler)
         on_step({"step": step, "meters": means.state()})
     return means.means()
 
@@ -205,7 +213,7 @@ def pretrain(opt, argv, device, data, members, run):
     clips, resume = data.clips, run.find_resume()
     steps = epochs.announce(opt, len(members))
     data_digest = hashlib.sha256(f"{data.digest} {members.tolist()}".encode()).hexdigest()
-    precision = epochs.mixed_precision(opt.amp, device)
+    precision = devices.mixed_precision(opt.amp, device)
     model, contrast, criterion = set_model(opt, clips.channels, len(members), device)
     optimizer = torch.optim.SGD(model.parameters(), lr=opt.learning_rate, momentum=opt.momentum,
                                 weight_decay=opt.weight_decay)
@@ -224,13 +232,13 @@ def pretrain(opt, argv, device, data, members, run):
     fixed = {"opt": vars(opt), "normalization": normalization, "encoding": clips.encoding,
              "seen": dataset.people_seen(clips, members),
              "data_digest": data_digest, "channels": list(clips.channels)}
-    networks = distributed.wrap(model, device, precision.autocast), contrast, criterion
+    job = Job(data, members, normalization, distributed.wrap(model, device, precision.autocast),
+              contrast, criterion, optimizer, precision)
 
     def train_epoch(epoch, within, on_step):
         began, share = time.perf_counter(), 1 - within.get("step", 0) / steps
-        means = train(epoch, opt, (data, members), normalization, networks, optimizer, precision,
-                      within, on_step)
-        return means | {"learning_rate": optimizer.param_groups[0]["lr"], "pairs_per_second":
+        means = train(opt, job, epoch, within, on_step)
+        return means | {"learning_rate": schedules.rate_now(optimizer), "pairs_per_second":
                         share * len(members) / (time.perf_counter() - began)}
 
     def save(epoch, within):
@@ -251,7 +259,7 @@ def pretrain(opt, argv, device, data, members, run):
 @util.command_line
 def main(argv=None):
     opt = parse_option(argv)
-    device = distributed.local_device(epochs.pick_device(opt.device))
+    device = devices.local_device(opt.device)
     with distributed.group(device, opt.subject != "each"):
         data, blank = set_loader(opt)
         runs = [(record.Run(opt.model_path, run_name(opt, without), opt), out)

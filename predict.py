@@ -20,7 +20,7 @@ from pathlib import Path
 from images import encoding
 from prediction import clips, photographs
 from preparation import detection, registration
-from training import checkpoint, epochs
+from training import checkpoint, devices
 from util import BadInput, number
 
 
@@ -126,7 +126,7 @@ def check_option(parser: util.ArgumentParser, opt: util.Options, of_photos: list
 @util.command_line
 def main(argv: list[str] | None = None) -> None:
     opt = parse_option(argv)
-    state, device = checkpoint.load(opt.model_path), epochs.pick_device(opt.device)
+    state, device = checkpoint.load(opt.model_path), devices.pick_device(opt.device)
     if state.get("system") == "MAE pre-training":
         raise BadInput(f"{opt.model_path}: an autoencoder, which knows no classes; start "
                        f"main_finetune.py --finetune from it, and name what that writes")

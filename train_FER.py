@@ -10,16 +10,19 @@ once, at the end, by the average of the weights. With two CPU cores take --size 
 import util  # first: it settles how threads wait before torch is imported
 
 # isort: split
+import argparse
+
 import torch
 
-from evaluation import fitting, heldout, photographs
+from evaluation import fitting, photographs, seeds
 from images import faces as sets
 from images import regions
+from images.face_sets import VOTES
 from models import files
 from models.ran import NETWORKS, create_network
 from models.scn import ARCHITECTURES
-from training import checkpoint, distributed, epochs, faces, losses, options, pretrained, record
-from util import BadInput, number, positive_int, read_table
+from training import checkpoint, devices, distributed, faces, losses, options, pretrained, record
+from util import BadInput, ensure, number, positive_int, read_table
 
 RATES = {"adamw": 2e-4, "adam": 1e-3, "sgd": 1e-2, "rmsprop": 1e-3}
 PUBLISHED = {"augment": "published", "label_smoothing": 0.0, "ema_decay": 0.0, "tta_flip": False,
@@ -76,29 +79,27 @@ def parse_option(argv):
         if getattr(opt, name) > opt.epochs:
             print(f"--{name} {getattr(opt, name)}: after the last of {opt.epochs} epochs, so that "
                   f"it changes nothing")
-    check_options(parser, opt, [str(word).partition("=")[0] for word in argv])
+    check_options(parser, opt, argv)
     return opt
 
 
-def check_options(parser, opt, words):
+def check_options(parser, opt, argv):
     def needs(given, flag, holds, what):
         if given and not holds:
             parser.error(f"{flag} goes with {what}")
-    for flag, holds, what in (
-            ("--votes", opt.dataset == "ferplus", "--dataset ferplus"),
-            ("--rank_beta", opt.rank_margin or (opt.relabel_epoch and opt.relabel_group == "low"),
-             "--model scn, and --rank_margin or --relabel_epoch with --relabel_group low"),
-            ("--backbone_lr", not opt.freeze_backbone, "a backbone that moves, not "
-             "--freeze_backbone"),
-            ("--relabel_margin", opt.relabel_epoch, "--relabel_epoch"),
-            ("--relabel_group", opt.relabel_epoch, "--relabel_epoch"),
-            ("--wloss_norm", opt.wloss_alpha, "--wloss_alpha"),
-            ("--wloss_distance", opt.wloss_alpha, "--wloss_alpha"),
-            ("--wloss_reduction", opt.wloss_alpha, "--wloss_alpha"),
-            ("--momentum", opt.optimizer in ("sgd", "rmsprop"), "--optimizer sgd or rmsprop"),
-            ("--lr_decay_rate", opt.lr_schedule in ("exponential", "step"),
-             "--lr_schedule exponential or step")):
-        needs(flag in words, flag, holds, what)
+    options.check_given(parser, argv, (
+        (("--votes",), opt.dataset == "ferplus", "--dataset ferplus"),
+        (("--rank_beta",), opt.rank_margin or (opt.relabel_epoch and opt.relabel_group == "low"),
+         "--model scn, and --rank_margin or --relabel_epoch with --relabel_group low"),
+        (("--backbone_lr",), not opt.freeze_backbone, "a backbone that moves, not "
+         "--freeze_backbone"),
+        (("--relabel_margin", "--relabel_group"), opt.relabel_epoch, "--relabel_epoch"),
+        (("--wloss_norm", "--wloss_distance", "--wloss_reduction"), opt.wloss_alpha,
+         "--wloss_alpha"),
+        (("--pretrained",), not opt.model_path, "a fresh start, not --model_path"),
+        (("--momentum",), opt.optimizer in ("sgd", "rmsprop"), "--optimizer sgd or rmsprop"),
+        (("--lr_decay_rate",), opt.lr_schedule in ("exponential", "step"),
+         "--lr_schedule exponential or step")))
     needs(opt.warmup_epochs > opt.epochs, "--warmup_epochs", False, "at most the --epochs")
     needs(opt.rank_margin, "--rank_margin", opt.model == "scn", "--model scn")
     needs(opt.relabel_epoch and opt.relabel_group == "low", "--relabel_group low",
@@ -125,8 +126,6 @@ def check_options(parser, opt, words):
           "--gaussian or --views landmark")
     needs(opt.wloss_update, "--wloss_update", opt.wloss_alpha, "--wloss_alpha")
     options.check_balance(parser, opt)
-    needs("--pretrained" in words, "--pretrained", not opt.model_path,
-          "a fresh start, not --model_path")
     if opt.weight_decay > 0.1:
         print(f"warning: --weight_decay {opt.weight_decay:g} is strong; where notes say .9, it is "
               f"the factor of the rate: --lr_decay_rate 0.9")
@@ -140,7 +139,7 @@ def add_data_options(parser):
                            "folders or not")
     data.add_argument("--data_folder", free=True, required=True, metavar="DIR",
                       help="folder of the set, as it is handed out")
-    data.add_argument("--votes", choices=("majority", "plurality"), default="majority",
+    data.add_argument("--votes", choices=VOTES, default="majority",
                       help="ferplus: majority: a class with more than half of the votes; "
                            "plurality: the one with most")
     data.add_argument("--size", type=number(int, 32, 1024), default=224,
@@ -205,7 +204,7 @@ def add_model_options(parser):
     method.add_argument("--region_margin", type=number(float, 0, 1), default=0.0,
                         help="ran: by how much the best crop exceeds the whole image; published: "
                              "0.1, 0.03, 0.02; 0: no such loss")
-    method.add_argument("--bn_per_view", action=util.argparse.BooleanOptionalAction, default=False,
+    method.add_argument("--bn_per_view", action=argparse.BooleanOptionalAction, default=False,
                         help="ran: batch norm of each view apart, as published")
     method.add_argument("--wloss_alpha", type=number(float, 0), default=0.0,
                         help="weight of the Wasserstein term; the notes': 0.0125, of a sum")
@@ -252,7 +251,7 @@ def add_optimisation_options(parser):
                        help="of the average of the weights that predicts; it rises as "
                             "1 - (1 + steps)^(-2/3), to .999 in 31,600, and what it comes to is "
                             "printed; 0: the weights themselves")
-    group.add_argument("--tta_flip", action=util.argparse.BooleanOptionalAction, default=True,
+    group.add_argument("--tta_flip", action=argparse.BooleanOptionalAction, default=True,
                        help="predict the mean over an image and its mirror image")
     group.add_argument("--select", choices=("last", "val"), default="last",
                        help="the epoch that counts: the last, or the best on the validation "
@@ -358,9 +357,9 @@ def set_distance(opt, classes, device):
                              "its distance to each")
         try:
             found = {row["class"]: [float(row[name]) for name in classes] for _, row in rows}
-            util.ensure(len(found) == len(rows))
+            ensure(len(found) == len(rows))
             distance = torch.tensor([found[name] for name in classes], dtype=torch.float64)
-            util.ensure((distance >= 0).all() and distance.isfinite().all()
+            ensure((distance >= 0).all() and distance.isfinite().all()
                         and not distance.diagonal().any() and distance.sum(1).all())
         except (KeyError, ValueError):
             raise BadInput(f"{opt.wloss_distance}: needs a row per class of {', '.join(classes)} "
@@ -388,10 +387,10 @@ def train(opt, argv, device, sources):
 @util.command_line
 def main(argv=None):
     opt = parse_option(argv)
-    device = distributed.local_device(epochs.pick_device(opt.device))
+    device = devices.local_device(opt.device)
     with distributed.group(device):
         sources = set_loader(opt)
-        heldout.over_seeds(opt, lambda one: train(one, argv, device, sources), run_name)
+        seeds.run_each(opt, lambda one: train(one, argv, device, sources), run_name)
 
 
 if __name__ == "__main__":

@@ -9,17 +9,16 @@ V6c first learn the action units. With two CPU cores take --size 112 or less: a 
 import util  # first: it settles how threads wait before torch is imported
 
 # isort: split
-import zlib
 
 import numpy as np
 import torch
 
 import dataset
-from evaluation import heldout
+from evaluation import heldout, seeds
 from evaluation.videos import Best, HeldOutVideos, chosen_subjects
 from images import flow, videos
 from models import mmnet
-from training import checkpoint, distributed, epochs, motion, options, record
+from training import checkpoint, devices, distributed, epochs, motion, options, record
 from util import BadInput, number, positive_int
 
 # ---------------------------------------------------------------- options
@@ -195,8 +194,7 @@ def learns_units(opt):
 def set_job(opt, data, units, members, name, device, masks=None):
     """A network from scratch, and what it is trained with, on the clips `members`; masks: what
     --mask leaves of each clip."""
-    torch.manual_seed(int(np.random.SeedSequence(
-        (opt.seed, zlib.crc32(name.encode()))).generate_state(1)[0]))
+    torch.manual_seed(epochs.seed_of(opt.seed, name))
     layout, targets, names = mmnet.LAYOUTS[opt.model], None, None
     if learns_units(opt):
         # those of the training clips alone: what the others show is not known
@@ -215,7 +213,7 @@ def set_job(opt, data, units, members, name, device, masks=None):
         scale = max(float(motion.typical_motion(data.images)[members].mean()), flow.FLAT)
     source = motion.Source(data.images, layout.steps, opt.channels, scale, opt.model == "mmnet",
                            masks)
-    precision = epochs.mixed_precision(opt.amp, device)
+    precision = devices.mixed_precision(opt.amp, device)
     # folds are dealt to ranks, so that a network has one rank's devices
     run = network if distributed.active() else distributed.wrap(network, device,
                                                                 precision.autocast)
@@ -314,11 +312,11 @@ def evaluate(opt, argv, device, data, units, folds):
 @util.command_line
 def main(argv=None):
     opt = parse_option(argv)
-    device = distributed.local_device(epochs.pick_device(opt.device))
+    device = devices.local_device(opt.device)
     with distributed.group(device):
         data, units, folds = set_loader(opt)
-        heldout.over_seeds(opt, lambda one: evaluate(one, argv, device, data, units, folds),
-                           run_name)
+        seeds.run_each(opt, lambda one: evaluate(one, argv, device, data, units, folds),
+                       run_name)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,7 @@ medians of the rates, and of the ratios within a round. Wanted: twice the usual 
 with --amp, .90 of the model alone; RAN 1.5 times the published loop; the first step of 280,000
 images within 30 seconds.
 """
-import contextlib
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -36,7 +34,7 @@ import train_FER
 from benchmarks import measuring
 from images import photos, regions
 from models.ran import RAN, create_network
-from training import epochs, faces
+from training import devices, epochs, faces
 
 PARTS = ("train", "ran", "start")
 N_LABEL = 7
@@ -85,7 +83,7 @@ class TextbookSet(torch.utils.data.Dataset):
 
 
 def usual_epoch(network, optimizer, loader, device):
-    epochs.keep_memory(False)
+    devices.keep_memory(False)
     network.train()
     for images, label in loader:
         loss = F.cross_entropy(network(images.to(device)), label.to(device), label_smoothing=0.1)
@@ -93,7 +91,7 @@ def usual_epoch(network, optimizer, loader, device):
         loss.backward()
         optimizer.step()
         loss.item()
-    epochs.keep_memory(device.type == "cpu")
+    devices.keep_memory(device.type == "cpu")
 
 
 def published_views(network, views):
@@ -104,14 +102,14 @@ def published_views(network, views):
 
 
 def usual_views(network, optimizer, views, label, steps):
-    epochs.keep_memory(False)
+    devices.keep_memory(False)
     for _ in range(steps):
         loss = F.cross_entropy(published_views(network, views), label)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         loss.item()
-    epochs.keep_memory(views.device.type == "cpu")
+    devices.keep_memory(views.device.type == "cpu")
 
 
 # ---------------------------------------------------------------- this code
@@ -125,7 +123,7 @@ def set_job(opt, folder, work, *flags):
     network = train_FER.set_model(run, N_LABEL, opt.device)
     job = faces.Job(network, network, None, source, source.faces.labels.copy(),
                     np.arange(opt.images), train_FER.set_optimizer(run, network),
-                    epochs.mixed_precision(False, opt.device), None, [])
+                    devices.mixed_precision(False, opt.device), None, [])
     return run, job
 
 
@@ -169,7 +167,7 @@ def train(opt, folder, work):
              .to(memory_format=torch.channels_last),
              torch.arange(opt.batch_size, device=opt.device) % N_LABEL)
     steps = epochs.per_epoch(opt.images, opt.batch_size)
-    amp = job._replace(precision=epochs.mixed_precision(True, opt.device))
+    amp = job._replace(precision=devices.mixed_precision(True, opt.device))
     told(f"training, ResNet-18, {opt.images} images at {opt.size} pixels, batch {opt.batch_size}",
          measuring.warm_rounds(opt.repeats, opt.images, opt.device, {
              "usual way": partial(usual_epoch, usual, descent, loader, opt.device),
@@ -188,7 +186,7 @@ def ran(opt, folder, work):
     views = torch.randn(opt.views_batch, k, 3, opt.size, opt.size, device=opt.device)
     label = torch.arange(opt.views_batch, device=opt.device) % N_LABEL
     steps = count // opt.views_batch
-    amp = job._replace(precision=epochs.mixed_precision(True, opt.device))
+    amp = job._replace(precision=devices.mixed_precision(True, opt.device))
     ways = {"published loop": partial(usual_views, usual, descent, views, label, steps),
             "here, float32": partial(our_epoch, run, job),
             "here, --amp": partial(our_epoch, run, amp),
@@ -214,11 +212,7 @@ def start(opt, _, work):
 
 def main(argv=None):
     opt = parse_option(argv)
-    opt.device = epochs.pick_device(opt.device)
-    with contextlib.ExitStack() as stack:
-        work = Path(opt.work or stack.enter_context(tempfile.TemporaryDirectory()))
-        print(f"torch {torch.__version__}, Python {platform.python_version()}, {opt.device}, "
-              f"{torch.get_num_threads()} threads, {opt.repeats} rounds", flush=True)
+    with measuring.workplace(opt) as work:
         folder = work / "faces"
         if set(opt.parts) & {"train", "ran"}:
             measuring.quietly(render.main, "faces", "--data_folder", folder, "--train", opt.images,

@@ -33,7 +33,7 @@ from evaluation import pictures
 from images import lists
 from prediction import clips as prediction
 from rendering import expression
-from training import checkpoint, epochs, supervised
+from training import checkpoint, devices, supervised
 
 PEOPLE, POOL = 250, 5000  # in the unlabelled pool, and its pairs
 FOLDS = 5
@@ -180,7 +180,7 @@ def ceiling(bench, others, data, seed, lists):
     classifier = prediction.set_model(path, state, clips, device)
     images, _ = dataset.load_images(clips, bench.work / "cache", 4, SIZES["resnet18v1"])
     said = supervised.predict(classifier, images, np.arange(len(clips)),
-                              epochs.mixed_precision(False, device).autocast).argmax(1)
+                              devices.mixed_precision(False, device).autocast).argmax(1)
     return clips.labels, said, [clip.subject for clip in clips.clips]
 
 

@@ -17,7 +17,6 @@ import contextlib
 import copy
 import itertools
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -45,7 +44,7 @@ from benchmarks import measuring
 from evaluation import pretraining
 from images import cache, crops, decoding, photos
 from models import masking
-from training import epochs, masked
+from training import devices, epochs, masked
 
 PARTS = ("vit", "fcmae", "loading", "start", "memory")
 SCRIPTS = {"vit": main_pretrain, "fcmae": main_pretrain_convnextv2}
@@ -168,7 +167,7 @@ def usual_descent(network, run):
 
 def usual_steps(loss_of, network, optimizer, batches, steps, mask_ratio):
     device = next(network.parameters()).device
-    epochs.keep_memory(False)
+    devices.keep_memory(False)
     network.train()
     for images in itertools.islice(batches, steps):
         images = images.to(device)
@@ -178,7 +177,7 @@ def usual_steps(loss_of, network, optimizer, batches, steps, mask_ratio):
         loss.backward()
         optimizer.step()
         loss.item()
-    epochs.keep_memory(device.type == "cpu")
+    devices.keep_memory(device.type == "cpu")
 
 
 class TextbookSet(torch.utils.data.Dataset):
@@ -232,7 +231,7 @@ def set_job(opt, part, count, *flags):
     return run, masked.Job(network, network, stand_in(count, opt.size),
                            crops.Recipe(opt.size, pretraining.LOW),
                            masked.set_optimizer(run, network),
-                           epochs.mixed_precision(False, opt.device))
+                           devices.mixed_precision(False, opt.device))
 
 
 def our_epoch(run, job):
@@ -252,7 +251,8 @@ def check_same(part, network, images, mask_ratio):
               network.train()(images, mask_ratio, noise)[0]]
     sum(losses).backward()
     off = abs(float(losses[1].detach() / losses[0].detach()) - 1)
-    pairs = [(name, own.grad, dict(usual.named_parameters())[name].grad)
+    others = dict(usual.named_parameters())
+    pairs = [(name, own.grad, others[name].grad)
              for name, own in network.named_parameters() if own.requires_grad]
     worst, name = max((float((own - other).norm() / other.norm()), name)
                       for name, own, other in pairs)
@@ -270,7 +270,7 @@ def ways_of(opt, part, batch, batches, *flags):
     usual = usual_network(job.network)
     descent = usual_descent(usual, run)
     check_same(part, job.network, images, run.mask_ratio)
-    amp = job._replace(precision=epochs.mixed_precision(True, opt.device))
+    amp = job._replace(precision=devices.mixed_precision(True, opt.device))
     return {"usual way": partial(usual_steps, USUAL[part], usual, descent,
                                  batches or itertools.repeat(images), opt.steps, run.mask_ratio),
             "here, float32": partial(our_epoch, run, job),
@@ -360,7 +360,7 @@ def start(opt, work):
 
 def step_memory(opt, way):
     """(peak bytes, seconds) of the second step: AdamW's means are there from the first one on."""
-    device = epochs.pick_device(str(opt.device))  # as the script does, in this process too
+    device = devices.pick_device(str(opt.device))  # as the script does, in this process too
     run, job = set_job(opt, "vit", opt.memory_batch, "--model", opt.memory_model, "--batch_size",
                        opt.memory_batch)
     if way == "usual way":
@@ -370,7 +370,7 @@ def step_memory(opt, way):
         epoch = partial(usual_steps, usual_vit, network, usual_descent(network, run),
                         itertools.repeat(images), 1, run.mask_ratio)
     else:
-        precision = epochs.mixed_precision(way == "here, --amp", device)
+        precision = devices.mixed_precision(way == "here, --amp", device)
         epoch = partial(our_epoch, run, job._replace(precision=precision))
     epoch()
     began = time.perf_counter()
@@ -396,13 +396,8 @@ REPORTS = dict(zip(PARTS, (partial(step, "vit"), partial(step, "fcmae"), loading
 
 def main(argv=None):
     opt = parse_option(argv)
-    opt.device = epochs.pick_device(opt.device)
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, of both ways
-    with contextlib.ExitStack() as stack:
-        work = Path(opt.work or stack.enter_context(tempfile.TemporaryDirectory()))
-        work.mkdir(parents=True, exist_ok=True)
-        print(f"torch {torch.__version__}, Python {platform.python_version()}, {opt.device}, "
-              f"{torch.get_num_threads()} threads, {opt.repeats} rounds", flush=True)
+    with measuring.workplace(opt) as work:
         for part in opt.parts:
             REPORTS[part](opt, work)
 

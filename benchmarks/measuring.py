@@ -1,16 +1,21 @@
 """What benchmarks measure by: seconds of a script, memory of a process."""
+import argparse
 import contextlib
 import json
 import os
+import platform
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+
+from training import devices
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST_STEP = """
@@ -38,6 +43,20 @@ def quietly(main: Callable, *argv: object) -> float:
             contextlib.redirect_stderr(nowhere):
         main([str(a) for a in argv])
     return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def workplace(opt: argparse.Namespace, *versions: str) -> Iterator[Path]:
+    """The folder for what a benchmark makes, --work or one that goes afterwards, under a line of
+    what it measures on; opt.device becomes the device it names."""
+    opt.device = devices.pick_device(opt.device)
+    print(", ".join([f"torch {torch.__version__}", f"Python {platform.python_version()}", *versions,
+                     str(opt.device), f"{torch.get_num_threads()} threads",
+                     f"{opt.repeats} rounds"]), flush=True)
+    with contextlib.ExitStack() as stack:
+        work = Path(opt.work or stack.enter_context(tempfile.TemporaryDirectory()))
+        work.mkdir(parents=True, exist_ok=True)
+        yield work
 
 
 def rounds(repeats: int, count: int, device: torch.device,

@@ -14,13 +14,11 @@ at most; V5 at batch 32 in less than 24 GB.
 """
 import contextlib
 import os
-import platform
 import random
 import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -45,7 +43,7 @@ from benchmarks.measuring import quietly, rounds
 from images import flow, videos
 from models import mmnet
 from rendering import casme2
-from training import epochs, motion
+from training import devices, motion
 from training.losses import classification_loss
 
 PARTS = ("train", "prepare", "memory")
@@ -116,7 +114,7 @@ class TextbookSet(torch.utils.data.Dataset):
 
 
 def usual_epoch(network, optimizer, loader, device):
-    epochs.keep_memory(False)
+    devices.keep_memory(False)
     network.train()
     for moved, onset, label in loader:
         loss = F.cross_entropy(network(moved.to(device), onset.to(device)), label.to(device))
@@ -124,7 +122,7 @@ def usual_epoch(network, optimizer, loader, device):
         loss.backward()
         optimizer.step()
         loss.item()
-    epochs.keep_memory(device.type == "cpu")
+    devices.keep_memory(device.type == "cpu")
 
 
 def start_seconds(name, size):
@@ -163,7 +161,7 @@ def alone_epoch(job, steps, moved, onset, label):
 def step_memory(opt, folder):
     """(parameters, peak bytes, seconds) of an optimizer step of the large variant, which comes
     after another on two clips: AdamW's means are there from the first step on."""
-    epochs.pick_device(str(opt.device))  # as the script does, in this process too
+    devices.pick_device(str(opt.device))  # as the script does, in this process too
     run, job = set_job(folder, opt.batch_size, opt.device, "--model", LARGE, "--batch_size",
                        opt.batch_size, "--accumulate", opt.accumulate)
     our_epoch(run.changed(accumulate=1), job._replace(members=job.members[:2]))
@@ -211,7 +209,7 @@ def measure(opt, name, raw, folder):
                                              opt.batch_size, shuffle=True,
                                              num_workers=opt.num_workers)
         plain, amp = (job._replace(members=job.members[:count],
-                                   precision=epochs.mixed_precision(amp, opt.device))
+                                   precision=devices.mixed_precision(amp, opt.device))
                       for amp in (False, True))
         steps = -(-count // opt.batch_size)
         return {"usual": partial(usual_epoch, usual, descent, loader, opt.device),
@@ -261,12 +259,7 @@ def memory(opt, _, folder, __):
 
 def main(argv=None):
     opt = parse_option(argv)
-    opt.device = epochs.pick_device(opt.device)
-    with contextlib.ExitStack() as stack:
-        work = Path(opt.work or stack.enter_context(tempfile.TemporaryDirectory()))
-        print(f"torch {torch.__version__}, Python {platform.python_version()}, OpenCV "
-              f"{cv2.__version__}, {opt.device}, {torch.get_num_threads()} threads, {opt.repeats} "
-              f"rounds", flush=True)
+    with measuring.workplace(opt, f"OpenCV {cv2.__version__}") as work:
         made = make_set(opt, work)
         for part, report in zip(PARTS, (train, prepared, memory)):
             if part in opt.parts:

@@ -21,7 +21,7 @@ from torch import Tensor
 import dataset
 import util
 from dataset import ClipSet
-from evaluation import measures, photographs, probing
+from evaluation import fold_heads, measures, photographs
 from images.faces import FaceSet, decode
 
 # options with which what is finished stays right
@@ -163,6 +163,6 @@ def regression(clips: ClipSet, images: Tensor, folds: int = 10, side: int = 16) 
     many cells a side, in so many folds, the penalty chosen as for the heads."""
     x = F.adaptive_avg_pool2d(images.float(), side).flatten(1)[None]
     fold_of = dataset.subject_groups(clips, folds).of
-    task = probing.Task(x, clips.labels, clips.n_label, fold_of, sorted(set(fold_of.tolist())))
-    heads, _ = probing.solve_heads(task, groups=probing.inner_groups(clips))
-    return probing.predict(heads, task).argmax(1)
+    task = fold_heads.Task(x, clips.labels, clips.n_label, fold_of, sorted(set(fold_of.tolist())))
+    heads, _ = fold_heads.solve(task, groups=fold_heads.inner_groups(clips))
+    return fold_heads.predict(heads, task).argmax(1)

@@ -30,9 +30,10 @@ sys.path.insert(0, str(ROOT))
 import bank_step
 import dataset
 from benchmarks.measuring import quietly
-from evaluation import probing
+from evaluation import descent
+from evaluation.fold_heads import Task
 from images import lists, transforms
-from training import epochs, record, supervised
+from training import devices, record, supervised
 from models import create_classifier, create_model
 from models.alexnet import ConvBlock
 from NCE.NCECriterion import NCESoftmaxLoss
@@ -121,7 +122,7 @@ def textbook_heads(opt, frozen, batch_size=128):
 def encoder_rate(opt, amp, steps=4):
     """Pairs per second of forward, backward and optimizer alone, on synthetic input."""
     model = create_model("alexnet").to(opt.device, memory_format=torch.channels_last).train()
-    autocast = epochs.mixed_precision(amp, opt.device).autocast
+    autocast = devices.mixed_precision(amp, opt.device).autocast
     x = torch.randn(BATCH, 4, 224, 224, device=opt.device).to(memory_format=torch.channels_last)
     optimizer, target = sgd(model), torch.randn(BATCH, 128, device=opt.device)
     for step in range(steps + 1):
@@ -261,16 +262,15 @@ def growth(opt):
     for people, dim in ((10, 9216), (95, 9216), (500, 9216), (95, 1024), (95, 36_864)):
         features, labels = torch.randn(1, clips, dim, device=opt.device), torch.arange(clips) % 4
         fold_of = torch.arange(clips).numpy() % people
-        task = probing.Task(features, labels.numpy(), 4, fold_of, list(range(people)))
+        task = Task(features, labels.numpy(), 4, fold_of, list(range(people)))
         run = import_module("LinearProbing_DVSCL_10fold").parse_option(
             ["--data_folder", ".", "--save_path", ".", "--model_path", "random", "--epochs", "3",
              "--learning_rate", "0.001"])
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            descent = probing.start_descent(run, task, 36, [str(i) for i in range(people)],
-                                            "crossentropy", None, None, None)
+            heads = descent.start(run, task, 36, [str(i) for i in range(people)])
         times = [time.perf_counter()]
         for epoch in range(1, run.epochs + 1):
-            descent.epoch(epoch)
+            heads.epoch(epoch)
             times.append(time.perf_counter())
         least = min(b - a for a, b in itertools.pairwise(times))
         print(f"  {people:8d} {dim:9d} {1000 * least:9.1f}")

@@ -66,7 +66,7 @@ def load_classifier(opt: argparse.Namespace, path: str, clips: ClipSet,
     normalization = state.get("normalization") or encoding.fixed_normalization(
         "wrap", clips.views, clips.channels)
     try:
-        seen = people_seen(state.get("seen"))._replace(labelled=tuned, how={
+        seen = read_seen(state.get("seen"))._replace(labelled=tuned, how={
             **{name: value for name, value in state["opt"].items() if name not in APART},
             "epochs trained": state.get("epoch"), "complete": not state.get("within")})
         mean, std = np.float64(normalization["mean"]), np.float64(normalization["std"])
@@ -80,7 +80,7 @@ def load_classifier(opt: argparse.Namespace, path: str, clips: ClipSet,
     return Classifier(model, head, opt.layer, {"mean": mean.tolist(), "std": std.tolist()}), seen
 
 
-def people_seen(seen: dict | None) -> Seen:
+def read_seen(seen: dict | None) -> Seen:
     """What a checkpoint says of whom its encoder saw."""
     if not seen:
         return Seen(set(), False)

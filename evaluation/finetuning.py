@@ -11,13 +11,14 @@ from torch import nn
 from evaluation import fitting, photographs
 from images import crops, decoding
 from images import faces as sets
+from images.face_sets import VOTES
 from models import files, load_public
 from models.convnextv2 import CONVNEXT_NAMES, create_convnextv2
 from models.mae import MAE_NAMES, PATCH, VIT_NAMES, create_vit
 from training import (
     checkpoint,
+    devices,
     distributed,
-    epochs,
     faces,
     masked,
     masked_options,
@@ -45,7 +46,7 @@ def add_options(parser: ArgumentParser, data_set: str, path: str | None) -> None
                                            ", of 32 with a ConvNeXt V2")
     data.add_argument("--data_set", choices=tuple(sets.SETS), default=data_set, dest="dataset",
                       help="what it is; folder: a folder for each class, with splits or without")
-    data.add_argument("--votes", choices=("majority", "plurality"), default="majority",
+    data.add_argument("--votes", choices=VOTES, default="majority",
                       help="ferplus: which label ten annotators give")
     data.add_argument("--nb_classes", type=number(int, 2),
                       help="number of classes, which must be the set's")
@@ -196,18 +197,14 @@ def parse_option(doc: str, argv: list[str], data_set: str,
     options.check_balance(parser, opt)
     if opt.model_ema_eval and not opt.model_ema:
         parser.error("--model_ema_eval goes with --model_ema")
-    words = [str(word).partition("=")[0] for word in argv]
-    for flags, holds, what in (
-            (("--aa", "--crop_low"), not opt.tricks, "random crops, not --tricks"),
-            (("--mixup_prob", "--mixup_mode"), mixes(opt), "--mixup, --cutmix or --cutmix_minmax"),
-            (("--mixup_switch_prob",), opt.mixup > 0 and (opt.cutmix > 0 or opt.cutmix_minmax),
-             "--mixup and --cutmix both"),
-            (("--remode", "--recount"), opt.reprob > 0, "--reprob above 0"),
-            (("--model_ema_decay",), opt.model_ema, "--model_ema"),
-            (("--votes",), opt.dataset == "ferplus", "--data_set ferplus")):
-        for flag in flags:
-            if flag in words and not holds:
-                parser.error(f"{flag} goes with {what}")
+    options.check_given(parser, argv, (
+        (("--aa", "--crop_low"), not opt.tricks, "random crops, not --tricks"),
+        (("--mixup_prob", "--mixup_mode"), mixes(opt), "--mixup, --cutmix or --cutmix_minmax"),
+        (("--mixup_switch_prob",), opt.mixup > 0 and (opt.cutmix > 0 or opt.cutmix_minmax),
+         "--mixup and --cutmix both"),
+        (("--remode", "--recount"), opt.reprob > 0, "--reprob above 0"),
+        (("--model_ema_decay",), opt.model_ema, "--model_ema"),
+        (("--votes",), opt.dataset == "ferplus", "--data_set ferplus")))
     try:
         recipe_of(opt).draw(1, torch.Generator())
     except ValueError as error:
@@ -309,7 +306,7 @@ def source_of(opt: argparse.Namespace, images: sets.FaceSet) -> faces.Source:
 
 def finetune(opt: argparse.Namespace, argv: list[str], script: str) -> dict | None:
     """One run of a script: its results; None on a rank that writes nothing."""
-    device = distributed.local_device(epochs.pick_device(opt.device))
+    device = devices.local_device(opt.device)
     opt.amp = bool(opt.amp)
     with distributed.group(device):
         sources = set_loader(opt)

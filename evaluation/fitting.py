@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from evaluation import measures, photographs
 from images.faces import FaceSet, content, fingerprints
-from training import checkpoint, distributed, epochs, faces, losses, record
+from training import checkpoint, devices, distributed, epochs, faces, losses, record, schedules
 from training.record import Run
 from util import BadInput, sha256_of
 
@@ -86,7 +86,7 @@ class Fit:
         self.digest, self.history = digest.hexdigest(), []
         # what the network that it starts from saw, what it itself saw besides, and whether that
         # was of the test split
-        self.before, self.seen = photographs.Seen(photographs.NOTHING, photographs.NOTHING), None
+        self.before, self.seen = photographs.SeenImages(*[photographs.NOTHING] * 2), None
         self.transductive: bool | None = False
         self.started: dict = {}  # file and digest of the network that it started from
 
@@ -94,9 +94,9 @@ class Fit:
         """Notes what a checkpoint, that anybody wrote, says of the images that its network saw:
         `transductive` is None where that is not known. Raises BadInput where it was fitted to the
         labels of images which now are to choose."""
-        self.before, self.transductive = photographs.Seen.of(state), None
-        self.started = {"checkpoint": str(path),
-                        "sha256": sha256_of(path)}
+        self.before = photographs.SeenImages.of(state)
+        self.transductive = None
+        self.started = {"checkpoint": str(path), "sha256": sha256_of(path)}
         if self.before.any is None and not len(self.before.labelled):
             self._check_earlier(flag, path, state)
             return
@@ -153,7 +153,7 @@ class Fit:
         images are mixed. average: of the weights, evaluated beside the network; without one, that
         of --ema_decay predicts in its place."""
         opt, device = self.run.opt, next(network.parameters()).device
-        precision = epochs.mixed_precision(opt.amp, device)
+        precision = devices.mixed_precision(opt.amp, device)
         if not hasattr(opt, "accum_iter"):  # it is announced with its own check
             # a ResNet's last maps are of one position then, and batch norm sees an image once
             single = opt.size <= 32 and not opt.freeze_backbone \
@@ -221,7 +221,7 @@ class Fit:
         self.validation.state, self.history = old["best"], old["history"]
         # what tells it may be gone by now
         self.transductive, self.started = old.get("transductive"), old.get("started") or {}
-        self.before = photographs.Seen.of(old)
+        self.before = photographs.SeenImages.of(old)
         if isinstance(old.get("seen_images"), dict):  # these images among them
             self.seen = self.before
         lost = old["lost"]  # a checkpoint of an earlier release names those of training alone
@@ -232,7 +232,7 @@ class Fit:
     def _epoch(self, epoch, within, on_step):
         opt, job = self.run.opt, self.job
         means = faces.train_epoch(opt, job, epoch, within, on_step)
-        means["learning_rate"] = epochs.rate_now(job.optimizer)
+        means["learning_rate"] = schedules.rate_now(job.optimizer)
         if self.beside and opt.model_ema_eval:
             means |= {f"ema_{name}": value for name, value in self.validation.figures(
                 job.ema.module, job.precision.autocast).items()}
@@ -313,14 +313,12 @@ class Fit:
             del files["checkpoint"]
         if opt.relabel_epoch:
             details["relabelling"] = photographs.relabelling(self.labels, job)
-            photographs.write_relabelled(run.folder / "relabelled.csv", self.faces,
-                                         job.relabelled)
+            photographs.write_relabelled(run.folder / "relabelled.csv", self.faces, job.relabelled)
             files["relabelled"] = "relabelled.csv"
         if self.beside and opt.model_ema_eval:
             kept, said, *_ = self._predicted(job.ema.module)
-            details["average"] = {name: measures.evaluate(
-                test.faces.labels[kept], said.argmax(1), self.faces.n_label)[name]
-                for name in measures.MEASURES}
+            figures = measures.evaluate(test.faces.labels[kept], said.argmax(1), self.faces.n_label)
+            details["average"] = {name: figures[name] for name in measures.MEASURES}
         if predicted.features is not None:
             photographs.draw_features(run.folder / "features.png", test.faces, predicted)
             files["features"] = "features.png"

@@ -15,14 +15,14 @@ import torch
 
 import dataset
 from dataset import ClipSet, Data, Folds
-from evaluation import gradcam, measures, pictures, probing, result_files, shortcuts
+from evaluation import gradcam, pictures, probing, result_files, shortcuts
 from evaluation.encoders import RANDOM, Encoders
 from images import encoding
 from models.classifier import Classifier
 from training import distributed, record
 from training.options import PROTOCOLS
 from training.record import Run
-from util import BadInput, RunFailed, remove_leftovers, write_json
+from util import BadInput, RunFailed, remove_leftovers
 
 # ---------------------------------------------------------------- data
 
@@ -113,7 +113,7 @@ def open_run(run: Run, header: dict, sha256: dict,
                            f"remove it")
         run.check_resumable(folder, old[0], data_digest=header["data_digest"],
                             checkpoint_sha256=header["checkpoint_sha256"], **(besides or {}))
-    elif folder.exists() and any(path.suffix != ".part" for path in folder.iterdir()):
+    elif record.holds_a_run(folder):
         raise BadInput(f"{folder}: exists, but holds no log.jsonl; remove it or give another --tag")
     if opt.resume not in (None, "auto") and not Path(opt.resume).is_file():
         raise BadInput(f"--resume {opt.resume}: no such checkpoint")
@@ -313,7 +313,8 @@ class HeldOut:
             run.folder, {**self.header, **details, **self.remarks(),
                          "rendered": bool(clips.encoding.get("rendered")),
                          "shortcuts": self.shortcuts()}, clips.n_label, clips.classes, keys)
-        self._draw(results)
+        pictures.draw_results(run, results)
+        self.draw_mistakes(run.folder / "mistakes.png", *result_files.read_mistakes(run.folder))
         print("\n".join([result_files.describe(results),
                          *shortcuts.describe(results["shortcuts"], clips.classes)]))
         run.print_places(results="results.json", predictions="predictions.csv",
@@ -338,28 +339,14 @@ class HeldOut:
         measured = {"head_motion": shortcuts.head_motion(clips, rows, clips.folder)}
         return measured | (json.loads(path.read_text()) if path.exists() else {})
 
-    def _draw(self, results):
-        """The pictures of the results, and the oracle's curves where they were asked for."""
-        run, clips, oracle = self.run, self.data.clips, {}
-        if run.opt.oracle_curve and "oracle_best_epoch" in results:
-            histories = result_files.histories_of(
-                result_files.read_subjects(run.folder).values())
-            each = measures.per_epoch(histories, clips.n_label)
-            oracle = {f"{pictures.ORACLE}{name}": [figures[name] for figures in each]
-                      for name in measures.MEASURES}
-            run.log(None).curves(oracle)
-        pictures.draw_confusion(run.folder / "confusion.png", np.array(results["confusion"]),
-                                clips.classes, "rendered stand-in data" * results["rendered"])
-        pictures.draw_curves(run.folder, oracle)
-        self.draw_mistakes(run.folder / "mistakes.png", *result_files.read_mistakes(run.folder))
-
     def draw_mistakes(self, path: Path, mistakes: list, counts: tuple) -> None:
         """mistakes.png, of what result_files.read_mistakes gives."""
         draw_mistakes(path, self.data.clips, self.data.images, mistakes, counts)
 
 
 def draw_mistakes(path: Path, clips: ClipSet, images: object, mistakes: list, counts: tuple,
-                  panels: Callable = pictures.change_panels, *maps_are: str) -> None:
+                  panels: Callable = pictures.change_panels,
+                  maps_are: str = pictures.GRAD_CAM) -> None:
     """mistakes.png of what result_files.read_mistakes gives, images being of `clips`, with
     `panels(clips, images, places, maps)` of each."""
     place = {(dataset.DATABASES[c.database], c.subject, c.key): i
@@ -372,7 +359,7 @@ def draw_mistakes(path: Path, clips: ClipSet, images: object, mistakes: list, co
     pictures.draw_mistakes(
         path, [(row | {"subject": f"{row['database']} {row['subject']}"} if several else row, own)
                for (row, *_), own in zip(rows, drawn)],
-        counts, clips.classes, bool(clips.encoding.get("rendered")), *maps_are)
+        counts, clips.classes, bool(clips.encoding.get("rendered")), maps_are)
 
 
 class Everybody:
@@ -408,44 +395,3 @@ def keep_frozen(held: HeldOut, group: Group, classifier: Classifier,
     held.keep(group, members, probabilities, lambda mine: trained.notes(members[mine]),
               held.maps_of_mistakes(classifier, members, probabilities, trained.weights_of))
     held.run.finished(group.name)
-
-
-def over_seeds(opt: argparse.Namespace, evaluate: Callable, run_name: Callable) -> None:
-    """Calls `evaluate(opt)`, which returns (run folder, results or None), for every one of --seeds,
-    and writes and prints mean and standard deviation over them; run_name(opt): of one's folder.
-    Raises BadInput before the first one trains for hours, where another has a folder already, or
-    no checkpoint to start from."""
-    path, each = getattr(opt, "model_path", ""), []
-    for seed in opt.seeds or [opt.seed]:
-        each.append(opt.changed(seed=seed))
-        if path:
-            each[-1].model_path = path.replace("{seed}", str(seed))
-    for one in each[1:]:
-        folder = Path(opt.save_path) / run_name(one)
-        if path not in ("", RANDOM) and "{" not in one.model_path \
-                and not Path(one.model_path).is_file() and not (opt.resume and folder.exists()):
-            raise BadInput(f"--model_path {one.model_path}: no such checkpoint")
-        if not opt.resume and getattr(opt, "subject", None) in (None, ["all"]) \
-                and folder.exists() and any(path.suffix != ".part" for path in folder.iterdir()):
-            raise BadInput(f"{folder}: exists; go on with --resume auto, give another --tag, or "
-                           f"remove it")
-    runs = [evaluate(one) for one in each]
-    results = [results for _, results in runs if results]
-    if not opt.seeds or not results:
-        return
-    clips = [set(result_files.read_predictions(folder / "predictions.csv", result["n_label"]))
-             for folder, result in runs]
-    for (folder, _), own in zip(runs, clips):
-        if own != clips[0]:
-            raise BadInput(f"{folder}: holds {len(own)} clips, not the {len(clips[0])} of "
-                           f"{runs[0][0].name}; give every seed the same --subject")
-    figures = measures.over_seeds(results)
-    first = runs[0][0]
-    head, _, tail = first.name.rpartition(f"_seed_{opt.seeds[0]}")
-    path = first.with_name(f"{head}_seeds_{'_'.join(map(str, opt.seeds))}{tail}.json")
-    write_json(path, {"seeds": opt.seeds, "runs": [folder.name for folder, _ in runs],
-                      **{name: {"mean": mean, "std": deviation}
-                         for name, (mean, deviation) in figures.items()}})
-    print(f"over seeds {' '.join(map(str, opt.seeds))}: " + ", ".join(
-        f"{name} {mean:.3f} ± {deviation:.3f}" for name, (mean, deviation) in figures.items())
-        + f"\nseeds        {path}")

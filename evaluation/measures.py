@@ -204,24 +204,23 @@ def most_wrong(labels: Sequence[int], probabilities: np.ndarray,
 
 # ---------------------------------------------------------------- prediction rows
 
-def summarise(rows: list[dict], n_label: int, blank_keys: Collection[tuple] = (),
-              unit: str = "subject") -> dict:
+def summarise(rows: list[dict], n_label: int, blank_keys: Collection[tuple] = ()) -> dict:
     """Every figure of results.json that follows from the prediction rows.
 
     rows: dicts with database, subject, key, label and prediction; blank_keys: (database, subject,
-    key) of the clips whose onset is their apex; unit: the field by which intervals resample; where
-    no row fills it, they resample images, and `resampled` says so.
+    key) of the clips whose onset is their apex. Intervals resample subjects; where no row names
+    one, images, and `resampled` says so.
     """
     labels = np.array([row["label"] for row in rows])
     predictions = np.array([row["prediction"] for row in rows])
-    named = any(row[unit] for row in rows)
-    people = [(row["database"], row[unit if named else "key"]) for row in rows]
+    named = any(row["subject"] for row in rows)
+    people = [(row["database"], row["subject" if named else "key"]) for row in rows]
     databases = np.array([row["database"] for row in rows])
 
     def count(people):
         return len(set(people)) if named else None
     figures = {"n": len(rows), "n_label": n_label, "n_subjects": count(people),
-               "resampled": f"{unit}s" if named else "images",
+               "resampled": "subjects" if named else "images",
                **evaluate(labels, predictions, n_label),
                "ci95": intervals(labels, predictions, people, n_label),
                "baselines": baselines(labels, n_label)}

@@ -137,7 +137,7 @@ def stored(images: FaceSet, side: int, opt: argparse.Namespace,
                               opt.num_workers)
 
 
-class Seen(NamedTuple):
+class SeenImages(NamedTuple):
     """Fingerprints (images.faces) of the images that a network, and those it was started from, were
     trained on: `any`, None where nobody knows all of them, and `labelled`, those whose labels it
     was fitted to."""
@@ -145,7 +145,7 @@ class Seen(NamedTuple):
     labelled: np.ndarray
 
     @classmethod
-    def of(cls, state: object) -> "Seen":
+    def of(cls, state: object) -> "SeenImages":
         """What a checkpoint says, whoever wrote it."""
         said = state.get("seen_images") if isinstance(state, dict) else None
         if not isinstance(said, dict):  # of others, or of an earlier release
@@ -154,9 +154,9 @@ class Seen(NamedTuple):
                  if torch.is_tensor(said.get(name))}
         return cls(known.get("any"), known.get("labelled", NOTHING))
 
-    def joined(self, prints: np.ndarray) -> "Seen":
+    def joined(self, prints: np.ndarray) -> "SeenImages":
         """With those of images that a run trains on, labels and all."""
-        return Seen(None if self.any is None else np.union1d(self.any, prints),
+        return SeenImages(None if self.any is None else np.union1d(self.any, prints),
                     np.union1d(self.labelled, prints))
 
     def content(self) -> dict:
@@ -257,16 +257,7 @@ def write_results(run: Run, header: dict, source: faces.Source, network: nn.Modu
     results = result_files.write_results(
         folder, {**header, **details, "noun": "images", "rendered": images.rendered,
                  "protocol": "test split"}, images.n_label, list(images.classes))
-    oracle = {}
-    if history:
-        each = measures.per_epoch([(images.labels[kept], np.array(history)[:, kept].T)],
-                                  images.n_label)
-        oracle = {f"{pictures.ORACLE}{name}": [figures[name] for figures in each]
-                  for name in measures.MEASURES}
-        run.log(None).curves(oracle)
-    pictures.draw_confusion(folder / "confusion.png", np.array(results["confusion"]),
-                            list(images.classes), "rendered stand-in data" * images.rendered)
-    pictures.draw_curves(folder, oracle)
+    pictures.draw_results(run, results)
     mistakes, counts = result_files.read_mistakes(folder)
     place = {path: i for i, path in enumerate(images.paths)}
     panels = pictures.face_panels(np.stack([source.images[place[row["key"]]]

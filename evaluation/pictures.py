@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dataset import ClipSet
+from evaluation import measures, result_files
 from images import encoding, flow, lists, transforms, videos
-from training.record import read_log
+from training.record import Run, read_log
 from util import write_figure
 
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # Okabe and Ito
@@ -33,6 +34,7 @@ PANELS = (("contrastive loss", "nats", {"rgb_loss": ("RGB", BLUE), "depth_loss":
           ("UF1 on inner folds", "", {"inner_uf1": ("", GREEN)}),
           ("training accuracy", "", {"train_accuracy": ("", BLUE)}),
           ("learning rate", "", {"learning_rate": ("", GREEN)}))
+GRAD_CAM = "looked at: Grad-CAM of the predicted class"
 ORACLE = "oracle/"  # names of figures that look at the held-out subjects
 PANEL, GAP, PANELS_WIDE = 1.35, 0.06, 8  # mistakes.png: side and gap of a panel, inches; in a row
 TITLE, BELOW = 0.5, 0.2  # inches above a clip's panels, for its text and their heads, and below
@@ -93,14 +95,29 @@ def draw_comparison(path: str | Path, rows: list[tuple], baselines: dict,
     write_figure(path, figure)
 
 
+def draw_results(run: Run, results: dict) -> None:
+    """confusion.png and curves.png of a run's results; with --oracle_curve, also the figures on who
+    is held out, per epoch."""
+    oracle = {}
+    if run.opt.oracle_curve and "oracle_best_epoch" in results:
+        histories = result_files.histories_of(result_files.read_subjects(run.folder).values())
+        each = measures.per_epoch(histories, results["n_label"])
+        oracle = {f"{ORACLE}{name}": [figures[name] for figures in each]
+                  for name in measures.MEASURES}
+        run.log(None).curves(oracle)
+    draw_confusion(run.folder / "confusion.png", np.array(results["confusion"]),
+                   results["classes"], "rendered stand-in data" * results["rendered"])
+    draw_curves(run.folder, oracle)
+
+
 # ---------------------------------------------------------------- curves
 
-def draw_curves(folder: Path, held_out: dict | None = None, panels: tuple = PANELS) -> None:
+def draw_curves(folder: Path, held_out: dict | None = None) -> None:
     """`<folder>/curves.png` from its log.jsonl: a panel per kind of figure, epochs to the right.
 
     Where a run holds several trainings (held-out subjects), each is a faint line and their mean a
     strong one. held_out: figures of the held-out subjects (name under ORACLE → values at the
-    epochs 1, 2, …), where they may be shown; panels: as PANELS.
+    epochs 1, 2, …), where they may be shown.
     """
     header, *lines = read_log(folder)
     lines += [{"epoch": epoch, name: value} for name, curve in (held_out or {}).items()
@@ -109,7 +126,7 @@ def draw_curves(folder: Path, held_out: dict | None = None, panels: tuple = PANE
     panels = [(title, quantity, {name: (second if label is None else label, colour)
                              for name, (label, colour) in fields.items()
                              if any(name in line for line in lines)})
-              for title, quantity, fields in panels]
+              for title, quantity, fields in PANELS]
     panels += [("oracle: sees the held-out subjects", "", {
         name: (name.removeprefix(ORACLE), (PURPLE, GREEN, ORANGE, BLUE)[i % 4])
         for i, name in enumerate(held_out or {})})]
@@ -187,7 +204,7 @@ class Panel(NamedTuple):
 
 def draw_mistakes(path: Path, drawn: list[tuple[dict, list[Panel]]], counts: tuple[int, int],
                   classes: list[str], rendered: bool = False,
-                  maps_are: str = "looked at: Grad-CAM of the predicted class",
+                  maps_are: str = GRAD_CAM,
                   noun: str = "clips") -> None:
     """The clips most confidently wrong: what they show, and where the model looked.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from evaluation import photographs, pictures
 from images import cache, crops, decoding, faces, photos
 from models import masking
-from training import checkpoint, distributed, epochs, masked, masked_options, record
+from training import checkpoint, devices, distributed, epochs, masked, masked_options, record
 from util import ArgumentParser, number
 
 SHOWN = 12  # images in reconstructions.png
@@ -76,7 +76,7 @@ def load_images(opt: argparse.Namespace) -> tuple[faces.FaceSet, cache.OnDemand]
 
 def pretrain(opt: argparse.Namespace, argv: list[str], script: str, create: Callable) -> None:
     """One run of a script; create(opt): its autoencoder. Raises BadInput, RunFailed."""
-    device = distributed.local_device(epochs.pick_device(opt.device))
+    device = devices.local_device(opt.device)
     if opt.amp is None:
         opt.amp = device.type == "cuda"
     with distributed.group(device):
@@ -85,7 +85,7 @@ def pretrain(opt: argparse.Namespace, argv: list[str], script: str, create: Call
         images, stored = load_images(opt)
         torch.manual_seed(opt.seed)
         network = create(opt).to(device, memory_format=torch.channels_last)
-        precision = epochs.mixed_precision(opt.amp, device)
+        precision = devices.mixed_precision(opt.amp, device)
         job = masked.Job(network, distributed.wrap(network, device, precision.autocast), stored,
                          crops.Recipe(opt.size, LOW), masked.set_optimizer(opt, network), precision)
         Pretraining(run, job, images).run_epochs(argv, script, resume)

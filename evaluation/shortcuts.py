@@ -14,7 +14,8 @@ from torch import Tensor
 
 import dataset
 from dataset import DATABASES, ClipSet
-from evaluation import logistic, probing
+from evaluation import descent, fold_heads, logistic, probing
+from evaluation.fold_heads import Task
 
 CLIP_FOLDS = 5
 # times what tells penalties apart: an error of logits that an accuracy over many subjects does not
@@ -47,21 +48,20 @@ def subject_probe(opt: argparse.Namespace, clips: ClipSet, frozen: probing.Froze
     members = members[order]
     everybody = len(members) == len(clips)
     features = frozen.encoded.features
-    task = probing.Task(features if everybody else features[:, members], labels, len(of), fold_of,
-                        sorted(set(fold_of.tolist())))
+    task = Task(features if everybody else features[:, members], labels, len(of), fold_of,
+                sorted(set(fold_of.tolist())))
     if frozen.l2:
-        l2 = probing.FEW if opt.l2 is None else opt.l2
+        l2 = fold_heads.FEW if opt.l2 is None else opt.l2
         same = frozen.regression.relabelled(labels, len(of)) if everybody else None
-        heads, _ = probing.solve_heads(task, l2, tolerance=SUBJECT_ROUGH * logistic.rough(l2),
-                                       regression=same)
+        heads, _ = fold_heads.solve(task, l2, tolerance=SUBJECT_ROUGH * logistic.rough(l2),
+                                    regression=same)
     else:
         print("telling subjects apart by the same features:")
         names = [f"clips{f + 1}of{len(task.held_out)}" for f in task.held_out]
-        descent = probing.start_descent(opt, task, frozen.encoded.positions, names, "crossentropy",
-                                        None, None, None)
-        descent.run()
-        heads = descent.heads
-    said = probing.predict(heads, task).argmax(1)
+        trained = descent.start(opt, task, frozen.encoded.positions, names)
+        trained.run()
+        heads = trained.heads
+    said = fold_heads.predict(heads, task).argmax(1)
     return {"n": len(members), "n_subjects": len(of),
             "accuracy": float((said == labels).mean()), "chance": max(counts) / len(members)}
 

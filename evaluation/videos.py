@@ -11,7 +11,7 @@ from torch import nn
 import dataset
 from dataset import ClipSet
 from evaluation import gradcam, heldout, measures, pictures, result_files
-from evaluation.encoders import RANDOM, Seen, people_seen
+from evaluation.encoders import RANDOM, Seen, read_seen
 from images import videos
 from images.lists import DATABASES
 from models import mmnet
@@ -152,7 +152,7 @@ class HeldOutVideos(heldout.HeldOut):
 def seen_by(path: str) -> Seen:
     """Whom the network of a --pretrained checkpoint saw; raises BadInput."""
     try:
-        return people_seen(checkpoint.load_seen(path))
+        return read_seen(checkpoint.load_seen(path))
     except (KeyError, TypeError, ValueError, AttributeError):
         raise BadInput(f"--pretrained {path}: its 'seen' cannot be read; take a checkpoint that "
                        f"train_MMNet.py wrote, or a published one") from None

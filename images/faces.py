@@ -179,6 +179,26 @@ def read_unlabelled(folder: str | Path) -> FaceSet:
                    [""] * len(paths), None, None, rendered)
 
 
+def content(faces: FaceSet) -> str:
+    """SHA-256 of what a run must find again when it goes on: the lengths of the files, or the
+    table's pixels."""
+    if faces.pixels is not None:
+        return hashlib.sha256(faces.pixels.tobytes()).hexdigest()
+    digest = hashlib.sha256()
+    for size in _lengths(faces):
+        digest.update(f"{size} ".encode())
+    return digest.hexdigest()
+
+
+def _lengths(faces: FaceSet) -> Iterator[int | str]:
+    """Bytes of each image's file, or 'missing'."""
+    for path in faces.paths:
+        try:
+            yield os.stat(faces.folder / path).st_size
+        except OSError:
+            yield "missing"
+
+
 def fingerprints(faces: FaceSet) -> np.ndarray:
     """int64 `[N]` that tell an image from others by its file's length and some of its bytes,
     wherever it lies and whatever it is called, all even; by its pixels in a table, all odd."""
@@ -306,26 +326,6 @@ def _clipped(faces: FaceSet, i: int, size: tuple[int, int]) -> tuple[float, floa
 
 # ---------------------------------------------------------------- landmarks
 
-def content(faces: FaceSet) -> str:
-    """SHA-256 of what a run must find again when it goes on: the lengths of the files, or the
-    table's pixels."""
-    if faces.pixels is not None:
-        return hashlib.sha256(faces.pixels.tobytes()).hexdigest()
-    digest = hashlib.sha256()
-    for size in _lengths(faces):
-        digest.update(f"{size} ".encode())
-    return digest.hexdigest()
-
-
-def _lengths(faces: FaceSet) -> Iterator[int | str]:
-    """Bytes of each image's file, or 'missing'."""
-    for path in faces.paths:
-        try:
-            yield os.stat(faces.folder / path).st_size
-        except OSError:
-            yield "missing"
-
-
 def read_landmarks(path: str | Path, faces: FaceSet, among: Iterable[str] = ()) -> np.ndarray:
     """Landmarks float32 `[N, K, 2]`, K 68 or 5, as shares (0 to 1) of the width and height of the
     image, or of the box that is cut out of it; NaN where the file has none of an image.
@@ -337,9 +337,9 @@ def read_landmarks(path: str | Path, faces: FaceSet, among: Iterable[str] = ()) 
     """
     root, folder = os.path.abspath(Path(path).parent), os.path.abspath(faces.folder)
     below = os.path.relpath(folder, root).replace(os.sep, "/")
-    places = {f"{below}/{key}": i for i, key in enumerate(faces.paths)}
-    places |= {key: i for i, key in enumerate(faces.paths)}
-    by_name, places_of = {}, {key: i for i, key in enumerate(faces.paths)}
+    places_of = {key: i for i, key in enumerate(faces.paths)}
+    places = {f"{below}/{key}": i for key, i in places_of.items()} | places_of
+    by_name = {}
     for key in dict.fromkeys([*faces.paths, *among]):
         by_name.setdefault(key.rpartition("/")[2], []).append(key)
     rows = read_cells(path, "it is a table with the columns path,x1,y1,…")

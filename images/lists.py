@@ -189,10 +189,10 @@ def check_paired(where: Path, names: Sequence[str], views: list[dict]) -> None:
                                f"clips")
 
 
-def read_paired(folder: Path, names: Sequence[str] = ("rgb", "depth")) -> dict[str, tuple]:
-    """The clips of lists whose images may yet have to be made: dict key → (paths of the views,
-    label, database, subject, where); raises BadInput."""
-    views = read_views(Path(folder), names, names)
+def read_paired(folder: Path) -> dict[str, tuple]:
+    """The clips of lists of RGB and depth whose images may yet have to be made: dict key → (paths
+    of both views, label, database, subject, where); raises BadInput."""
+    views = read_views(Path(folder), *[("rgb", "depth")] * 2)
     for view in views:
         for path, *_, where in view.values():
             if path.startswith("/") or ".." in path.split("/"):

@@ -19,7 +19,7 @@ from images import decoding, encoding, lists
 from models import create_classifier
 from models.classifier import Classifier
 from preparation import cutting, detection, registration
-from training import epochs, supervised
+from training import devices, supervised
 from util import BadInput, ensure
 
 NEEDED = ("classifier", "classes", "layer", "view", "channels", "encoding", "normalization")
@@ -228,5 +228,5 @@ def predict(opt: util.Options, state: dict, device: torch.device) -> str:
         images, _ = dataset.load_images(clips, "off", opt.num_workers,
                                         state["opt"].get("size", decoding.CROP))
     probabilities = supervised.predict(classifier, images, np.arange(len(clips)),
-                                       epochs.mixed_precision(False, device).autocast)
+                                       devices.mixed_precision(False, device).autocast)
     return report(opt, state, clips, probabilities)

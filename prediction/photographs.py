@@ -21,7 +21,7 @@ from images.faces import FaceSet
 from models.ran import create_network
 from prediction.clips import table
 from preparation import detection, photographs, registration
-from training import epochs, faces, pretrained
+from training import devices, faces, pretrained
 from util import BadInput, write_table
 
 AT_ONCE = 256  # faces that are held in memory
@@ -118,7 +118,7 @@ def say(network: nn.Module, state: dict, found: list[Found]) -> np.ndarray:
         if state["system"] == "FER" else faces.Source(
             shown, images, augment=finetuning.recipe_of(argparse.Namespace(**opt)))
     device = next(network.parameters()).device
-    autocast = epochs.mixed_precision(False, device).autocast
+    autocast = devices.mixed_precision(False, device).autocast
     return faces.predict(network, source, np.arange(len(found)), autocast, opt["tta_flip"])[1]
 
 

@@ -2,7 +2,6 @@
 
 Every source ends as a list of Row, with what was repaired or dropped on the way, by rule.
 """
-import importlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from images import lists
 from images.lists import DATABASES, clip_key, image_paths, natural
+from preparation import sheets
 from util import BadInput, read_cells, sha256_of
 
 COLUMNS = ("subject", "filename", "onset", "apex", "offset", "au", "objective class", "emotion")
@@ -92,81 +92,19 @@ def read_annotation(path: str | Path) -> Table:
     path = Path(path)
     if path.is_dir():
         return _read_lists(path)
-    cells = read_sheet(path, ", or a folder of lists")
-    table = Table([], {"name": path.name,
-                       "sha256": sha256_of(path)})
-    places = header(path, cells, COLUMNS)
+    cells = sheets.read_sheet(path, ", or a folder of lists")
+    table = Table([], {"name": path.name, "sha256": sha256_of(path)})
+    places = sheets.header(path, cells, COLUMNS)
     clips = set()
     for number, line in cells[1:]:
-        values = {name: cell_text(line[i]) if i < len(line) else "" for name, i in places.items()}
+        values = {name: sheets.cell_text(line[i]) if i < len(line) else ""
+                  for name, i in places.items()}
         if any(values.values()):
             _add_row(table, values, f"row {number}", clips)
     if not table.rows:
         raise BadInput(f"{path}: no clip in it; the rows below the header name one each")
     table.source["rows"] = len(table.rows) + len(table.dropped)
     return table
-
-
-def read_sheet(path: str | Path, more: str = "") -> list[tuple]:
-    """(row number, cells) of a workbook's sheet, or of a CSV file.
-
-    The sheet is the one called 'label', else the first; more: what --annotation takes besides.
-    Raises BadInput.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise BadInput(f"{path}: missing; --annotation names a workbook (.xlsx, .xls) or a .csv"
-                       f"{more}")
-    readers = {".xlsx": _xlsx_rows, ".xls": _xls_rows,
-               ".csv": lambda path: [*read_cells(path, "save the sheet as CSV in UTF-8")]}
-    if path.suffix.lower() not in readers:
-        raise BadInput(f"{path}: --annotation takes .xlsx, .xls, .csv{more}")
-    return readers[path.suffix.lower()](path)
-
-
-def cell_text(cell: object) -> str:
-    """A cell as text: numbers without the .0 that spreadsheets add."""
-    text = "" if cell is None else str(cell).strip()
-    return text[:-2] if re.fullmatch(r"\d+\.0", text) else text
-
-
-def _open_workbook(path, kind, package, load):
-    """What `load(module of the package)` gives of a workbook; raises BadInput."""
-    try:
-        reader = importlib.import_module(package)
-    except ImportError:
-        raise BadInput(f"{path}: reading {kind} takes {package}; pip install -r "
-                       f"requirements-prepare.txt, or save the sheet as .csv") from None
-    try:
-        return load(reader)
-    except Exception as error:  # the packages raise whatever their parsers do
-        raise BadInput(f"{path}: not a workbook ({error}); save it as {kind} again") from None
-
-
-def _xlsx_rows(path):
-    def load(openpyxl):
-        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-        sheet = book["label"] if "label" in book.sheetnames else book.worksheets[0]
-        sheet.reset_dimensions()  # a file may declare fewer rows than it has
-        return list(enumerate(sheet.iter_rows(values_only=True), 1))
-    return _open_workbook(path, ".xlsx", "openpyxl", load)
-
-
-def _xls_rows(path):
-    book = _open_workbook(path, ".xls", "xlrd", lambda xlrd: xlrd.open_workbook(path))
-    names = book.sheet_names()
-    sheet = book.sheet_by_name("label" if "label" in names else names[0])
-    return [(i + 1, sheet.row_values(i)) for i in range(sheet.nrows)]
-
-
-def header(path: Path, cells: list[tuple], columns: tuple) -> dict[str, int]:
-    """dict column → place; raises BadInput for a missing one."""
-    names = [cell_text(cell).lower() for cell in cells[0][1]] if cells else []
-    missing = [name for name in columns if name not in names and name != "objective class"]
-    if missing:
-        raise BadInput(f"{path}:1: no column {', '.join(missing)}; the header is "
-                       f"{', '.join(columns)}")
-    return {name: i for i, name in enumerate(names) if name}
 
 
 def _add_row(table, values, where, clips):
@@ -285,7 +223,7 @@ def read_clips_csv(path: str | Path, root: Path) -> Table:
     cells = [*read_cells(path, f"--clips names a CSV file with the columns "
                          f"{','.join(CLIP_COLUMNS)} and, optional, depth_onset,depth_apex and "
                          f"key")]
-    places, rows, lines, missing = header(path, cells, CLIP_COLUMNS), [], {}, []
+    places, rows, lines, missing = sheets.header(path, cells, CLIP_COLUMNS), [], {}, []
     # spreadsheets may end their files in blank rows
     filled = [(number, line) for number, line in cells[1:] if "".join(line).strip()]
     depth = "depth_onset" in places
@@ -314,9 +252,9 @@ def read_clips_csv(path: str | Path, root: Path) -> Table:
             raise BadInput(f"{path}:{number}: label {values['label']!r} is not one of "
                            f"{', '.join(sorted(NAMED_CLASS))}")
         key = values.get("key") or clip_key(subject, video, *(Path(n).stem for n in files[:2]))
-        place = (values["database"], key)
-        if lines.setdefault(place, number) != number:
-            raise BadInput(f"{path}:{number}: {key} is in line {lines[place]} already")
+        identity = values["database"], key
+        if lines.setdefault(identity, number) != number:
+            raise BadInput(f"{path}:{number}: {key} is in line {lines[identity]} already")
         row = Row(DATABASES.index(values["database"]), subject, video, 0, int(files[0] != files[1]),
                   None, "", emotion, key, files=tuple(str(root / name) for name in files))
         rows.append(_blank_checked(table, row))
@@ -343,20 +281,21 @@ def finish(table: Table, classes: int, blank_apex: str, max_gap: int) -> None:
     for row in table.rows:
         if row.blank and blank_apex == "drop":
             table.dropped.append((row.key, "blank: apex equal to onset, or outside its clip"))
-        elif not row.blank and too_long(row.apex - row.onset, max_gap):
-            table.dropped.append((row.key, too_long(row.apex - row.onset, max_gap)))
+        elif not row.blank and (reason := too_long(row.apex - row.onset, max_gap)):
+            table.dropped.append((row.key, reason))
         elif table.lists:
             rows.append(row)
         else:
             name = row.emotion if classes == 7 else NAMED_CLASS[row.emotion]
             if name in table.classes:
-                rows.append(place(replace(row, label=table.classes.index(name)), name, classes))
+                row = replace(row, label=table.classes.index(name))
+                rows.append(with_paths(row, name, classes))
             else:
                 table.dropped.append((row.key, f"{name} is not one of the {classes} classes"))
     table.rows = rows
 
 
-def place(row: Row, folder: str, classes: int) -> Row:
+def with_paths(row: Row, folder: str, classes: int) -> Row:
     """The row with the paths of its difference images; folder: the class, or 'unlabelled'."""
     rgb, depth = image_paths(row.key, folder, row.database, classes)
     return replace(row, rgb=rgb, depth=depth)

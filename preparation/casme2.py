@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from images import flow
 from images.lists import DATABASES, natural
@@ -27,6 +28,7 @@ from preparation import (
     flow_sets,
     options,
     outputs,
+    sheets,
     videos,
 )
 from preparation.annotation import Row, Table
@@ -94,8 +96,7 @@ def check_options(parser: argparse.ArgumentParser, opt: argparse.Namespace) -> N
     """Answers flags that do not go together."""
     if bool(opt.annotation) == bool(opt.clips):
         parser.error("give --annotation or --clips")
-    if opt.roll and opt.crop[0] not in ("mtcnn", "boxes"):
-        parser.error("--roll takes --crop mtcnn, or boxes with a column roll")
+    options.check_crop(parser, opt)
     if opt.size % 16:
         parser.error("argument --size: a multiple of 16")
     if opt.crop[0] == "none" and opt.margin != parser.get_default("margin"):
@@ -107,22 +108,22 @@ def check_options(parser: argparse.ArgumentParser, opt: argparse.Namespace) -> N
 def read_workbook(path: str | Path, bad_apex: str) -> Table:
     """Table of CASME II's workbook, either version; raises BadInput."""
     path = Path(path)
-    cells, table = annotation.read_sheet(path), Table([], {
+    cells, table = sheets.read_sheet(path), Table([], {
         "name": path.name, "sha256": sha256_of(path)}, CLASSES)
-    places = annotation.header(path, cells, COLUMNS)
+    places = sheets.header(path, cells, COLUMNS)
     table.source["rows"], keys, names = 0, set(), {}
     for row, line in cells[1:]:
-        values = {name: annotation.cell_text(line[i]) if i < len(line) else ""
+        values = {name: sheets.cell_text(line[i]) if i < len(line) else ""
                   for name, i in places.items()}
         if not any(values.values()):
             continue
         table.source["rows"] += 1
         subject = subject_name(values["subject"])
         names.setdefault(values["filename"], set()).add(subject)
-        add_clip(table, (DATABASES.index("casme2"), subject, values["filename"]),
-                 [values[name] for name in ("onsetframe", "apexframe", "offsetframe")],
-                 (values["estimated emotion"].lower(), values["action units"]),
-                 (f"row {row}", keys, bad_apex))
+        add_clip(table, Entry(
+            f"row {row}", "casme2", subject, values["filename"],
+            *[values[name] for name in ("onsetframe", "apexframe", "offsetframe")],
+            values["estimated emotion"].lower(), values["action units"]), keys, bad_apex)
     for row in table.rows:
         if len(names[row.video]) > 1:
             table.repaired("file name of several subjects: told apart by them", row.key)
@@ -145,11 +146,11 @@ def read_clips(path: str | Path, bad_apex: str) -> Table:
     rows, _ = read_table(path, CLIP_COLUMNS, fix="--clips names a CSV file with the columns "
                          f"{','.join(CLIP_COLUMNS)}")
     # a column with a gap makes pandas write 46.0
-    rows = [(place, {name: annotation.cell_text(cell) for name, cell in row.items()})
+    rows = [(place, {name: sheets.cell_text(cell) for name, cell in row.items()})
             for place, row in rows]
     names = {row["label"].lower() for _, row in rows} - {""}
-    table = Table([], {"name": path.name, "sha256": sha256_of(path),
-                       "rows": len(rows)}, tuple(sorted(names, key=natural)))
+    table = Table([], {"name": path.name, "sha256": sha256_of(path), "rows": len(rows)},
+                  tuple(sorted(names, key=natural)))
     # difference images are named by the key alone, whatever the database
     named = Counter((subject, clip, onset) for _, subject, clip, onset in {
         (row["database"], row["subject"].lower(), row["clip"].lower(), row["onset"])
@@ -160,59 +161,68 @@ def read_clips(path: str | Path, bad_apex: str) -> Table:
         if row["database"] not in DATABASES:
             raise BadInput(f"{place}: database {row['database']!r} is not one of "
                            f"{', '.join(DATABASES)}")
-        add_clip(table, (DATABASES.index(row["database"]), row["subject"], row["clip"]),
-                 [row[name] for name in ("onset", "apex", "offset")],
-                 (row["label"].lower(), row.get("units") or ""), (place, keys, bad_apex),
-                 (row["folder"],), f"{row['database']}-" * (
-                     named[row["subject"].lower(), row["clip"].lower(), row["onset"]] > 1))
+        several = named[row["subject"].lower(), row["clip"].lower(), row["onset"]] > 1
+        add_clip(table, Entry(
+            place, *[row[name] for name in ("database", "subject", "clip", "onset", "apex",
+                                            "offset")],
+            row["label"].lower(), row.get("units") or "", (row["folder"],),
+            f"{row['database']}-" * several), keys, bad_apex)
     if not table.rows:
         raise BadInput(f"{path}: no clip in it; one row per clip")
     annotation.check_spelling(path, table.rows)
     return table
 
 
-def add_clip(table: Table, name: tuple, numbers: list, shown: tuple, row: tuple,
-             files: tuple = (), prefix: str = "") -> None:
-    """Adds one clip to a Table, or names why not.
+class Entry(NamedTuple):
+    """A row of a table, as text, and where it stands; files: folder of the clip's frames, where the
+    table names it; prefix: of the clip's key."""
+    where: str
+    database: str
+    subject: str
+    clip: str
+    onset: str
+    apex: str
+    offset: str
+    emotion: str
+    units: str
+    files: tuple = ()
+    prefix: str = ""
 
-    name: (database, subject, clip); numbers: onset, apex, offset as text; shown: (emotion, action
-    units); row: (where it stands, keys of the clips so far, --bad_apex); prefix: of its key.
-    """
-    (database, subject, clip), (emotion, units), (where, keys, bad_apex) = name, shown, row
-    key = f"{prefix}{subject}-{clip}-{numbers[0]}"
+
+def add_clip(table: Table, entry: Entry, keys: set, bad_apex: str) -> None:
+    """Adds one clip to a Table, or names why not; keys: of the clips so far, which it joins;
+    bad_apex: --bad_apex."""
+    where, database, subject, clip, onset, apex, offset, emotion, units, files, prefix = entry
+    key, reason = f"{prefix}{subject}-{clip}-{onset}", ""
+    identity = database, subject.lower(), clip.lower(), onset
     if not (annotation.is_name(subject) and annotation.is_name(clip)):
         table.dropped.append((where, f"subject {subject!r} or clip {clip!r} is no name"))
-    elif not emotion:
-        table.dropped.append((key, f"{where}: no label"))
+        return
+    if not emotion:
+        reason = "no label"
     elif emotion not in table.classes:
-        table.dropped.append((key, f"{where}: emotion {emotion!r} is none of the classes"))
-    elif not (NUMBER.fullmatch(numbers[0]) and NUMBER.fullmatch(numbers[2])
-              and int(numbers[0]) < int(numbers[2])):
-        table.dropped.append((key, f"{where}: onset {numbers[0]!r} and offset {numbers[2]!r} are "
-                                   f"not two frame numbers in their order"))
-    elif (row_key := (database, subject.lower(), clip.lower(), numbers[0])) in keys:
-        table.dropped.append((key, f"{where}: a second row for this subject, clip and onset"))
+        reason = f"emotion {emotion!r} is none of the classes"
+    elif not (NUMBER.fullmatch(onset) and NUMBER.fullmatch(offset) and int(onset) < int(offset)):
+        reason = f"onset {onset!r} and offset {offset!r} are not two frame numbers in their order"
+    elif identity in keys:
+        reason = "a second row for this subject, clip and onset"
     elif key.lower() in keys:
-        table.dropped.append((key, f"{where}: another subject and clip make the same name; rename "
-                                   f"one of them"))
+        reason = "another subject and clip make the same name; rename one of them"
     else:
-        keys |= {row_key, key.lower()}
-        onset, offset = int(numbers[0]), int(numbers[2])
-        apex, rule = int(numbers[1]) if NUMBER.fullmatch(numbers[1]) else None, ""
-        if apex is None:
-            rule = "apex is no frame number"
-        elif apex == onset:
-            rule = "apex equal to onset"
-        elif not onset < apex <= offset:
-            rule = "apex outside onset to offset"
-        if rule and bad_apex == "drop":
-            table.dropped.append((key, f"{where}: {rule}"))
-            return
-        if rule:
-            apex = max(onset + 1, (onset + offset) // 2)  # an apex is no onset
-            table.repaired(f"{rule}: the middle of onset and offset", key)
-        table.rows.append(Row(database, subject, clip, onset, apex, offset, units, emotion, key,
-                              table.classes.index(emotion), files=files))
+        keys |= {identity, key.lower()}
+        first, peak, last = int(onset), int(apex) if NUMBER.fullmatch(apex) else None, int(offset)
+        rule = "apex is no frame number" if peak is None else \
+            "apex equal to onset" if peak == first else \
+            "apex outside onset to offset" if not first < peak <= last else ""
+        reason = rule * (bad_apex == "drop")
+    if reason:
+        table.dropped.append((key, f"{where}: {reason}"))
+        return
+    if rule:
+        peak = max(first + 1, (first + last) // 2)  # an apex is no onset
+        table.repaired(f"{rule}: the middle of onset and offset", key)
+    table.rows.append(Row(DATABASES.index(database), subject, clip, first, peak, last, units,
+                          emotion, key, table.classes.index(emotion), files=files))
 
 
 # ---------------------------------------------------------------- frames

@@ -137,8 +137,7 @@ def check_options(parser: argparse.ArgumentParser, opt: argparse.Namespace) -> N
         for name in names:
             if not holds and getattr(opt, name) != parser.get_default(name):
                 parser.error(f"--{name} goes with {what}")
-    if opt.roll and opt.crop[0] not in ("mtcnn", "boxes"):
-        parser.error("--roll takes --crop mtcnn, or boxes with a column roll")
+    options.check_crop(parser, opt)
     if opt.floor is None:
         opt.floor = 0.5 if opt.intensity == "au" else 0.0
 
@@ -266,7 +265,7 @@ def run(opt: argparse.Namespace) -> None:
         if search:
             outputs.print_pairs(search, [(row, None, None) for row in pairs])
         return
-    outputs.begin(opt, table, folder, all(
+    outputs.begin(table, folder, all(
         cutting.is_current(task, settings, folder) for task in tasks + pair_tasks))
     records = cutting.run_all(cutting.process, tasks + pair_tasks, settings, folder,
                               opt.num_workers)

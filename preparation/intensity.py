@@ -12,7 +12,7 @@ import numpy as np
 from scipy.ndimage import median_filter
 
 from images.lists import clip_key
-from preparation.annotation import NO_OFFSET, Row, Table, place
+from preparation.annotation import NO_OFFSET, Row, Table, with_paths
 from preparation.frames import Tree, subject_number
 from util import BadInput, read_cells
 
@@ -59,7 +59,7 @@ def find_pairs(tree: Tree, opt: argparse.Namespace, table: Table) -> tuple:
             key = clip_key(f"spNO.{subject}", video, onset, apex)
             row = Row(0, f"spNO.{subject}", video, onset, apex, None, unit, "", key,
                       intensity=strength)
-            pairs.append(place(row, "unlabelled", opt.classes))
+            pairs.append(with_paths(row, "unlabelled", opt.classes))
     if not pairs:
         reasons = "; ".join(f"{name}: {why}" for name, why in stopped[:3])
         raise BadInput(f"{opt.unlabelled}: no pair in {len(videos)} videos"

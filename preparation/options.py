@@ -47,6 +47,12 @@ def add_crop_options(parser: argparse.ArgumentParser, size: int, default: tuple,
                             "nose bridge, sub-pixel")
 
 
+def check_crop(parser: argparse.ArgumentParser, opt: argparse.Namespace) -> None:
+    """Answers flags of `add_crop_options` that do not go together."""
+    if opt.roll and opt.crop[0] not in ("mtcnn", "boxes"):
+        parser.error("--roll takes --crop mtcnn, or boxes with a column roll")
+
+
 def box_finder(crop: tuple, roll: bool) -> Callable:
     """A function row → Box or None, for --crop box and boxes; further arguments: other spellings
     of the row's identity in a boxes.csv."""

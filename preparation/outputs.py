@@ -55,7 +55,7 @@ def check_folder(folder: Path) -> None:
                        f"remove; give --annotation or --clips as well, or another --data_folder")
 
 
-def begin(opt: argparse.Namespace, table: Table, folder: Path, same: bool) -> None:
+def begin(table: Table, folder: Path, same: bool) -> None:
     """Prepares the folder: nothing half-done of a stopped run stays, and no list that says
     something of images which this run will replace; same: whether it will replace none. Raises
     BadInput for a folder of others."""

@@ -26,9 +26,8 @@ from rendering.videos import Event, Video, render_videos
 from util import BadInput, number, positive_int, write_json, write_table
 
 NOTE = "rendered stand-in data, not CAS(ME)^3"
-# Square roots of the counts in the published lists (508, 170, 64, 201), so that a small set holds
-# enough clips of the rarest class; per subject as uneven as there (the Dirichlet concentration
-# that fits those lists best).
+# Square roots of the counts in the published lists, so that a small set holds enough clips of the
+# rarest class.
 CLASS_SHARE = np.sqrt([508, 170, 64, 201]) / np.sqrt([508, 170, 64, 201]).sum()
 BLANK_SHARE = 62 / 943
 GAPS = (2, 3, 4, 4, 5, 5, 5, 6, 6, 6, 7, 7, 7, 7, 8, 8, 8, 8)  # frames from onset to apex

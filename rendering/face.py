@@ -431,8 +431,8 @@ def shade(face: Face, pose: Pose, light: Light, units: dict, width: int, height:
     return image, z, body, maps[..., ABSORB]
 
 
-def photograph(image: np.ndarray, rng: np.random.Generator, noise_level: float = 1.2,
-               quality: int = 92) -> tuple:
+def photograph(image: np.ndarray, rng: np.random.Generator, noise_level: float,
+               quality: int) -> tuple:
     """The colour camera: gamma, correlated noise (grey levels), JPEG. uint8 `[H, W, 3]`, and the
     bytes of the JPEG file."""
     levels = 255 * np.clip(image, 0, 1) ** np.float32(1 / 2.2)

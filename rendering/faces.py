@@ -15,13 +15,13 @@ from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter, grey_closing
 from scipy.spatial import cKDTree
 
+from images.faces import CLASSES, PUBLISHED
 from rendering import outputs
 from rendering.face import Face, Light, Pose, locate, noise, photograph, rng_of, seam_line, shade
 from util import BadInput, number, positive_int, write_bytes, write_table, write_text
 
 NOTE = "rendered stand-in data, not RAF-DB"
-EMOTIONS = ("surprise", "fear", "disgust", "happiness", "sadness", "anger", "neutral")
-COUNTS = (1290, 281, 717, 4772, 1982, 705, 2524)  # of RAF-DB's training split
+EMOTIONS, COUNTS = CLASSES["rafdb"], PUBLISHED["rafdb"]["train"]
 # Action units of each emotion (Ekman and Friesen 1978) with how far they go, a share of full
 # strength, and the share of faces that show them.
 PROTOTYPES = {
@@ -77,7 +77,7 @@ def run(opt: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- what a face shows
 
 @dataclass(frozen=True)
-class Job:
+class Photo:
     """One image: name: its stem, such as train_00001; what it shows follows from (seed, name)."""
     name: str
     subject: str
@@ -104,7 +104,7 @@ class Act:
     quality: int
 
 
-def perform(job: Job) -> Act:
+def perform(job: Photo) -> Act:
     """What an image shows, and how it is taken."""
     rng = rng_of(job.seed, "photo", job.name)
     strength = job.amplitude * rng.uniform(0.5, 1.25)
@@ -201,7 +201,7 @@ def align(face: Face, act: Act, size: int, mm_per_px: float) -> Pose:
     return replace(act.pose, x=act.pose.x + float(x), y=act.pose.y + float(y))
 
 
-def take(job: Job, face: Face) -> tuple:
+def take(job: Photo, face: Face) -> tuple:
     """(bytes of the JPEG, its pixels uint8 `[S, S, 3]`, the 68 points in pixels, the Act)"""
     act, rng = perform(job), rng_of(job.seed, "camera", job.name)
     size, mm_per_px = job.size, SPAN / job.size
@@ -286,7 +286,7 @@ def _worn(image, points, act, face, rng):
 
 # ---------------------------------------------------------------- the set
 
-def plan(opt: argparse.Namespace, folder: Path) -> list[Job]:
+def plan(opt: argparse.Namespace, folder: Path) -> list[Photo]:
     """The images of both splits, in the order of their numbers."""
     rng = rng_of(opt.seed, "set")
     n_train, _ = outputs.apportion(opt.subjects, (opt.train, opt.test), 1)
@@ -299,14 +299,15 @@ def plan(opt: argparse.Namespace, folder: Path) -> list[Job]:
         given = shown.copy()
         if split == "train":
             moved = rng.permutation(total)[:round(opt.label_noise * total)]
-            given[moved] = (shown[moved] + rng.integers(1, len(EMOTIONS), len(moved))) % 7
+            given[moved] += rng.integers(1, len(EMOTIONS), len(moved))
+            given %= len(EMOTIONS)
         who = rng.permutation(np.resize(np.array(subjects), total))
-        jobs += [Job(f"{split}_{i + 1:05d}", f"s{who[i]}", EMOTIONS[shown[i]], EMOTIONS[given[i]],
+        jobs += [Photo(f"{split}_{i + 1:05d}", f"s{who[i]}", EMOTIONS[shown[i]], EMOTIONS[given[i]],
                      opt.size, opt.amplitude, opt.seed, str(folder)) for i in range(total)]
     return jobs
 
 
-def render_subject(jobs: list[Job]) -> list[dict]:
+def render_subject(jobs: list[Photo]) -> list[dict]:
     """Writes the images of one person; a row of each."""
     first, rows = jobs[0], []
     face = Face(first.subject, first.seed, SPAN / first.size)
@@ -353,7 +354,7 @@ def write_preview(file: Path, amplitude: float, seed: int) -> None:
     rows = []
     for n in range(6):
         face = Face(f"s{n + 1}", seed, SPAN / 160)
-        pictures = [take(Job(f"example_{n}_{emotion}", f"s{n + 1}", emotion, emotion, 160,
+        pictures = [take(Photo(f"example_{n}_{emotion}", f"s{n + 1}", emotion, emotion, 160,
                              amplitude, seed), face)[1] for emotion in EMOTIONS]
         rows.append((pictures, f"person {n + 1}"))
     outputs.write_sheet(file, EMOTIONS, rows, NOTE, (160, 160))

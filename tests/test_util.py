@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, probe
 
 import util
-from training import epochs, record
+from training import record, schedules
 
 
 def git(folder, *arguments):
@@ -76,13 +76,13 @@ def options(**changes):
 
 def rates(opt, warmup, steps=5, base=2.0):
     """Of every step of a training, `[epochs, steps]`."""
-    return np.array([[epochs.scheduled(opt, base, epoch, step, steps, warmup)
+    return np.array([[schedules.scheduled(opt, base, epoch, step, steps, warmup)
                       for step in range(1, steps + 1)] for epoch in range(1, opt.epochs + 1)])
 
 
 def test_rates_in_steps_are_those_of_the_epoch():
     actual = rates(options(), 0)
-    assert actual.tolist() == [[epochs.step_rate(2.0, epoch, [4, 6], 0.1)] * 5
+    assert actual.tolist() == [[schedules.step_rate(2.0, epoch, [4, 6], 0.1)] * 5
                               for epoch in range(1, 9)]
     assert actual[:, 0] == pytest.approx([2] * 4 + [0.2] * 2 + [0.02] * 2)
 

@@ -29,21 +29,6 @@ def rank() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def local_device(device: torch.device) -> torch.device:
-    """The GPU of this process where several share a node; raises BadInput if there are fewer."""
-    if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
-        raise BadInput(f"--device {device}: every process would take this one; say --device cuda, "
-                       f"and choose GPUs with CUDA_VISIBLE_DEVICES")
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        gpus = torch.cuda.device_count()
-        if device.index >= gpus:
-            raise BadInput(f"--nproc_per_node: more processes than the {gpus} GPUs of this "
-                           f"machine; start {gpus}, or say --device cpu")
-        torch.cuda.set_device(device)
-    return device
-
-
 def deal(items: list) -> list:
     """The items dealt to this rank, in turn."""
     number, size = rank()

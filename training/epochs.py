@@ -1,26 +1,21 @@
-"""The loop that every script runs: order of the data, rates, precision, saving, signals."""
+"""The loop that every script runs: order of the data, steps, saving, signals."""
 import argparse
 import contextlib
-import ctypes
-import functools
-import math
-import os
 import signal
 import time
+import zlib
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from training import distributed
+from training import distributed, schedules
 from training.record import Log
 from util import BadInput, RunFailed, Stopped, flag, handled
 
 SAVED = "stopped and saved; go on with --resume auto"
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt (malloc.h)
 
 
 # ---------------------------------------------------------------- what a step follows from
@@ -29,6 +24,11 @@ def generator(*numbers: int) -> torch.Generator:
     """CPU generator that follows from the given non-negative integers, such as (seed, epoch)."""
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def seed_of(seed: int, name: str) -> int:
+    """Seed of what the training called `name` draws by itself."""
+    return int(np.random.SeedSequence((seed, zlib.crc32(name.encode()))).generate_state(1)[0])
 
 
 def batches(n: int, batch_size: int, rng: torch.Generator) -> tuple[Tensor, ...]:
@@ -89,7 +89,7 @@ def announce(opt: argparse.Namespace, n_data: int, noun: str = "clips") -> int:
     rate = f"rises for {opt.warmup_epochs * steps:.0f} steps, then " * (opt.warmup_epochs > 0)
     if opt.lr_schedule == "step":
         rate += "decays after epoch " + (", ".join(
-            f"{e} (step {e * steps})" for e in decay_epochs(opt) if e < opt.epochs)
+            f"{e} (step {e * steps})" for e in schedules.decay_epochs(opt) if e < opt.epochs)
             or "- (none within the run)")
     else:
         rate += {"cosine": "falls to 0 in a cosine", "constant": "stays",
@@ -123,147 +123,7 @@ def announce_dropped(n: int, batch_size: int) -> None:
         print("the last batch of an epoch would hold one alone; it is dropped")
 
 
-def keep_memory(keep: bool = True) -> None:
-    """Whether large blocks that are freed stay with the process. By default the GNU C library hands
-    each back to the system, which clears it page by page for the next one: a fifth of the time
-    that a video network's training step takes on the CPU. Does nothing with another library."""
-    mallopt = getattr(ctypes.CDLL(None) if os.name == "posix" else None, "mallopt", None)
-    if mallopt:
-        mallopt(M_MMAP_MAX, 0 if keep else 65536)
-        mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1 if keep else 128 * 1024)
-
-
-def pick_device(name: str) -> torch.device:
-    """torch.device for --device, of which a CPU's memory is then kept (`keep_memory`); raises
-    BadInput for one that is not here."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu")
-                              if name == "auto" else name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("only cpu and cuda are supported")
-        if "LOCAL_RANK" not in os.environ:  # torchrun: every process would open the first GPU
-            torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--device {name}: not available here ({str(error).splitlines()[0]}); "
-                       f"use auto or cpu") from None
-    if device.type == "cpu":
-        keep_memory()
-    return device
-
-
-class Scaler(torch.amp.GradScaler):
-    """One that a run which needed none, and left no state, may go on with."""
-
-    def load_state_dict(self, state: dict) -> None:
-        if state:
-            super().load_state_dict(state)
-
-
-class Precision(NamedTuple):
-    """`autocast()`: context of a forward pass; `scaler` of the loss; both idle without --amp."""
-    autocast: Callable
-    scaler: Scaler
-
-
-def mixed_precision(amp: bool, device: torch.device) -> Precision:
-    """The Precision of --amp on `device`."""
-    half = torch.bfloat16
-    if amp and device.type == "cpu" and not _cpu_has_bfloat16():
-        amp = False
-    # a GPU that only emulates bfloat16 is slower with it than in float32
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        half = torch.float16
-    scaler = Scaler(device.type, enabled=amp and half == torch.float16)
-
-    def autocast():
-        return torch.autocast(device.type, dtype=half) if amp else contextlib.nullcontext()
-    return Precision(autocast, scaler)
-
-
-@functools.cache
-def _cpu_has_bfloat16():
-    """Whether oneDNN computes in bfloat16 on this processor; if not, says so, once."""
-    has = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if not has:
-        # PyTorch's own loops take 12 to 19 times as long as float32 (AVX2 alone, torch 2.14)
-        print("--amp: this processor does not compute in bfloat16; float32 is used, which is many "
-              "times faster here")
-    return has
-
-
-# ---------------------------------------------------------------- rates
-# `progress` counts epochs, and is 1.5 in the middle of the second one.
-
-def step_rate(base: float, progress: float, decay_epochs: Iterable[int],
-              decay_rate: float) -> float:
-    """CMC's schedule: `base` times decay_rate for every decay epoch that has passed."""
-    return base * decay_rate ** sum(math.ceil(progress) > e for e in decay_epochs)
-
-
-def cosine_rate(base: float, progress: float, epochs: float, warmup: float = 0,
-                step: float = 0) -> float:
-    """Half a cosine down to 0 after the first `warmup` epochs (Loshchilov and Hutter 2017).
-
-    step: length of a step in epochs, for the last one still to move.
-    """
-    done = max(progress - step - warmup, 0)
-    return base * (1 + math.cos(math.pi * done / (epochs - warmup))) / 2
-
-
-def exponential_rate(base: float, progress: float, factor: float, plateau: float) -> float:
-    """`base` times factor for every epoch that has passed, up to `plateau` of them."""
-    return base * factor ** min(math.ceil(progress) - 1, plateau)
-
-
-def iteration_rate(base: float, progress: float, epochs: float, warmup: float,
-                   least: float) -> float:
-    """Half a cosine from `base` down to `least` after a line over the first `warmup` epochs, by
-    what is done before a step: the first one has rate 0."""
-    if progress < warmup:
-        return base * progress / warmup
-    done = (progress - warmup) / (epochs - warmup)
-    return least + (base - least) * (1 + math.cos(math.pi * done)) / 2
-
-
-def decay_epochs(opt: argparse.Namespace) -> list[int]:
-    """The epochs after which --lr_schedule step lowers the rate: those of the flag, or at .3, .5
-    and .8 of the run."""
-    if hasattr(opt, "lr_decay_epochs"):
-        return opt.lr_decay_epochs
-    return sorted({max(1, round(share * opt.epochs)) for share in (.3, .5, .8)} - {opt.epochs})
-
-
-def scheduled(opt: argparse.Namespace, base: float | Tensor, epoch: int, step: int, steps: int,
-              warmup: float = 0) -> float | Tensor:
-    """`base` as --lr_schedule has it at step 1..`steps` of an epoch, CMC's steps where a script
-    has no such flag; rising in a line over the first `warmup` epochs."""
-    progress = epoch - 1 + step / steps
-    if getattr(opt, "lr_schedule", "") == "iteration":
-        return iteration_rate(base, progress - 1 / steps, opt.epochs, warmup,
-                              opt.min_lr * base / opt.learning_rate)
-    if progress <= warmup:  # never where there is no warm-up: a step is done
-        return base * progress / warmup
-    schedule = getattr(opt, "lr_schedule", "step")
-    if schedule == "step":
-        return step_rate(base, progress, decay_epochs(opt), opt.lr_decay_rate)
-    if schedule == "exponential":
-        return exponential_rate(base, progress, opt.lr_decay_rate, opt.epochs)
-    if schedule == "constant":
-        return base
-    return cosine_rate(base, progress, opt.epochs, warmup, 1 / steps)
-
-
-def set_rates(opt: argparse.Namespace, optimizer: torch.optim.Optimizer, epoch: int, step: int,
-              steps: float) -> None:
-    """Gives each parameter group its rate at a step, from its initial one, `base`."""
-    for group in optimizer.param_groups:
-        group["lr"] = scheduled(opt, group["base"], epoch, step, steps, opt.warmup_epochs)
-
-
-def rate_now(optimizer: torch.optim.Optimizer) -> float:
-    """The highest rate of all parameter groups."""
-    return max(group["lr"] for group in optimizer.param_groups)
-
+# ---------------------------------------------------------------- a step
 
 def descend(opt: argparse.Namespace, network: torch.nn.Module, optimizer: torch.optim.Optimizer,
             scaler: torch.amp.GradScaler) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from images import cache, photos, regions
 from images.crops import Recipe
 from images.faces import FaceSet
-from training import distributed, epochs, losses
+from training import devices, distributed, epochs, losses, schedules
 from training.supervised import draw_order
 from util import BadInput, RunFailed
 
@@ -84,10 +84,11 @@ class Source(NamedTuple):
         if not self.gaussian:
             return None
         maps = torch.ones(len(index), 1, self.side, self.side, device=device)
-        known = [k for k, i in enumerate(index) if self.points(i) is not None]
-        if known:
-            boxes = np.stack([regions.part_boxes(self.points(index[k])) for k in known])
-            maps[known] = regions.gaussian_map(torch.from_numpy(boxes).to(device), self.side)
+        boxes = {k: regions.part_boxes(points) for k, i in enumerate(index)
+                 if (points := self.points(i)) is not None}
+        if boxes:
+            maps[[*boxes]] = regions.gaussian_map(
+                torch.from_numpy(np.stack([*boxes.values()])).to(device), self.side)
         return maps
 
     def training_inputs(self, index: np.ndarray, rows: np.ndarray, batch: Tensor,
@@ -127,7 +128,7 @@ class Job(NamedTuple):
     labels: np.ndarray
     members: np.ndarray
     optimizer: torch.optim.Optimizer
-    precision: epochs.Precision
+    precision: devices.Precision
     distance: Tensor | None
     relabelled: list
     mixup: "Mixup | None" = None
@@ -238,7 +239,7 @@ def train_epoch(opt: argparse.Namespace, job: Job, epoch: int, within: dict,
               for index in group]
     coming = zip(wanted, cache.fetch(source.images, wanted, device))
     for step, group in steps:
-        epochs.set_rates(opt, job.optimizer, epoch, step, length)
+        schedules.set_rates(opt, job.optimizer, epoch, step, length)
         for k, index in enumerate(group):
             rows, batch = next(coming)
             rng = epochs.generator(opt.seed, epoch, step, *(k,) * (k > 0))

@@ -18,7 +18,6 @@ CENTRES = {
     "anger": (0.5667776418527468, -0.45273569245960493),
     "contempt": (0.5828403601946657, -0.5145737456826646),
 }
-KINDS = ("crossentropy", "focal", "balanced", "logit_adjusted")
 
 
 def class_weights(labels: np.ndarray, n_label: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from images import cache
 from images.crops import Recipe
-from training import distributed, epochs
+from training import devices, distributed, epochs, schedules
 from util import BadInput
 
 
@@ -23,7 +23,7 @@ class Job(NamedTuple):
     images: cache.OnDemand
     recipe: Recipe
     optimizer: torch.optim.Optimizer
-    precision: epochs.Precision
+    precision: devices.Precision
 
 
 def train_epoch(opt: argparse.Namespace, job: Job, epoch: int, within: dict,
@@ -43,7 +43,7 @@ def train_epoch(opt: argparse.Namespace, job: Job, epoch: int, within: dict,
     fetched = cache.fetch(job.images, wanted, device)
     rows = iter(wanted)
     for step, group in steps:
-        epochs.set_rates(opt, job.optimizer, epoch, step, length)
+        schedules.set_rates(opt, job.optimizer, epoch, step, length)
         total, read = torch.zeros((), device=device), 0.0
         for k, index in enumerate(group):
             with distributed.summed_later(job.run, k + 1 < len(group)):
@@ -62,7 +62,7 @@ def train_epoch(opt: argparse.Namespace, job: Job, epoch: int, within: dict,
         raise BadInput(f"{opt.data_folder}: none of its {len(job.images)} images can be read; give "
                        f"another --data_path")
     count = sum(len(index) for _, group in steps for index in group)
-    return means.means() | {"learning_rate": epochs.rate_now(job.optimizer), "images_per_second":
+    return means.means() | {"learning_rate": schedules.rate_now(job.optimizer), "images_per_second":
                             count / (time.perf_counter() - began)}
 
 

@@ -72,8 +72,8 @@ def add_data_options(parser: ArgumentParser, path_help: str, path: str | None,
     return group
 
 
-def add_optimisation_options(parser: ArgumentParser, default: Defaults | None,
-                             told: Defaults | None = None) -> argparse._ArgumentGroup:
+def add_optimisation_options(parser: ArgumentParser,
+                             default: Defaults | None) -> argparse._ArgumentGroup:
     """Adds the optimisation group; default: of what differs, or None where the --model decides,
     as FINETUNE says."""
     vit, convnext = (default, default) if default else FINETUNE

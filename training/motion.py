@@ -13,7 +13,7 @@ from images.photos import MEAN, STD
 from images.videos import Videos
 from models import files
 from models.mmnet import MMNet, from_published
-from training import epochs
+from training import devices, epochs, schedules
 from training.losses import class_weights, classification_loss
 from util import BadInput
 
@@ -96,7 +96,7 @@ class Job(NamedTuple):
     targets: np.ndarray | None
     members: np.ndarray
     optimizer: torch.optim.Optimizer
-    precision: epochs.Precision
+    precision: devices.Precision
     units: list[str] | None = None
 
 
@@ -132,7 +132,7 @@ def train_epoch(opt: argparse.Namespace, job: Job, stage: str, epoch: int, numbe
     means = epochs.Meters(names, within.get("meters"))
     weights = class_weights(labels, int(job.labels.max()) + 1).to(device)
     set_stage(job.network, stage)
-    rate = epochs.exponential_rate(opt.learning_rate, number, opt.lr_gamma, opt.plateau_epoch)
+    rate = schedules.exponential_rate(opt.learning_rate, number, opt.lr_gamma, opt.plateau_epoch)
     for group in job.optimizer.param_groups:
         group["lr"] = rate
     order = epochs.batches(len(labels), opt.batch_size, epochs.generator(opt.seed, epoch))
@@ -162,9 +162,7 @@ def train_epoch(opt: argparse.Namespace, job: Job, stage: str, epoch: int, numbe
         job.precision.scaler.scale(loss * len(piece) / whole).backward()
         if place + 1 < len(pieces) and pieces[place + 1][0] == step:
             continue  # the batch has more parts
-        job.precision.scaler.step(job.optimizer)
-        job.precision.scaler.update()
-        job.optimizer.zero_grad(set_to_none=True)
+        epochs.descend(opt, job.network, job.optimizer, job.precision.scaler)
         on_step({"step": step, "meters": means.state()})
     return means.means() | {"learning_rate": rate}
 

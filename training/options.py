@@ -1,6 +1,7 @@
 """Options that several scripts share."""
 import argparse
 import os
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from images.lists import DATABASES
@@ -242,6 +243,17 @@ def add_loss_option(group: argparse._ArgumentGroup, *more: str, noun: str = "cli
     group.add_argument("--loss", choices=("crossentropy", "focal", "balanced", *more),
                        default="crossentropy", help="focal: gamma 2; balanced: classes weighted "
                        f"by n/(C n_c) of the training {noun}{told}")
+
+
+def check_given(parser: ArgumentParser, argv: list[str],
+                rules: Iterable[tuple[tuple[str, ...], object, str]]) -> None:
+    """Refuses flags that a command line names where what they go with does not hold; rules:
+    (flags, whether it holds, what they go with)."""
+    words = {str(word).partition("=")[0] for word in argv}
+    for flags, holds, what in rules:
+        for name in flags:
+            if name in words and not holds:
+                parser.error(f"{name} goes with {what}")
 
 
 def check_balance(parser: ArgumentParser, opt: argparse.Namespace) -> None:

@@ -257,6 +257,11 @@ class Log:
                 self.writer.log_value(name, value, epoch)
 
 
+def holds_a_run(folder: Path) -> bool:
+    """Whether a folder is there with more in it than a killed run may have left half-written."""
+    return folder.exists() and any(path.suffix != ".part" for path in folder.iterdir())
+
+
 def read_log(folder: str | Path) -> list[dict]:
     """The lines of a run's log.jsonl as dicts, up to the first that is not whole."""
     return read_lines(Path(folder) / "log.jsonl")

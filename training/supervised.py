@@ -9,7 +9,7 @@ from torch import Tensor
 
 from images import cache, transforms
 from models.classifier import Classifier
-from training import epochs
+from training import devices, epochs, schedules
 from training.losses import class_weights, classification_loss
 
 
@@ -20,7 +20,7 @@ class Training(NamedTuple):
     images: np.ndarray  # uint8 [N, C, S, S]
     members: np.ndarray
     optimizer: torch.optim.Optimizer
-    precision: epochs.Precision
+    precision: devices.Precision
 
 
 def draw_order(labels: np.ndarray, oversample: bool, rng: torch.Generator) -> Tensor:
@@ -51,9 +51,7 @@ def train_epoch(opt: argparse.Namespace, job: Training, epoch: int, within: dict
     steps = list(enumerate(every, 1))[within.get("step", 0):]
     fetched = cache.fetch(images, [members[index] for _, index in steps], device)
     for (step, index), batch in zip(steps, fetched):
-        for part in optimizer.param_groups:
-            part["lr"] = epochs.scheduled(opt, part["base"], epoch, step, len(every),
-                                          part["warmup"])
+        schedules.set_rates(opt, optimizer, epoch, step, len(every))
         drawn = transforms.draw(len(index), epochs.generator(opt.seed, epoch, step), encoding, 0,
                                 views=len(clips.views))
         batch = transforms.train_transform(batch, drawn, classifier.normalization, encoding,
@@ -64,12 +62,10 @@ def train_epoch(opt: argparse.Namespace, job: Training, epoch: int, within: dict
         loss = classification_loss(logits, target, opt.loss, weights).mean()
         epochs.check_loss(loss, epoch, step, f"{epochs.kept(opt)}, or "
                                              f"--encoder_lr, now {opt.encoder_lr:g}")
-        optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         limit_gradient(classifier.encoder, opt.trust, opt.encoder_lr)
-        scaler.step(optimizer)
-        scaler.update()
+        epochs.descend(opt, classifier, optimizer, scaler)
         hits = (logits.argmax(1) == target).float().mean()
         means.add((loss.detach(), hits), len(index))
         on_step({"step": step, "meters": means.state()})

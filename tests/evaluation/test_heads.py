@@ -14,7 +14,7 @@ from test_logistic import fit
 import dataset
 import util
 from dataset import Clip
-from evaluation import logistic, probing, result_files
+from evaluation import descent, fold_heads, logistic, probing, result_files
 from images import encoding, transforms
 from images.lists import write_lists
 from models import create_classifier, create_model
@@ -324,7 +324,7 @@ def test_fine_tuning_by_ten_folds_holds_out_whole_groups(many, quick, tmp_path, 
     group = {clips.clips[i].subject for i in np.flatnonzero(fold_of == fold)}
     one, *others = sorted(group)
     assert len(names) == 10 and others
-    trained, train, descend = {}, supervised.train_epoch, probing.Descent.epoch
+    trained, train, descend = {}, supervised.train_epoch, descent.Descent.epoch
 
     def noted(opt, job, *rest):
         trained[len(trained)] = set(job.members.tolist())
@@ -336,7 +336,7 @@ def test_fine_tuning_by_ten_folds_holds_out_whole_groups(many, quick, tmp_path, 
             assert which in self.task.fold_of
         return descend(self, epoch)
     monkeypatch.setattr(supervised, "train_epoch", noted)
-    monkeypatch.setattr(probing.Descent, "epoch", noted_heads)
+    monkeypatch.setattr(descent.Descent, "epoch", noted_heads)
     finetune("--data_folder", many, *quick, "--model_path", "random", "--protocol", "10fold",
              "--save_path", tmp_path, *frozen, *([] if everybody else ["--subject", one]))
     wanted = range(10) if everybody else [fold]
@@ -440,20 +440,20 @@ def test_no_head_fits_more_and_tells_less_than_scikit_learns(tmp_path, layer):
                                                 torch.no_grad, views=2)
         names, fold_of = dataset.subject_folds(clips)
         data = features, clips.labels, fold_of
-        task = probing.Task(features, clips.labels, 4, fold_of, list(range(len(names))))
+        task = fold_heads.Task(features, clips.labels, 4, fold_of, list(range(len(names))))
         regression = logistic.Regression(features, clips.labels, 4)
-        heads, choice = probing.solve_heads(task, None, probing.inner_groups(clips),
+        heads, choice = fold_heads.solve(task, None, fold_heads.inner_groups(clips),
                                             regression=regression)
         ours = {"chosen": (heads, choice.l2)}
         for l2 in (1e-2, 1e-3, 1e-4):
-            heads, _ = probing.solve_heads(task, l2, regression=regression)
+            heads, _ = fold_heads.solve(task, l2, regression=regression)
             ours[f"l2 {l2:g}"] = heads, [l2] * len(names)
         for batch in (16, 256):
             opt = parse(["--solver", "sgd", "--batch_size", str(batch), "--data_folder", "d",
                          "--save_path", "s", "--model_path", "random"])
             stats = logistic.statistics(features, task.training())
-            heads = probing.FoldHeads(names, stats, 4)
-            probing.Descent(heads, task, positions, opt).run()
+            heads = fold_heads.draw(names, stats, 4)
+            descent.Descent(heads, task, positions, opt).run()
             ours[f"sgd {batch}"] = heads, choice.l2
         with torch.no_grad():
             actual.append({name: (figures(heads(features[0]).softmax(2).numpy(), data),

@@ -11,7 +11,7 @@ from sklearn.metrics import f1_score
 from sklearn.preprocessing import StandardScaler
 
 import dataset
-from evaluation import logistic, measures, probing
+from evaluation import descent, fold_heads, logistic, measures, probing
 from images import encoding
 from models import create_classifier, create_model
 from models.classifier import Classifier
@@ -67,13 +67,13 @@ def fitted(features, labels, train, l2, balanced):
 
 
 def task_of(data, held_out=tuple(range(FOLDS)), n_label=CLASSES):
-    """The probing.Task of (features, labels, fold of each clip)."""
+    """The fold_heads.Task of (features, labels, fold of each clip)."""
     features, labels, fold_of = data
-    return probing.Task(features, labels, n_label, fold_of, list(held_out))
+    return fold_heads.Task(features, labels, n_label, fold_of, list(held_out))
 
 
 def solve(data, l2, held_out=tuple(range(FOLDS)), **more):
-    return probing.solve_heads(task_of(data, held_out), l2, **more)
+    return fold_heads.solve(task_of(data, held_out), l2, **more)
 
 
 def probabilities(heads, features):
@@ -296,8 +296,8 @@ def test_too_few_subjects_take_a_penalty_that_is_said(capsys):
     features, labels, fold_of = draw(20, 40)
     fold_of = fold_of % 2
     _, choice = solve((features, labels, fold_of), None, [0, 1], groups=fold_of)
-    assert choice.l2 == [probing.FEW] * 2 and choice.uf1 == [None] * 2
-    assert f"too few subjects for inner folds: --l2 {probing.FEW:g}" in capsys.readouterr().out
+    assert choice.l2 == [fold_heads.FEW] * 2 and choice.uf1 == [None] * 2
+    assert f"too few subjects for inner folds: --l2 {fold_heads.FEW:g}" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- what a head may not see
@@ -355,21 +355,21 @@ def uf1(labels, said):
 
 @pytest.mark.parametrize("way", ["chosen", "fixed", "sgd"])
 def test_labels_that_only_name_the_subject_stay_at_chance_for_others(way):
-    from test_probing import options
+    from test_descent import options
     actual, by_chance, rng = [], [], np.random.default_rng(0)
     for number in range(DRAWS if way != "chosen" else DRAWS // 2):  # it takes three times as long
         features, subject, labels = identity_only(number)
         task = task_of((features, labels, subject), range(PEOPLE), KINDS)
         training = task.training()
         if way == "sgd":
-            heads = probing.FoldHeads([str(i) for i in range(PEOPLE)],
+            heads = fold_heads.draw([str(i) for i in range(PEOPLE)],
                                       logistic.statistics(features, training), KINDS)
-            probing.Descent(heads, task, 1, options(
+            descent.Descent(heads, task, 1, options(
                 epochs=80, batch_size=16, learning_rate=0.3, weight_decay=1e-4,
                 lr_decay_epochs=[60])).run()
         else:
-            heads, _ = probing.solve_heads(task, 1e-4 if way == "fixed" else None,
-                                           subject % probing.INNER_FOLDS)
+            heads, _ = fold_heads.solve(task, 1e-4 if way == "fixed" else None,
+                                        subject % fold_heads.INNER_FOLDS)
         p = probabilities(heads, features)
         hits = p.argmax(2) == labels[:, None]
         if way != "chosen":  # inner folds, held out as well, rightly trust no such head

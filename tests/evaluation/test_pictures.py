@@ -219,6 +219,7 @@ def test_maps_are_those_of_the_head_that_held_the_clip_out(runs, heads, drawn, p
     clips = dataset.read_clips(drawn)
     images, _ = dataset.load_images(clips)
     actual, _ = result_files.read_mistakes(runs[0])
+    assert actual
     for row, maps in actual:
         i = next(i for i, c in enumerate(clips.clips) if c.key == row["key"])
         fold = clips.people.index((0, row["subject"]))

@@ -15,7 +15,17 @@ from sklearn.metrics import f1_score
 import dataset
 import util
 from dataset import Clip, ClipSet, read_clips
-from evaluation import heldout, logistic, measures, pictures, probing, result_files, shortcuts
+from evaluation import (
+    descent,
+    fold_heads,
+    heldout,
+    logistic,
+    measures,
+    pictures,
+    probing,
+    result_files,
+    shortcuts,
+)
 from images.lists import write_lists
 from training import record
 from training.options import PENALTIES
@@ -43,14 +53,14 @@ def data():
 
 def nested(data, held_out=range(FOLDS), labels=None):
     features, own, fold_of, groups = data
-    task = probing.Task(features, own if labels is None else labels, CLASSES, fold_of,
-                        list(held_out))
-    inner = probing.InnerFolds([f"fold{f}" for f in held_out], task, groups, RATES)
-    training = inner.task.training() & torch.from_numpy(inner.allowed)
-    heads = probing.FoldHeads(inner.names, logistic.statistics(features, training), CLASSES, 3)
-    descent = probing.Descent(heads, inner.task, 1, options(), inner=inner)
+    task = fold_heads.Task(features, own if labels is None else labels, CLASSES, fold_of,
+                           list(held_out))
+    inner = descent.InnerFolds([f"fold{f}" for f in held_out], task, groups, RATES)
+    stats = logistic.statistics(features, inner.task.training())
+    heads = fold_heads.draw(inner.names, stats, CLASSES, 3)
+    trained = descent.Descent(heads, inner.task, 1, options(), inner=inner)
     for epoch in range(1, 5):
-        descent.epoch(epoch)
+        trained.epoch(epoch)
         inner.follow(epoch, heads)
     inner.keep_best(heads)
     return inner, heads
@@ -65,8 +75,8 @@ def alone(data, fold, group, rate, epochs):
     seen = (features - rows.mean(0)) / rows.std(0, correction=0)
     plain = logistic.Statistics(torch.zeros(1, DIM), torch.ones(1, DIM),
                                 torch.ones(1, DIM, dtype=torch.bool))
-    head = probing.FoldHeads([f"fold{fold}"], plain, CLASSES, 3)
-    probing.Descent(head, probing.Task(seen, labels, CLASSES, apart, [0]), 1,
+    head = fold_heads.draw([f"fold{fold}"], plain, CLASSES, 3)
+    descent.Descent(head, fold_heads.Task(seen, labels, CLASSES, apart, [0]), 1,
                     options(epochs=epochs, learning_rate=rate)).run()
     return head(seen[0])[:, 0].detach(), head.weight[0].detach()
 
@@ -205,7 +215,7 @@ def test_inner_groups_do_not_move_with_the_labels_of_a_held_out_subject(tmp_path
     def seen(names, task, inner, rates):
         groups.append(inner)
         raise util.RunFailed("seen")
-    monkeypatch.setattr(probing, "InnerFolds", seen)
+    monkeypatch.setattr(descent, "InnerFolds", seen)
     for these in (clips, garbage):
         write_lists(tmp_path, these.clips)
         with pytest.raises(SystemExit):

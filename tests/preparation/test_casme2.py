@@ -166,8 +166,8 @@ def test_irregularities_are_counted_by_rule(workbook, tmp_path, capsys):
 @pytest.mark.parametrize("offset, apex", [(11, 11), (12, 11), (20, 15)])
 def test_an_apex_that_is_repaired_is_no_onset(offset, apex):
     table = casme2.Table([], {}, ("others",))
-    casme2.add_clip(table, ("casme2", "sub01", "EP1"), ["10", "/", str(offset)], ("others", ""),
-                    ("row 2", set(), "middle"))
+    casme2.add_clip(table, casme2.Entry("row 2", "casme2", "sub01", "EP1", "10", "/", str(offset),
+                                        "others", ""), set(), "middle")
     assert [row.apex for row in table.rows] == [apex]
 
 

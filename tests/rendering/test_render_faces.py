@@ -95,7 +95,7 @@ def test_the_same_for_any_number_of_workers(drawn, tmp_path):
 
 
 def job(emotion, name="x", **more):
-    return faces.Job(**{"name": name, "subject": "s1", "emotion": emotion, "label": emotion,
+    return faces.Photo(**{"name": name, "subject": "s1", "emotion": emotion, "label": emotion,
                         "size": 96, "amplitude": 1.0, "seed": 0, **more})
 
 

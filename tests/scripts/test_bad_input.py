@@ -15,7 +15,6 @@ from conftest import finetune, pretrain, probe, save_image, script
 
 import dataset
 import util
-from evaluation import heldout
 from images import decoding, transforms
 from NCE.NCECriterion import NCESoftmaxLoss
 from training import record
@@ -657,27 +656,6 @@ def test_an_interrupted_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
 def test_a_half_written_line_of_the_log_is_passed_over(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"opt": {}}\n{"epoch": 1}\n{"epo')
     assert record.read_log(tmp_path) == [{"opt": {}}, {"epoch": 1}]
-
-
-def test_heads_of_other_subjects_are_not_gone_on_from(drawn, quick, pretrained, tmp_path,
-                                                      monkeypatch):
-    """An interrupted probe of some subjects leaves heads; a probe of others must not take them."""
-    flags = ["--data_folder", drawn, *quick, "--model_path", pretrained, "--save_path",
-             tmp_path / "out", "--protocol", "loso", "--epochs", 2]
-    plain = heldout.HeldOut.keep
-    monkeypatch.setattr(heldout.HeldOut, "keep", lambda *args, **more: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        probe(*flags, "--subject", "s1", "s2", "s3")
-    monkeypatch.setattr(heldout.HeldOut, "keep", plain)
-    probe(*flags, "--subject", "s1", "s2", "s4", "--resume", "auto")
-    (folder,) = (tmp_path / "out").glob("probe_*")
-    mixed = (folder / "subjects" / "s4.json").read_text()
-    probe(*flags, "--subject", "s4", "--tag", "fresh")
-    (fresh,) = (tmp_path / "out").glob("probe_*_fresh")
-    ours, theirs = (json.loads(text)["rows"] for text in
-                    (mixed, (fresh / "subjects" / "s4.json").read_text()))
-    for a, b in zip(ours, theirs):
-        assert a["probabilities"] == pytest.approx(b["probabilities"], abs=1e-4)
 
 
 def test_a_replaced_checkpoint_of_a_template_is_noticed(drawn, quick, pretrained, tmp_path, capsys):

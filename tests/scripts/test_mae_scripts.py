@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from evaluation import finetuning, measures, pretraining
 from images import faces
 from models import convnextv2, files, mae
-from training import checkpoint, epochs, record
+from training import checkpoint, devices, epochs, record
 from training import faces as training_faces
 
 VIT, NEXT = "main_pretrain", "main_pretrain_convnextv2"
@@ -473,7 +473,7 @@ def test_the_average_is_evaluated_and_not_the_model(tuned, tree):
         network.load_state_dict({name.removeprefix("module."): value
                                  for name, value in weights.items()})
         said.append(training_faces.predict(network, source, np.arange(N_TEST),
-                                           epochs.mixed_precision(False, torch.device(
+                                           devices.mixed_precision(False, torch.device(
                                                "cpu")).autocast, opt.tta_flip)[1])
     sides = [training_faces.predict(network, source, np.arange(5), torch.no_grad, flip).features
              for flip in (False, True)]  # of the image itself

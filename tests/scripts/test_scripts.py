@@ -21,7 +21,7 @@ from images import transforms
 from images.lists import write_lists
 from models import create_classifier, create_model
 from models.classifier import Classifier
-from training import checkpoint, epochs, record, supervised
+from training import checkpoint, devices, epochs, record, schedules, supervised
 
 pytestmark = pytest.mark.usefixtures("small_crops")
 RUN = "memory_softmax_4096_resnet18v1_lr_0.003_decay_0.0001_bsz_8_view_RGB_D_seed_0"
@@ -228,7 +228,7 @@ def test_every_view_from_pretraining_to_fine_tuning(quick, tmp_path, view, secon
 
 def test_amp_changes_the_features_a_little_and_keeps_banks_in_float32(drawn, quick, pretrained,
                                                                       tmp_path, monkeypatch):
-    monkeypatch.setattr(epochs, "_cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(devices, "_cpu_has_bfloat16", lambda: True)
     flags = ["--data_folder", drawn, *quick, "--amp"]
     pretrain(*flags, "--model_path", tmp_path)
     run = only(tmp_path)
@@ -625,7 +625,7 @@ def test_an_empty_name_in_a_checkpoint_is_somebody_unknown(drawn, quick, pretrai
     ({"people": None, "named": []}, set(), False), ({"people": None}, set(), False),
     ({}, set(), False), (None, set(), False)])
 def test_whom_an_encoder_saw_and_whether_these_are_all(seen, people, all_of_them):
-    assert encoders.people_seen(seen)[:3] == (people, all_of_them, False)
+    assert encoders.read_seen(seen)[:3] == (people, all_of_them, False)
 
 
 # ---------------------------------------------------------------- fine-tuning
@@ -752,7 +752,7 @@ def test_subject_all_makes_one_model_for_prediction(drawn, quick, pretrained, tm
     clips = dataset.read_clips(drawn)
     images, _ = dataset.load_images(clips)
     classifier = Classifier(model, head, state["layer"], state["normalization"])
-    autocast = epochs.mixed_precision(False, torch.device("cpu")).autocast
+    autocast = devices.mixed_precision(False, torch.device("cpu")).autocast
     actual = supervised.predict(classifier, images, np.arange(12), autocast, 8)
     assert actual.shape == (12, 2) and np.isfinite(actual).all()
     tuned(drawn, quick, pretrained, tmp_path, *flags, "--resume", "auto")
@@ -897,7 +897,7 @@ def test_decay_epochs_with_blanks_or_commas(text, expected):
     opt = script("pre-train_DVSCL").parse_option(
         ["--data_folder", "d", "--model_path", "m", "--lr_decay_epochs", *text])
     assert opt.lr_decay_epochs == expected
-    rates = [epochs.step_rate(opt.learning_rate, e, opt.lr_decay_epochs, opt.lr_decay_rate)
+    rates = [schedules.step_rate(opt.learning_rate, e, opt.lr_decay_epochs, opt.lr_decay_rate)
              for e in (expected[0], expected[0] + 1)]
     assert rates == pytest.approx([0.03, 0.003])
 

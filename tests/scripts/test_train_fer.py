@@ -18,7 +18,7 @@ from runs import only
 
 import train_FER
 from models.scn import SCN
-from training import checkpoint, epochs, pretrained, record
+from training import checkpoint, devices, epochs, pretrained, record, schedules
 
 
 def train(*argv):
@@ -338,8 +338,8 @@ def test_a_run_of_half_precision_goes_on_with_a_scaler_that_has_no_state_yet(fla
                                                                             monkeypatch):
     flags += ["--save_path", tmp_path, "--warmup_epochs", 0]
     train(*flags, "--epochs", 1)
-    scaler, precision = epochs.Scaler("cpu"), epochs.mixed_precision
-    monkeypatch.setattr(epochs, "mixed_precision", lambda *given: precision(*given)._replace(
+    scaler, precision = devices.Scaler("cpu"), devices.mixed_precision
+    monkeypatch.setattr(devices, "mixed_precision", lambda *given: precision(*given)._replace(
         scaler=scaler))
     train(*flags, "--resume", "auto")
     assert checkpoint.load(only(tmp_path) / "last.pth")["scaler"] == scaler.state_dict() != {}
@@ -383,9 +383,9 @@ def test_recipes_set_what_no_flag_says(more, expected, capsys):
     assert vars(again) | {"warmup_derived": 0, "recipe": 0} == vars(opt) | {
         "warmup_derived": 0, "recipe": 0}
     if opt.lr_schedule == "step":
-        assert epochs.decay_epochs(opt) == [12, 20, 32]
-        assert epochs.decay_epochs(opt.changed(epochs=2)) == [1]
-        assert epochs.decay_epochs(opt.changed(epochs=1)) == []
+        assert schedules.decay_epochs(opt) == [12, 20, 32]
+        assert schedules.decay_epochs(opt.changed(epochs=2)) == [1]
+        assert schedules.decay_epochs(opt.changed(epochs=1)) == []
 
 
 def test_weight_decay_that_is_a_rates_factor_is_warned_of(capsys):

@@ -705,7 +705,7 @@ def test_without_opencv_its_version_is_not_asked(prepared, tmp_path, monkeypatch
     content = json.loads((folder / "flow.json").read_text())
     content["flow"]["opencv"] = "0.1"
     (folder / "flow.json").write_text(json.dumps(content))
-    with pytest.raises(BadInput):
+    with pytest.raises(BadInput, match=r"OpenCV 0\.1"):
         videos.read_videos(folder, 48)
     monkeypatch.setattr(flow, "cv2", None)
     assert len(videos.read_videos(folder, 48).index) == 9

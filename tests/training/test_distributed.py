@@ -13,7 +13,7 @@ from forked import dies_in_the_second_step, late_look, no_batch_statistics, rank
 
 import util
 from evaluation import result_files
-from training import checkpoint, distributed, epochs
+from training import checkpoint, devices, distributed, epochs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -182,8 +182,8 @@ def test_a_batch_that_leaves_a_device_too_few_clips_is_refused_before_training(
 def test_replicas_in_threads_of_their_own_compute_in_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.nn, "DataParallel", lambda model: model)
-    monkeypatch.setattr(epochs, "_cpu_has_bfloat16", lambda: True)
-    autocast, _ = epochs.mixed_precision(True, torch.device("cpu"))
+    monkeypatch.setattr(devices, "_cpu_has_bfloat16", lambda: True)
+    autocast, _ = devices.mixed_precision(True, torch.device("cpu"))
     model, actual = distributed.wrap(torch.nn.Linear(3, 2), CUDA, autocast), []
     replica = threading.Thread(target=lambda: actual.append(model(torch.ones(4, 3)).dtype))
     replica.start()
@@ -196,22 +196,22 @@ def test_replicas_in_threads_of_their_own_compute_in_bfloat16(monkeypatch):
 def test_a_gpu_that_only_emulates_bfloat16_gets_float16(native, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported",
                         lambda including_emulation=True: native or including_emulation)
-    autocast, _ = epochs.mixed_precision(True, CUDA)
+    autocast, _ = devices.mixed_precision(True, CUDA)
     assert autocast().fast_dtype == dtype
 
 
 def test_a_cpu_without_bfloat16_computes_in_float32_and_says_so_once(monkeypatch, capsys):
-    epochs._cpu_has_bfloat16.cache_clear()
+    devices._cpu_has_bfloat16.cache_clear()
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     try:
         for _ in range(2):
-            autocast, scaler = epochs.mixed_precision(True, torch.device("cpu"))
+            autocast, scaler = devices.mixed_precision(True, torch.device("cpu"))
             with autocast():
                 assert torch.nn.Linear(3, 2)(torch.ones(4, 3)).dtype == torch.float32
         assert not scaler.is_enabled()
         assert capsys.readouterr().out.count("does not compute in bfloat16") == 1
     finally:
-        epochs._cpu_has_bfloat16.cache_clear()
+        devices._cpu_has_bfloat16.cache_clear()
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
@@ -219,15 +219,15 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     for local in range(4):
         monkeypatch.setenv("LOCAL_RANK", str(local))
-        assert distributed.local_device(torch.device("cpu")) == torch.device("cpu")
+        assert devices.local_device("cpu") == torch.device("cpu")
         if local < 2:
-            assert distributed.local_device(CUDA) == torch.device("cuda", local)
+            assert devices.local_device("cuda") == torch.device("cuda", local)
         else:
             with pytest.raises(util.BadInput, match="more processes than the 2 GPUs"):
-                distributed.local_device(CUDA)
+                devices.local_device("cuda")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(util.BadInput, match="--device cuda:1: every process would take this one"):
-        distributed.local_device(torch.device("cuda", 1))
+        devices.local_device("cuda:1")
 
 
 def test_synchronised_batch_norm_takes_a_process_for_each_gpu(drawn, monkeypatch):

@@ -15,7 +15,7 @@ from images.faces import FaceSet
 from models import files
 from models.ran import RAN
 from models.scn import SCN, Baseline
-from training import checkpoint, epochs, faces, losses, pretrained
+from training import checkpoint, devices, epochs, faces, losses, pretrained
 from util import BadInput, RunFailed
 
 SIDE = 32
@@ -69,7 +69,7 @@ def job_of(source, network=None, rate=0.01, ema=None, **more):
     return faces.Job(**{
         "network": network, "run": network, "ema": ema, "source": source,
         "labels": source.faces.labels.copy(), "members": np.arange(len(source.faces)),
-        "optimizer": optimizer, "precision": epochs.mixed_precision(False, torch.device("cpu")),
+        "optimizer": optimizer, "precision": devices.mixed_precision(False, torch.device("cpu")),
         "distance": None, "relabelled": [], **more})
 
 
@@ -458,7 +458,7 @@ def test_prediction_takes_as_many_views_at_a_time_as_images_elsewhere():
     images = face_set(21)
     network = Counting(7)
     said = faces.predict(network, source_of(images, views="fixed"), np.arange(21),
-                         epochs.mixed_precision(False, torch.device("cpu")).autocast, False)
+                         devices.mixed_precision(False, torch.device("cpu")).autocast, False)
     assert len(said.kept) == 21 and max(seen) <= 64 and len(seen) == 3
 
 

@@ -11,7 +11,7 @@ from parity import filled, fixtures, normal, uniform
 from evaluation import finetuning
 from images import cache, crops
 from models import convnextv2, mae
-from training import checkpoint, epochs, losses, masked
+from training import checkpoint, devices, epochs, losses, masked, schedules
 from util import BadInput, RunFailed
 
 STORED, SIDE = 73, 64
@@ -34,7 +34,7 @@ def small(kind="vit"):
 def job_of(network, images, recipe, rate=2e-3, run=None):
     return masked.Job(network, run or network, images, recipe,
                       masked.set_optimizer(options(learning_rate=rate), network),
-                      epochs.mixed_precision(False, torch.device("cpu")))
+                      devices.mixed_precision(False, torch.device("cpu")))
 
 
 def pictures(n=22, lost=(), side=STORED):
@@ -59,7 +59,7 @@ def test_rates_of_every_step_are_the_published_ones():
         steps = case["loader_len"] / accum
         for epoch, it, rate, scaled in case["rows"]:
             for base, expected in ((case["lr"], rate), (case["lr"] * .25, scaled)):
-                assert epochs.scheduled(opt, base, epoch + 1, it // accum + 1, steps,
+                assert schedules.scheduled(opt, base, epoch + 1, it // accum + 1, steps,
                                         case["warmup_epochs"]) == pytest.approx(expected, rel=1e-8)
 
 
@@ -124,7 +124,7 @@ def test_fine_tuning_gives_each_layer_its_rate():
     with torch.device("meta"):
         network = mae.create_vit("vit_tiny_patch16", 7)
     optimizer = finetuning.set_optimizer(opt, network)
-    epochs.set_rates(opt, optimizer, opt.epochs, 1, 1)  # the last one's, on its way to --min_lr
+    schedules.set_rates(opt, optimizer, opt.epochs, 1, 1)  # the last one's, on its way to --min_lr
     rates = {id(part): group["lr"] for group in optimizer.param_groups for part in group["params"]}
     parts = dict(network.named_parameters())
     head = rates[id(parts["head.weight"])]
@@ -182,7 +182,7 @@ def test_steps_are_those_of_the_public_code(fixture, cells, monkeypatch):
         source.given = iter([normal(100 + i, 2, 3, 224, 224) for i in k])
         noises = iter([uniform(200 + i, 2, cells) for i in k])
         means = run_epoch(opt, job, epoch + 1, {}, lambda inside: rates.extend(
-            [epochs.rate_now(job.optimizer)] * accum))
+            [schedules.rate_now(job.optimizer)] * accum))
         mean = np.mean(said[-4:])
         assert means["train_loss"] == pytest.approx(mean, rel=1e-6)
         with torch.no_grad():  # of an incomplete group, in which nothing is learned

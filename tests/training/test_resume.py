@@ -16,7 +16,7 @@ from forked import small_crops, start
 from runs import load, only, same_predictions, states_differ
 
 import util
-from evaluation import probing, result_files, shortcuts
+from evaluation import descent, result_files, shortcuts
 from training import checkpoint, distributed, epochs, record, supervised
 
 pytestmark = pytest.mark.usefixtures("small_crops")
@@ -99,13 +99,13 @@ def test_fine_tuning_that_was_stopped_goes_on_to_the_same_result(drawn, quick, p
 def heads_of_classes(monkeypatch, before):
     """Calls `before(epoch, task)` before each epoch of heads that tell classes, not subjects,
     apart."""
-    train = probing.Descent.epoch
+    train = descent.Descent.epoch
 
     def watched(self, epoch):
         if self.task.n_label == 2:  # of four subjects
             before(epoch, self.task)
         return train(self, epoch)
-    monkeypatch.setattr(probing.Descent, "epoch", watched)
+    monkeypatch.setattr(descent.Descent, "epoch", watched)
 
 
 @pytest.mark.parametrize("number, code", SIGNALS)
