@@ -42,7 +42,8 @@ def recipe_of(opt):
     return PUBLISHED | {
         "scn": {"rank_margin": 0.07, "relabel_epoch": 10, "relabel_group": "all"},
         "ran": {"optimizer": "sgd", "lr_schedule": "step", "epochs": 40, "augment": "flip",
-                "views": "fixed", "region_margin": 0.02, "bn_per_view": True}}.get(opt.model, {})
+                "views": "fixed", "region_margin": 0.02,
+                "bn_per_view": not opt.freeze_backbone}}.get(opt.model, {})
 
 
 # ---------------------------------------------------------------- options
@@ -75,6 +76,9 @@ def parse_option(argv):
     print(f"--recipe {opt.recipe}: " + ", ".join(  # as they can be given
         f"--{'no-' * (not value)}{name}" if isinstance(value, bool) else f"--{name} {value}"
         for name, value in shown.items()))
+    if opt.model_path:  # in whose place the network starts from it
+        opt.pretrained = "none"
+        opt.free.add("pretrained")  # runs of earlier releases have the default there
     for name in ("relabel_epoch", "wloss_update"):
         if getattr(opt, name) > opt.epochs:
             print(f"--{name} {getattr(opt, name)}: after the last of {opt.epochs} epochs, so that "
@@ -92,6 +96,8 @@ def check_options(parser, opt, argv):
         (("--rank_beta",), opt.rank_margin or (opt.relabel_epoch and opt.relabel_group == "low"),
          "--model scn, and --rank_margin or --relabel_epoch with --relabel_group low"),
         (("--backbone_lr",), not opt.freeze_backbone, "a backbone that moves, not "
+         "--freeze_backbone"),
+        (("--bn_per_view",), not opt.freeze_backbone, "a backbone that moves, not "
          "--freeze_backbone"),
         (("--relabel_margin", "--relabel_group"), opt.relabel_epoch, "--relabel_epoch"),
         (("--wloss_norm", "--wloss_distance", "--wloss_reduction"), opt.wloss_alpha,
@@ -150,7 +156,8 @@ def add_data_options(parser):
                       help="share of the training set that is not trained on, by class, of whole "
                            "subjects where there are any; not where the set has its own")
     data.add_argument("--noise", type=number(float, 0, 1), default=0.0,
-                      help="share of the training labels that are moved to another class")
+                      help="share of the training labels that are moved to another class, those of "
+                           "--val_fraction too; a set's own validation split keeps its labels")
     data.add_argument("--oversample", action="store_true",
                       help="draw training images so that all classes are as frequent")
     data.add_argument("--augment", choices=("strong", "published", "flip", "none"),
@@ -179,7 +186,7 @@ def add_model_options(parser):
                             "with --wloss_alpha from one without: the weights that predicted its "
                             "test split; a {seed} in it is replaced [none]")
     model.add_argument("--freeze_backbone", action="store_true",
-                       help="train the last layers alone")
+                       help="train the last layers alone, and the branch of --gaussian")
     model.add_argument("--drop_rate", type=number(float, 0, 0.95), default=0.0,
                        help="dropout before the last layer, in training")
     model.add_argument("--gaussian", action="store_true",
@@ -316,6 +323,13 @@ def set_model(opt, n_label, device, start=None, fresh=True):
     network = create_network(opt.model, n_label, opt.arch, opt.drop_rate, opt.gaussian,
                              opt.bn_per_view)
     if opt.model_path and start:
+        old = start["opt"]
+        if old.get("model") == opt.model and old.get("arch") != opt.arch:
+            raise BadInput(f"--model_path {opt.model_path}: was trained with --arch "
+                           f"{old.get('arch')}; give the same")
+        if old.get("model") == opt.model and old.get("gaussian") != opt.gaussian:
+            raise BadInput(f"--model_path {opt.model_path}: was trained with"
+                           f"{'' if old.get('gaussian') else 'out'} --gaussian; do the same")
         which, weights = pretrained.predicting(start)
         checkpoint.load_model(network, start | {"model": weights}, opt.model_path, opt.model)
         print(f"--model_path {opt.model_path}: all {len(weights)} tensors loaded, {which} weights")

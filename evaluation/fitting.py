@@ -30,6 +30,11 @@ class Validation:
         self.state = {"value": -1.0, "epoch": 0, "model": {}}
         self.confusion = None
 
+    @property
+    def images(self) -> FaceSet:
+        """The validation images alone."""
+        return self.source.faces.subset(self.members)
+
     def figures(self, network: nn.Module, autocast: Callable) -> dict:
         """{val_uf1, val_accuracy} of a network; nothing without validation images."""
         if not len(self.members):
@@ -52,8 +57,10 @@ class Validation:
 class Fit:
     """One run over the `sources` of a set's splits: train, test, and val where it has its own.
 
-    --noise moves labels of the training split before anything is held out of it: who validates
-    knows no better than who trains. Raises BadInput for a run folder that exists.
+    --noise moves labels of the training split, those of what is held out of it too: who validates
+    knows no better than who trains, unless the set has a validation split of its own. What is held
+    out follows from the labels as they were, so that it is the same under any noise. Raises
+    BadInput for a run folder that exists.
     """
 
     def __init__(self, run: Run, sources: dict[str, faces.Source], system: str = "FER"):
@@ -66,7 +73,7 @@ class Fit:
         noisy = source._replace(faces=dataclasses.replace(self.faces, labels=self.labels))
         self.members, out = np.arange(len(self.faces)), np.arange(0)
         if "val" not in sources:
-            self.members, out = photographs.hold_out(noisy.faces, opt.val_fraction, opt.seed)
+            self.members, out = photographs.hold_out(self.faces, opt.val_fraction, opt.seed)
         elif opt.val_fraction:
             noisy, out = sources["val"], np.arange(len(sources["val"].faces))
         self.chooses = opt.select == "val" or opt.wloss_update > 0
@@ -89,6 +96,7 @@ class Fit:
         self.before, self.seen = photographs.SeenImages(*[photographs.NOTHING] * 2), None
         self.transductive: bool | None = False
         self.started: dict = {}  # file and digest of the network that it started from
+        self.shared: dict[str, int] = {}  # images of other splits that are trained on as well
 
     def start_from(self, flag: str, path: str, state: object) -> None:
         """Notes what a checkpoint, that anybody wrote, says of the images that its network saw:
@@ -100,20 +108,22 @@ class Fit:
         if self.before.any is None and not len(self.before.labelled):
             self._check_earlier(flag, path, state)
             return
-        own = self.own_fingerprints
 
-        def count(images, among):
+        def count(prints, among):
             """How many of the images are known from there, and not from an equal one of these."""
-            prints = fingerprints(images)
-            return int((np.isin(prints, among) & ~np.isin(prints, own)).sum())
-        chosen_by = self.validation.source.faces.subset(self.validation.members)
-        if self.chooses and (known := count(chosen_by, self.before.labelled)):
-            raise BadInput(f"{flag} {path}: was trained on {known} of the {len(chosen_by)} images "
-                           f"that now are to choose; give the --seed and --val_fraction it was "
-                           f"trained with")
+            known = np.isin(prints, among)
+            if known.any():  # else one's own, many and not yet read, tell nothing
+                known &= ~np.isin(prints, self.own_fingerprints)
+            return int(known.sum())
+        if self.chooses and (known := count(fingerprints(self.validation.images),
+                                            self.before.labelled)):
+            raise BadInput(f"{flag} {path}: was trained on {known} of the "
+                           f"{len(self.validation.members)} images that now are to choose; give "
+                           f"the --seed and --val_fraction it was trained with")
         test = self.sources["test"].faces
-        labelled = count(test, self.before.labelled)
-        known = labelled or (self.before.any is not None and count(test, self.before.any))
+        prints = fingerprints(test)
+        labelled = count(prints, self.before.labelled)
+        known = labelled or (self.before.any is not None and count(prints, self.before.any))
         if known:
             print(f"{flag} {path}: was trained on {known} of the {len(test)} test images"
                   + ", without labels" * (not labelled))
@@ -126,6 +136,17 @@ class Fit:
     def own_fingerprints(self) -> np.ndarray:
         """Of the images that are trained on (images.faces): a little of each is read, once."""
         return fingerprints(self.faces.subset(self.members))
+
+    def _count_shared(self):
+        """Says how many images of other splits lie among those that are trained on, too."""
+        for name, images in (("validation", self.validation.images),
+                             ("test", self.sources["test"].faces)):
+            if known := int(np.isin(fingerprints(images), self.own_fingerprints).sum()):
+                self.shared[name] = known
+                print(f"{known} of the {len(images)} {name} images are among those that are "
+                      f"trained on, too")
+        if "test" in self.shared:
+            self.transductive = True
 
     def _check_earlier(self, flag, path, state):
         """`start_from` a checkpoint of an earlier release, which said how the set was divided."""
@@ -221,6 +242,7 @@ class Fit:
         self.validation.state, self.history = old["best"], old["history"]
         # what tells it may be gone by now
         self.transductive, self.started = old.get("transductive"), old.get("started") or {}
+        self.shared = old.get("shared") or {}
         self.before = photographs.SeenImages.of(old)
         if isinstance(old.get("seen_images"), dict):  # these images among them
             self.seen = self.before
@@ -257,6 +279,7 @@ class Fit:
             self.seen = self.before
             if distributed.first():
                 self.seen = self.before.joined(self.own_fingerprints)
+                self._count_shared()
             distributed.barrier()
         if distributed.first():
             state = {
@@ -269,7 +292,7 @@ class Fit:
                 "optimizer": job.optimizer.state_dict(),
                 "scaler": job.precision.scaler.state_dict(),
                 "labels": torch.from_numpy(job.labels.copy()), "relabelled": job.relabelled,
-                "lost": lost, "started": self.started,
+                "lost": lost, "started": self.started, "shared": self.shared,
                 "points": 0 if job.source.landmarks is None else job.source.landmarks.shape[1],
                 "distance": job.distance, "best": self.validation.state, "history": self.history}
             if hasattr(self.run.opt, "save_ckpt_freq"):
@@ -288,6 +311,8 @@ class Fit:
         """Predicts the test split and writes the results; None but on the rank that writes."""
         opt, job, run, test = self.run.opt, self.job, self.run, self.sources["test"]
         details = {"transductive": self.transductive, **self.started}
+        if self.shared:
+            details["in_training"] = self.shared
         if any(part.landmarks is not None for part in self.sources.values()):
             details["without_landmarks"] = {
                 name: [part.faces.paths[i] for i in part.without_landmarks()]

@@ -36,7 +36,8 @@ def hold_out(images: FaceSet, fraction: float, seed: int) -> tuple[np.ndarray, n
     subjects = np.array(images.subjects)
     if (subjects != "").any():
         # no more parts than people, or than a class can be dealt to
-        most = min(20, len(set(images.subjects)), int(np.bincount(images.labels).max()))
+        most = min(max(20, round(1 / fraction)), len(set(images.subjects)),
+                   int(np.bincount(images.labels).max()))
         if most < 2:
             raise BadInput(f"{images.folder}: one subject, who would be trained on and held out; "
                            f"give another set, or one with a test split and --val_fraction 0")
@@ -80,11 +81,12 @@ def _without_losing_a_class(images, parts, taken):
 
 
 def cut_as(images: FaceSet) -> dict | None:
-    """How detect_faces.py cut the images of a set, {margin, align}; None where it did not."""
+    """How detect_faces.py cut the images of a set, {margin, align, size}; None where it did not."""
     for folder in (images.folder, *images.folder.resolve().parents[:2]):
         try:
             settings = json.loads((folder / "faces.json").read_text(encoding="utf-8"))["settings"]
-            return {"margin": float(settings["margin"]), "align": bool(settings["align"])}
+            return {"margin": float(settings["margin"]), "align": bool(settings["align"]),
+                    "size": int(settings["size"])}
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return None
@@ -260,9 +262,11 @@ def write_results(run: Run, header: dict, source: faces.Source, network: nn.Modu
     pictures.draw_results(run, results)
     mistakes, counts = result_files.read_mistakes(folder)
     place = {path: i for i, path in enumerate(images.paths)}
-    panels = pictures.face_panels(np.stack([source.images[place[row["key"]]]
-                                            for row, _ in mistakes]),
-                                  [maps for _, maps in mistakes]) if mistakes else []
+    panels = []
+    if mistakes:
+        wrong = source.seen(torch.from_numpy(np.stack([source.images[place[row["key"]]]
+                                                       for row, _ in mistakes])))
+        panels = pictures.face_panels(wrong.numpy(), [maps for _, maps in mistakes])
     pictures.draw_mistakes(folder / "mistakes.png",
                            [(row, own) for (row, _), own in zip(mistakes, panels)], counts,
                            list(images.classes), images.rendered, noun="images")

@@ -125,17 +125,20 @@ class Recipe(NamedTuple):
         return x
 
     def eval(self, images: Tensor, mirror: bool = False) -> Tensor:
-        """The middle of uint8 `[B, 3, S, S]`, with tricks the whole, normalised, mirrored or not:
-        float32 `[B, 3, size, size]`, channels-last; nothing random."""
-        side = images.shape[-1]
-        first = round((side - self.size) / 2)
-        if self.tricks:
-            images = self._whole(images)
-        elif side < self.size:
-            raise ValueError(f"images of side {side} for a network that takes {self.size}")
-        else:
-            images = images[..., first:first + self.size, first:first + self.size]
+        """What is `seen` of uint8 `[B, 3, S, S]`, normalised, mirrored or not: float32
+        `[B, 3, size, size]`, channels-last; nothing random."""
+        images = self.seen(images)
         return _normalised(images.flip(-1) if mirror else images)
+
+    def seen(self, images: Tensor) -> Tensor:
+        """The middle of uint8 `[B, 3, S, S]`, with tricks the whole: uint8 `[B, 3, size, size]`."""
+        if self.tricks:
+            return self._whole(images)
+        side = images.shape[-1]
+        if side < self.size:
+            raise ValueError(f"images of side {side} for a network that takes {self.size}")
+        first = round((side - self.size) / 2)
+        return images[..., first:first + self.size, first:first + self.size]
 
     def _whole(self, images):
         if images.shape[-1] == self.size:

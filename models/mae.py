@@ -138,6 +138,15 @@ class Trunk(nn.Module):
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
         nn.init.normal_(self.cls_token, std=0.02)
 
+    def patches(self, images: Tensor) -> Tensor:
+        """Images `[N, 3, S, S]` → patches `[N, L, 768]`; raises ValueError for images of another
+        size than the positions are of."""
+        side = PATCH * self.grid
+        if images.shape[2:] != (side, side):
+            raise ValueError(f"images of {' x '.join(map(str, images.shape[2:]))}: this network "
+                             f"takes {side} x {side}")
+        return masking.patchify(images, PATCH)
+
     def encode(self, patches: Tensor, kept: Tensor | None = None) -> Tensor:
         """Patches `[N, L, 768]` (`masking.patchify`) → tokens `[N, 1 + K, D]` of the class and of
         those `kept` `[N, K]`, of all where it is None; no others are computed."""
@@ -186,8 +195,8 @@ class MAE(Trunk):
         """Images `[N, 3, S, S]` → (loss, prediction `[N, L, 768]`, mask `[N, L]`, 1 where a patch
         is hidden). noise: `[N, L]` in place of the draw. In training the prediction is None: of
         the last block only what the loss reads is computed. Raises ValueError for a ratio that
-        hides none."""
-        patches = masking.patchify(images, PATCH)
+        hides none, and as `patches`."""
+        patches = self.patches(images)
         if noise is None:
             noise = torch.rand(patches.shape[:2], device=images.device)
         order, n_kept, mask = masking.draw_order(noise, mask_ratio)
@@ -254,7 +263,7 @@ class VisionTransformer(Trunk):
 
     def embed(self, images: Tensor) -> Tensor:
         """What the last layer sees, `[N, D]`."""
-        tokens = self.encode(masking.patchify(images, PATCH))
+        tokens = self.encode(self.patches(images))
         if self.global_pool:
             return self.fc_norm(tokens[:, 1:].mean(1))
         return self.norm(tokens)[:, 0]

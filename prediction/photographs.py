@@ -46,7 +46,9 @@ def load(path: str | Path, state: dict) -> nn.Module:
         network.load_state_dict(pretrained.predicting(state)[1])
         util.ensure(isinstance(opt["size"], int) and opt["size"] >= 16
                     and isinstance(opt["tta_flip"], bool))
-        util.ensure(isinstance(state.get("crop") or {}, dict)
+        crop = state.get("crop") or {}
+        util.ensure(isinstance(crop, dict) and isinstance(crop.get("size", 1), int)
+                    and crop.get("size", 1) >= 1
                     and all(isinstance(name, str) for name in state["classes"]))
         util.ensure(all(bool(value.isfinite().all()) for value in network.state_dict().values()))
         util.ensure(opt["views"] if of_fer else opt["model"])
@@ -77,7 +79,8 @@ def find(opt: util.Options, state: dict, told: dict) -> Iterator[Found]:
     margin = opt.margin
     if margin is None:
         margin = crop.get("margin", registration.MARGIN)
-    framing = size, margin, crop.get("align", True)
+    # as in training: cut at one size, and brought to what the network sees
+    framing = cut, _, _ = crop.get("size", size), margin, crop.get("align", True)
     # where pictures are written nothing is read
     photos, _ = photographs.find_photos(opt.photos, opt.pictures or "/dev/null")
     for photo in photos:
@@ -98,9 +101,12 @@ def find(opt: util.Options, state: dict, told: dict) -> Iterator[Found]:
         if not found:
             told["without_faces"].append(photo.name)
         for number, face in enumerate(found, 1):
-            yield Found(photo, photographs.described(number, face),
-                        detection.cut_face(pixels, face, *framing),
-                        detection.points_in_crop(face, *framing))
+            one = detection.cut_face(pixels, face, *framing)
+            if cut != size:
+                one = np.asarray(Image.fromarray(one).resize((size, size), resampling_of(state)))
+            points = detection.points_in_crop(face, *framing)
+            yield Found(photo, photographs.described(number, face), one,
+                        None if points is None else points * (size / cut))
 
 
 def say(network: nn.Module, state: dict, found: list[Found]) -> np.ndarray:

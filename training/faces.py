@@ -106,6 +106,11 @@ class Source(NamedTuple):
             None if boxes is None else boxes[mine].to(batch.device),
             self.marks(rows, batch.device), self.views == "landmark")
 
+    def seen(self, batch: Tensor) -> Tensor:
+        """The part of stored images, uint8 `[B, 3, S, S]`, that a network is shown to predict
+        them: uint8, mirrored by nobody."""
+        return self.augment.seen(batch) if isinstance(self.augment, Recipe) else batch
+
     def plain_inputs(self, rows: np.ndarray, batch: Tensor, mirror: bool = False) -> Tensor:
         """What a network is shown of the images `rows`, as they are stored in `batch`, to predict
         them, or their mirror images; nothing random."""

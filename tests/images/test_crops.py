@@ -90,6 +90,10 @@ def test_evaluation_takes_the_middle(batch):
     out = crops.Recipe(48, 0.2).eval(batch)
     torch.testing.assert_close(levels(out), batch[..., 8:56, 8:56].float(), atol=1e-4, rtol=0)
     torch.testing.assert_close(crops.Recipe(48, 0.2).eval(batch, mirror=True), out.flip(-1))
+    # pictures show what the network is shown
+    assert torch.equal(levels(out).round().to(torch.uint8), crops.Recipe(48, 0.2).seen(batch))
+    assert torch.equal(levels(crops.Recipe(48, 0.2, tricks=True).eval(batch)).round().to(
+        torch.uint8), crops.Recipe(48, 0.2, tricks=True).seen(batch))
     torch.testing.assert_close(levels(crops.Recipe(64, 0.2).eval(batch)), batch.float(),
                                atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="side 64"):

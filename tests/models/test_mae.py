@@ -303,3 +303,12 @@ def test_names_and_sides_that_are_not_are_refused():
                    lambda **size: mae.create_vit("vit_tiny_patch16", 7, **size)):
         with pytest.raises(ValueError, match="images of 100 pixels: a side is a multiple of 16"):
             create(input_size=100)
+
+
+@pytest.mark.parametrize("sides", [(32, 32), (64, 32), (128, 128), (100, 100)])
+def test_images_of_another_size_than_the_positions_are_refused(sides):
+    images = torch.zeros(2, 3, *sides)
+    for network in (mae.create_mae("mae_vit_tiny_patch16", input_size=64, decoder_depth=1),
+                    mae.create_vit("vit_tiny_patch16", 7, input_size=64)):
+        with pytest.raises(ValueError, match=f"images of {sides[0]} x {sides[1]}: .* 64 x 64"):
+            network(images)

@@ -18,7 +18,7 @@ from conftest import save_image, script
 from forked import ranked
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from evaluation import finetuning, measures, pretraining
+from evaluation import finetuning, measures, pictures, pretraining
 from images import faces
 from models import convnextv2, files, mae
 from training import checkpoint, devices, epochs, record
@@ -515,13 +515,18 @@ def test_a_fine_tuned_convnext_leaves_its_results(tuned):
 
 
 @pytest.mark.parametrize("kind", [VIT, NEXT])
-def test_evaluation_repeats_the_predictions(tuned, kind, tmp_path, capsys):
+def test_evaluation_repeats_the_predictions(tuned, kind, tmp_path, capsys, monkeypatch):
     flags, run = tuned[kind]
     old = {path.name: path.read_bytes() for path in run.glob("*.pth")}
     data = flags[flags.index("--data_path") + 1]  # all else stands in the checkpoint
+    drawn, panels = [], pictures.face_panels
+    monkeypatch.setattr(pictures, "face_panels", lambda faces, maps: (
+        drawn.append(faces.shape), panels(faces, maps))[1])
     call(TUNE, "--data_path", data, "--cache", "off", "--eval", "--resume", run / "last.pth",
          "--output_dir", tmp_path / "again")
     state = checkpoint.load(run / "last.pth")
+    size = state["opt"]["size"]  # maps lie over what the network saw, not over the stored images
+    assert [shape[1:] for shape in drawn] == [(3, size, size)]
     chosen = f"weights of epoch {state['best']['epoch']}, the best of the {state['epoch']} until"
     assert (chosen in capsys.readouterr().out) == (state["opt"]["select"] == "val") == (
         kind == NEXT)

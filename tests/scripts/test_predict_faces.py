@@ -155,17 +155,39 @@ def test_faces_are_cut_as_the_model_was_trained_and_told_with_their_boxes(tree, 
 
 def test_the_margin_of_detected_sets_is_kept(tree, tmp_path, capsys, found, monkeypatch):
     pytest.importorskip("cv2")
-    (tree / "faces.json").write_text(json.dumps({"settings": {"margin": .5, "align": False}}))
+    (tree / "faces.json").write_text(json.dumps({"settings": {"margin": .5, "align": False,
+                                                              "size": 48}}))
     run = trained(tree, tmp_path)
     (tree / "faces.json").unlink()
-    assert checkpoint.load(run / "last.pth")["crop"] == {"margin": .5, "align": False}
+    assert checkpoint.load(run / "last.pth")["crop"] == {"margin": .5, "align": False,
+                                                           "size": 48}
     cut, seen = detection.cut_face, []
     monkeypatch.setattr(detection, "cut_face", lambda pixels, face, *framing: (
         seen.append(framing), cut(pixels, face, *framing))[1])
     Image.new("RGB", (128, 64)).save(tmp_path / "x.png")
     predicted(capsys, "--model_path", run / "last.pth", tmp_path / "x.png")
     predicted(capsys, "--model_path", run / "last.pth", tmp_path / "x.png", "--margin", .1)
-    assert seen == [(32, .5, False)] * 2 + [(32, .1, False)] * 2
+    assert seen == [(48, .5, False)] * 2 + [(48, .1, False)] * 2
+
+
+def test_faces_are_brought_to_the_networks_size_as_crops_in_training_are(tree, tmp_path, capsys,
+                                                                         found):
+    """Crops of 48 pixels for a network that takes 32: cut out first, and reduced then."""
+    pytest.importorskip("cv2")
+    (tree / "faces.json").write_text(json.dumps({"settings": {"margin": 0, "align": False,
+                                                              "size": 48}}))
+    run = trained(tree, tmp_path)
+    (tree / "faces.json").unlink()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 128, 3), np.uint8)).save(
+        tmp_path / "x.png")
+    told = predicted(capsys, "--model_path", run / "last.pth", tmp_path / "x.png")["faces"]
+    for i, face in enumerate(detection.find_faces(np.asarray(Image.open(tmp_path / "x.png")), 0)):
+        crop = detection.cut_face(np.asarray(Image.open(tmp_path / "x.png")), face, 48, 0, False)
+        Image.fromarray(crop).save(tmp_path / f"{i}.png")
+    crops = predicted(capsys, "--model_path", run / "last.pth", "--whole", tmp_path / "0.png",
+                      tmp_path / "1.png")["faces"]
+    for one, other in zip(told, crops, strict=True):
+        assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-6)
 
 
 def test_what_does_not_fit_is_refused_in_one_line(tree, tmp_path, capsys, found):

@@ -17,6 +17,7 @@ from forked import ranked, uneven_clocks
 from runs import only
 
 import train_FER
+from evaluation import fitting
 from models.scn import SCN
 from training import checkpoint, devices, epochs, pretrained, record, schedules
 
@@ -283,6 +284,9 @@ def test_a_run_goes_on_from_a_model_with_the_wasserstein_term(flags, tmp_path, c
     said = refused(capsys, *flags[:4], *flags[6:], "--save_path", tmp_path / "c", "--model", "scn",
                    "--model_path", first)
     assert "not a checkpoint of scn but of baseline" in said
+    said = refused(capsys, *flags[:4], *flags[6:], "--save_path", tmp_path / "c", "--arch",
+                   "resnet34", "--model_path", first)
+    assert "was trained with --arch resnet18; give the same" in said
 
 
 def test_a_run_that_goes_on_asks_for_no_file_it_started_from(flags, tmp_path, monkeypatch):
@@ -318,6 +322,43 @@ def test_what_a_model_before_the_last_was_trained_on_counts(flags, tree, tmp_pat
     checkpoint.save(first, state | {"classes": state["classes"][::-1]})
     assert "its classes are neutral, anger, " in refused(
         capsys, *flags, "--model_path", first, "--save_path", tmp_path / "f")
+
+
+def test_test_images_that_lie_in_the_training_split_too_are_counted(flags, tmp_path, capsys):
+    folder = tmp_path / "set"
+    face_tree.write(folder)
+    for i in (1, 2, 9):  # of the same class
+        shutil.copy(folder / f"Image/aligned/test_{i:05d}_aligned.jpg",
+                    folder / f"Image/aligned/train_{i:05d}_aligned.jpg")
+    flags = [*flags, "--data_folder", folder, "--val_fraction", 0]
+    train(*flags, "--save_path", tmp_path / "a", "--epochs", 1)
+    assert "3 of the 21 test images are among those that are trained on" in capsys.readouterr().out
+    train(*flags, "--save_path", tmp_path / "a", "--resume", "auto")
+    written = results(only(tmp_path / "a"))
+    assert written["transductive"] is True and written["in_training"] == {"test": 3}
+
+
+def test_one_s_own_images_are_not_read_before_the_first_step(flags, tmp_path, monkeypatch):
+    train(*flags, "--save_path", tmp_path / "a", "--epochs", 1)
+    read, plain = [], fitting.fingerprints
+    monkeypatch.setattr(fitting, "fingerprints", lambda images: (
+        read.append(len(images)), plain(images))[1])
+    monkeypatch.setattr(fitting.Fit, "begin", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(*flags[:4], *flags[6:], "--save_path", tmp_path / "b", "--model_path",
+              only(tmp_path / "a") / "last.pth")
+    assert read == [21]  # the test split's
+
+
+def test_what_is_held_out_is_the_same_under_any_noise(flags, tmp_path):
+    for noise in (0, .5):
+        train(*flags, "--save_path", tmp_path / f"{noise}", "--epochs", 1, "--noise", noise)
+    clean, noisy = (checkpoint.load(only(tmp_path / name) / "last.pth") for name in ("0", "0.5"))
+    assert torch.equal(*(state["seen_images"]["labelled"] for state in (clean, noisy)))
+    assert not torch.equal(clean["labels"], noisy["labels"])
+    train(*flags[:4], *flags[6:], "--save_path", tmp_path / "on", "--epochs", 1, "--noise", .5,
+          "--select", "val", "--model_path", only(tmp_path / "0") / "last.pth")
+    assert checkpoint.load(only(tmp_path / "on") / "last.pth")["opt"]["pretrained"] == "none"
 
 
 def test_a_longer_run_of_derived_warm_up_goes_on(flags, tmp_path):
@@ -358,6 +399,7 @@ def test_a_run_of_half_precision_goes_on_with_a_scaler_that_has_no_state_yet(fla
     (["--recipe", "published", "--model", "ran"], {
         "optimizer": "sgd", "learning_rate": .01, "lr_schedule": "step", "lr_decay_rate": .1,
         "bn_per_view": True, "views": "fixed"}),
+    (["--recipe", "published", "--model", "ran", "--freeze_backbone"], {"bn_per_view": False}),
     (["--recipe", "published", "--model", "ran", "--no-bn_per_view"], {
         "bn_per_view": False, "region_margin": .02}),
     (["--recipe", "notes"], {"batch_size": 600, "optimizer": "adam", "learning_rate": 1e-3}),
@@ -502,7 +544,8 @@ def test_unreadable_images_and_links_to_nowhere_end_no_run_with_landmarks(tmp_pa
     (["--model", "scn", "--rank_margin", .1, "--rank_beta", 1], "one of the two groups"),
     (["--model", "scn", "--rank_margin", .1, "--rank_beta", .3, "--batch_size", 2], "is empty"),
     (["--model", "scn", "--relabel_epoch", 2, "--rank_beta", 1], "no image of a batch"),
-    (["--backbone_lr", .1, "--freeze_backbone"], "a backbone that moves")])
+    (["--backbone_lr", .1, "--freeze_backbone"], "a backbone that moves"),
+    (["--model", "ran", "--bn_per_view", "--freeze_backbone"], "--bn_per_view goes with a back")])
 def test_bad_input_is_refused_in_one_line(flags, tmp_path, capsys, more, expected):
     said = refused(capsys, *flags, "--save_path", tmp_path / "r", *more)
     assert said.startswith("error: ") and expected in said
