@@ -307,16 +307,20 @@ class Fit:
         return faces.predict(network, test, np.arange(len(test.faces)),
                              self.job.precision.autocast, opt.tta_flip)
 
+    def _lacking(self):
+        """What results say of images without landmarks, and of those that could not be read."""
+        named = {"left_out": lambda part: np.flatnonzero(part.images.lost)}
+        if any(part.landmarks is not None for part in self.sources.values()):
+            named["without_landmarks"] = lambda part: part.without_landmarks()
+        return {what: {name: [part.faces.paths[i] for i in places(part)]
+                       for name, part in self.sources.items()} for what, places in named.items()}
+
     def evaluate(self, header: dict) -> dict | None:
         """Predicts the test split and writes the results; None but on the rank that writes."""
         opt, job, run, test = self.run.opt, self.job, self.run, self.sources["test"]
         details = {"transductive": self.transductive, **self.started}
         if self.shared:
             details["in_training"] = self.shared
-        if any(part.landmarks is not None for part in self.sources.values()):
-            details["without_landmarks"] = {
-                name: [part.faces.paths[i] for i in part.without_landmarks()]
-                for name, part in self.sources.items()}
         for part in self.sources.values():
             part.images.lost[:] = distributed.any_of(part.images.lost)
         if not distributed.first():
@@ -328,9 +332,7 @@ class Fit:
             details["choice"] = {"epochs": self.validation.state["epoch"],
                                  "val_uf1": self.validation.state["value"]}
         predicted = self._predicted(network)
-        details["left_out"] = {
-            name: [part.faces.paths[i] for i in np.flatnonzero(part.images.lost)]
-            for name, part in self.sources.items()}
+        details |= self._lacking()
         files = {"checkpoint": "last.pth", "results": "results.json",
                  "predictions": "predictions.csv", "confusion": "confusion.png",
                  "mistakes": "mistakes.png", "curves": "curves.png", "log": "log.jsonl"}

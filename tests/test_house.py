@@ -56,6 +56,15 @@ def test_only_cmcs_own_prefixes_are_taken_off():
         assert checkpoint._plain(name) == plain
 
 
+def test_no_function_is_long_or_takes_many_parameters():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if path.parent.name != "tests" and isinstance(node, ast.FunctionDef):
+                taken = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
+                assert len([one for one in taken if one.arg != "self"]) <= 8, f"{path}: {node.name}"
+
+
 def test_persons_and_labels_are_collected_once():
     """Asking every clip of a set for them takes time in proportion to its size."""
     def seconds(n):
