@@ -74,6 +74,8 @@ def check_stages(parser, opt, layout):
     given = [name for name in ("au_epochs", "unfreeze_epoch") if getattr(opt, name) is not None]
     if given and not layout.units:
         parser.error(f"--{given[0]} goes with --model V6 or V6c")
+    if not layout.units:
+        opt.free |= {"au_epochs", "unfreeze_epoch"}  # say nothing of this network
     if opt.au_epochs is None:
         opt.au_epochs = 70
     if opt.unfreeze_epoch is None:
@@ -182,6 +184,7 @@ def set_loader(opt):
                        f"five frames of --middle published; prepare the set without that flag")
     opt.subject = chosen_subjects(opt.part, data.clips)
     opt.free.add("subject")  # as --part
+    opt.flags = {**opt.flags, "subject": "--part"}
     print(f"{len(data.clips)} clips, {len(data.clips.people)} subjects")
     return data, units, heldout.split(opt.protocol, data.clips)
 

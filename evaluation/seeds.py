@@ -6,7 +6,7 @@ from pathlib import Path
 from evaluation import measures, result_files
 from evaluation.encoders import RANDOM
 from training import record
-from util import BadInput, write_json
+from util import BadInput, flag, write_json
 
 
 def runs_of(opt: argparse.Namespace, run_name: Callable) -> list[argparse.Namespace]:
@@ -43,7 +43,7 @@ def run_each(opt: argparse.Namespace, evaluate: Callable, run_name: Callable) ->
     for (folder, _), own in zip(runs, clips):
         if own != clips[0]:
             raise BadInput(f"{folder}: holds {len(own)} clips, not the {len(clips[0])} of "
-                           f"{runs[0][0].name}; give every seed the same --subject")
+                           f"{runs[0][0].name}; give every seed the same {flag(opt, 'subject')}")
     figures = measures.over_seeds(results)
     first = runs[0][0]
     head, _, tail = first.name.rpartition(f"_seed_{opt.seeds[0]}")

@@ -185,16 +185,23 @@ class Best:
         """After an epoch, counted within its stage: keeps the network where it is the best so
         far."""
         probabilities, _, units = motion.predict(job, self.inner)
+        uncoded = False
         if stage == "units":
             wanted = torch.from_numpy(job.targets[0, self.inner])
+            uncoded = bool(wanted.isnan().any(1).all())  # then nothing chooses, and the last counts
             value = -float(motion.unit_loss(torch.from_numpy(units), wanted))
         else:
             value = measures.evaluate(self.clips.labels[self.inner], probabilities.argmax(1),
                                       self.clips.n_label)["uf1"]
         stage = "units" if stage == "units" else "classes"
-        if stage != self.state["stage"] or value > self.state["value"] + 1e-12:
+        if uncoded and stage != self.state["stage"]:
+            print("--select inner: no action units of the inner clips are coded; the last epoch of "
+                  "that stage counts")
+        if uncoded or stage != self.state["stage"] or value > self.state["value"] + 1e-12:
             self.state |= {"stage": stage, "value": value, "epoch": epoch, "model": {
                 name: part.cpu().clone() for name, part in job.network.state_dict().items()}}
+        if uncoded:
+            return {}
         return {"inner_au_loss": -value} if stage == "units" else {"inner_uf1": value}
 
     def take(self, network: nn.Module) -> None:

@@ -284,6 +284,8 @@ def read_masks(path: str | Path, keys: list[str], parts: list[str] | None, size:
     rows, _ = read_table(path, columns, fix="--landmarks names a table of landmarks")
     points = {}
     for place, row in rows:
+        if row["key"] in points:
+            raise BadInput(f"{place}: a second row of {row['key']}; keep one")
         try:
             points[row["key"]] = np.array([float(row[name]) for name in columns[1:]]).reshape(
                 68, 2) * size / stored

@@ -5,6 +5,7 @@ sees the motion; a small transformer on the onset face ("position calibration") 
 ends in. One module, sized by a Layout; the blocks of the transformer are timm's.
 """
 import re
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -163,7 +164,9 @@ class Position(nn.Module):
         self.grid = grid
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, 1)})
         self.pos_embed = nn.Parameter(torch.zeros(1, grid * grid, dim))
-        self.blocks = nn.ModuleList(Block(dim, 4, qkv_bias=True) for _ in range(2))
+        # as the published blocks have it; timm's default has not always been that
+        self.blocks = nn.ModuleList(Block(dim, 4, qkv_bias=True, norm_layer=partial(
+            nn.LayerNorm, eps=1e-6)) for _ in range(2))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, onset: Tensor) -> Tensor:

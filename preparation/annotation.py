@@ -204,17 +204,19 @@ def copy_lists(table: Table, target: Path, kept: set) -> Iterator[tuple]:
 def check_spelling(path: str | Path, rows: list[Row]) -> None:
     """Raises BadInput where one person of a database has two names: they would be trained on and
     held out at once."""
+    ways = (("capitals or dots", lambda name: name.lower()),
+            # sub01 and Sub1 are one, 1.1 and 11 are two
+            ("leading zeros", lambda name: re.sub(r"(?<!\d)0+(?=\d+$)", "", name.lower())),
+            ("what stands before the number", lambda name: re.sub(
+                r"^(?:s|sub|subject|spno)?[ _-]*0*(?=\d+$)", "", name.lower())))
     spelled = {}
     for row in rows:
-        # sub01 and Sub1 are one, 1.1 and 11 are two
-        plain = re.sub(r"(?<!\d)0+(?=\d+$)", "", row.person.lower())
-        first = spelled.setdefault((row.database, plain), row)
+        first = spelled.setdefault((row.database, ways[-1][1](row.person)), row)
         if first.person != row.person:
-            alike = first.person.lower() == row.person.lower()
+            how = next(how for how, plain in ways if plain(first.person) == plain(row.person))
             raise BadInput(f"{path}: subjects {first.subject!r} and {row.subject!r} of "
-                           f"{DATABASES[row.database]} differ in "
-                           f"{'capitals or dots' if alike else 'leading zeros'} alone; spell a "
-                           f"person one way, or they are trained on and held out at once")
+                           f"{DATABASES[row.database]} differ in {how} alone; spell a person one "
+                           f"way, or they are trained on and held out at once")
 
 
 def read_clips_csv(path: str | Path, root: Path) -> Table:

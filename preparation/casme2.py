@@ -9,6 +9,7 @@ again, one that was finished is kept. Look at <data_folder>/audit/flow.png after
 clips a second on two cores.
 """
 import argparse
+import math
 import re
 import shutil
 from collections import Counter
@@ -251,10 +252,12 @@ def find_folders(root: Path) -> dict:
 
 
 def numbered(folder: Path) -> dict[int, str]:
-    """Frame number → path of the images of a folder; reg_img before img, where both are there."""
+    """Frame number → path of the images of a folder; reg_img before img, where both are there, and
+    46.jpg before 46.png, which is its depth."""
     frames = {}
-    images = [path for path in sorted(folder.iterdir(), key=lambda path: path.name.lower(),
-                                      reverse=True) if IMAGE.fullmatch(path.name)]
+    images = sorted(filter(lambda path: IMAGE.fullmatch(path.name), folder.iterdir()),
+                    key=lambda path: path.suffix.lower() == ".png")
+    images.sort(key=lambda path: path.stem.lower(), reverse=True)
     for path in [path for path in images if PLAIN.fullmatch(path.name)] or images:
         frames.setdefault(int(IMAGE.fullmatch(path.name)[1]), str(path))
     return frames
@@ -283,12 +286,24 @@ def existing(variants: list, path_of: dict, tolerance: int) -> tuple[dict, str]:
     return moved, ""
 
 
+def move_apex(row: Row, path_of: dict, moved: dict, tolerance: int) -> str:
+    """Why a row has no apex, or '': one that would be taken for its onset (`moved`, as `existing`
+    gives it) becomes the nearest frame after that."""
+    if moved.get(row.apex, math.inf) > moved[row.onset]:
+        return ""
+    later = [n for n in path_of if moved[row.onset] < n <= row.apex + tolerance]
+    if not later:
+        return f"apex {row.apex} is missing, and the nearest frame is that of the onset"
+    moved[row.apex] = min(later)
+    return ""
+
+
 def find_frames(opt: argparse.Namespace, table: Table) -> list[videos.Task]:
     """Tasks for the rows whose frames are there; the table keeps those rows, with the paths of
     onset and apex as their `files`, and names the rest."""
     root, box_of = Path(opt.raw), options.box_finder(opt.crop, opt.roll)
     folders = find_folders(root) if opt.annotation else {}
-    kept, tasks = [], []
+    kept, tasks, owners = [], [], {}
     for row in table.rows:
         number = re.fullmatch(r"sub(\d+)", row.subject)
         folder = root / row.files[0] if row.files else \
@@ -297,6 +312,11 @@ def find_frames(opt: argparse.Namespace, table: Table) -> list[videos.Task]:
         variants = jittered(row.onset, row.apex, row.offset, opt.middle == "published",
                             opt.jitters, opt.reference)
         moved, reason = existing(variants, path_of, opt.tolerance)
+        reason = reason or move_apex(row, path_of, moved, opt.tolerance)
+        first = owners.setdefault((row.database, folder and folder.resolve()), row)
+        if row.files and first.person != row.person:
+            raise BadInput(f"{opt.clips}: {row.files[0]} is the folder of {first.key} and of "
+                           f"{row.key}, of another person; correct one of them")
         box = None if reason else \
             box_of(replace(row, files=()), *spellings(row, path_of[moved[row.onset]]))
         if not reason and opt.crop[0] == "boxes" and box is None:
@@ -309,7 +329,8 @@ def find_frames(opt: argparse.Namespace, table: Table) -> list[videos.Task]:
         variants = [tuple(moved[n] for n in frames) for frames in variants
                     if all(n in moved for n in frames)]
         # the apex is not among the five frames of --middle published
-        apex = min(path_of, key=lambda n, row=row: (abs(n - row.apex), n))
+        apex = moved.get(row.apex) or min((n for n in path_of if n > moved[row.onset]),
+                                          key=lambda n, row=row: (abs(n - row.apex), n))
         if abs(apex - row.apex) > opt.tolerance:
             table.repaired("missing apex: onset_apex.csv names the nearest frame", row.key)
         kept.append(replace(row, files=(path_of[moved[row.onset]], path_of[apex])))
@@ -363,6 +384,7 @@ def run(opt: argparse.Namespace) -> None:
         print(f"{folder}: holds these clips already, of the same frames, settings and OpenCV")
         finish_up(opt, folder, table)
         return
+    fresh = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     records = cutting.run_all(videos.process, tasks, settings, folder, opt.num_workers)
@@ -377,6 +399,8 @@ def run(opt: argparse.Namespace) -> None:
             table.repaired("jittered frame that cannot be used: the plain one", row.key)
         clips.append((row, task, record))
     if not clips:
+        if fresh:
+            shutil.rmtree(folder)
         raise outputs.none_left(opt.raw, table)
     clips = flow_sets.settle(table, clips, bool(opt.annotation))
     flow_sets.write(opt, table, clips, settings, stamp)

@@ -198,8 +198,8 @@ def pair_rows(by: str, unlabelled: list) -> Iterator[tuple]:
 # ---------------------------------------------------------------- report
 
 def none_left(place: str, table: Table) -> BadInput:
-    """The error of a run without any clip."""
-    reasons = "; ".join(f"{key}: {why}" for key, why in table.dropped[:3])
+    """The error of a run without any clip; what was dropped last is what left none."""
+    reasons = "; ".join(f"{key}: {why}" for key, why in table.dropped[-3:])
     return BadInput(f"{place}: no clip can be cut" + (f"; {reasons}" if reasons else ""))
 
 

@@ -164,10 +164,11 @@ def stable_mask(box: Box, size: int, margin: float = MARGIN) -> np.ndarray:
 # ---------------------------------------------------------------- registration
 
 def register(onset: np.ndarray, apex: np.ndarray, masks: Sequence[np.ndarray],
-             motion: str = "translation") -> tuple:
+             motion: str = "translation", pixel: tuple = (1, 1)) -> tuple:
     """Motion from the onset crop to the apex crop, both uint8 `[S, S, 3]`.
 
-    masks: bool `[S, S]` each, tried in turn; motion: translation or similarity. Returns (matrix
+    masks: bool `[S, S]` each, tried in turn; motion: translation or similarity; pixel: width and
+    height of a crop's pixels in those of the frame, in which a head turns. Returns (matrix
     `[2, 3]` from onset to apex crop, converged); the identity where it did not converge. The
     enhanced correlation coefficient is blind to a change of gain and offset.
     """
@@ -185,7 +186,7 @@ def register(onset: np.ndarray, apex: np.ndarray, masks: Sequence[np.ndarray],
             warp = _ecc(first, second, warp, mask, cv2.MOTION_TRANSLATION, 5)
             if motion == "similarity":
                 warp = _nearest_similarity(
-                    _ecc(first, second, warp, mask, cv2.MOTION_AFFINE, 5), mask)
+                    _ecc(first, second, warp, mask, cv2.MOTION_AFFINE, 5), mask, pixel)
         except cv2.error:
             continue
         if moved(warp, len(onset)) < MAX_SHIFT * len(onset):
@@ -209,10 +210,13 @@ def _ecc(first, second, warp, mask, motion, blur):
     return cv2.findTransformECC(first, second, warp, motion, criteria, mask, blur)[1]
 
 
-def _nearest_similarity(warp, mask):
-    """The similarity closest to an affine matrix that moves the mask's centre alike."""
-    a, b = (warp[0, 0] + warp[1, 1]) / 2, (warp[1, 0] - warp[0, 1]) / 2
-    turn = np.array([[a, -b], [b, a]])
+def _nearest_similarity(warp, mask, pixel):
+    """The similarity, of pixels that are square, closest to an affine matrix of pixels that may not
+    be, which moves the mask's centre alike."""
+    squeeze = np.diag(pixel)
+    (p, q), (r, s) = squeeze @ warp[:, :2] @ np.linalg.inv(squeeze)
+    a, b = (p + s) / 2, (r - q) / 2
+    turn = np.linalg.inv(squeeze) @ np.array([[a, -b], [b, a]]) @ squeeze
     centre = np.argwhere(mask).mean(0)[::-1]
     offset = warp[:, :2] @ centre + warp[:, 2] - turn @ centre
     return np.concatenate([turn, offset[:, None]], 1)

@@ -22,7 +22,7 @@ from util import replacing, write_bytes
 
 RECORDS = ".prepare_flow"  # a folder may hold difference images too, with records of their own
 FRAMES, STEPS = 5, 4
-VERSION = 4  # of the computation: another one makes all records void
+VERSION = 5  # of the computation: another one makes all records void
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,10 @@ def cut_frames(task: Task, settings: Settings) -> tuple[np.ndarray, int, int]:
         large, where = framing(side)
         masks = registration.stable_mask(*where), registration.face_mask(*where)
         onset, *others = (registration.cut(frame, large, side) for frame in frames)
+        pixel = (1, 1) if box else (width, height)
         for i, other in enumerate(others, 1):
-            warp, converged = registration.register(onset, other, masks, settings.register)
+            warp, converged = registration.register(onset, other, masks, settings.register,
+                                                    pixel)
             failed += not converged
             if converged:
                 warps[i] = registration.resized(warp, side, size)

@@ -224,7 +224,8 @@ def test_one_key_in_two_databases_becomes_two(raw, tmp_path):
     place = "Cropped/sub01/EP02_01f,46,59,86"
     table = table_of_clips(tmp_path / "clips.csv", [
         f"smic,s1,a,{place},happiness,", f"samm,s1,a,{place.replace(',59,', ',/,')},others,",
-        f"samm,s2,a,{place},others,", f"casme3,spNO.7,a,{place},others,"])
+        "samm,s2,a,Cropped/sub01/EP03_02,46,59,61,others,",
+        f"casme3,spNO.7,a,{place},others,"])
     prepare("--raw", raw, "--clips", table, "--data_folder", tmp_path / "set", *FLAGS)
     script("prepare").main(["casme3", "--raw", raw, "--clips", tmp_path / "set" / "onset_apex.csv",
                             "--data_folder", tmp_path / "images", "--crop", "none", "--size", 64,
@@ -246,7 +247,7 @@ def test_labels_of_dropped_rows_are_no_classes(raw, tmp_path, capsys):
     table = table_of_clips(tmp_path / "clips.csv", [
         f"smic,s1,a,{place},happiness,4+99+x", f"smic,s1,b,{place},,4", f"smic,s1,c,{place}, ,4",
         "smic,s2,d,nowhere,1,2,3,fear,4", f"smic,s2,,{place},anger,4",
-        f"smic,s2,a,{place},others,00+?"])
+        "smic,s2,a,Cropped/sub01/EP03_02,46,59,61,others,00+?"])
     prepare("--raw", raw, "--clips", table, "--data_folder", tmp_path / "set", *FLAGS)
     content = info(tmp_path / "set")
     assert content["classes"] == ["happiness", "others"]
@@ -466,6 +467,8 @@ def test_a_person_has_one_name(raw, tmp_path, capsys):
      "t.csv: subjects 'sub10' and 'sub010' of samm differ in leading zeros alone"),
     (["casme3,spNO.1,c1,f,1,5,9,a", "casme3,SPNO1,c2,g,1,5,9,a"],
      "t.csv: subjects 'spNO.1' and 'SPNO1' of casme3 differ in capitals or dots alone"),
+    (["casme2,1,c1,f,1,5,9,a", "casme2,sub01,c2,g,1,5,9,a"],
+     "t.csv: subjects '1' and 'sub01' of casme2 differ in what stands before the number alone"),
     (["samm;s1;c1;f;1;5;9;a"], "t.csv:1: columns are separated by ';'; save it with ','")])
 def test_tables_of_clips_that_cannot_be_told_apart_are_refused(tmp_path, rows, said):
     mark = ";" if ";" in rows[0] else ","
@@ -560,9 +563,43 @@ def test_bad_flags_are_refused_in_one_line(raw, tmp_path, capsys, flags, expecte
 
 
 def test_a_box_that_lies_outside_the_frame_drops_the_clip(raw, tmp_path, capsys):
-    said = refused(capsys, "--raw", raw, "--annotation", raw / "coding.csv",
-                   "--data_folder", tmp_path, *FLAGS, "--crop", "box", 500, 500, 20, 20)
-    assert "the box is not within the frame of 64x80 pixels" in said
+    said = refused(capsys, "--raw", raw, "--annotation", raw / "coding.csv", "--data_folder",
+                   tmp_path / "set", *FLAGS, "--crop", "box", 500, 500, 20, 20)
+    assert "the box is not within the frame of 64x80 pixels" in said and "fear" not in said
+    assert not (tmp_path / "set").exists()
+
+
+def test_one_folder_has_the_clips_of_one_person(raw, tmp_path, capsys):
+    head = "database,subject,clip,folder,onset,apex,offset,label"
+    place = "Cropped/sub01/EP03_02"
+    for second, together in (("s1", True), ("s2", False)):
+        (tmp_path / "clips.csv").write_text("\n".join([
+            head, f"samm,s1,a,{place},1,31,61,anger", f"samm,{second},b,{place},2,31,61,other"]))
+        flags = ["--raw", raw, "--clips", tmp_path / "clips.csv", "--data_folder",
+                 tmp_path / second, *FLAGS]
+        if together:
+            prepare(*flags)
+        else:
+            assert f"{place} is the folder of s1-a-1 and of s2-b-2, of another person" \
+                in refused(capsys, *flags)
+
+
+@pytest.mark.parametrize("gone, tolerance, apex", [((2,), 1, 3), ((2, 3), 1, None), ((2, 3), 2, 4)])
+def test_a_missing_apex_is_not_the_onset(tmp_path, capsys, gone, tolerance, apex):
+    raw = casme2_tree.write(tmp_path / "raw", [(6, "EP01", 1, 2, 9, "4", "disgust"),
+                                               (7, "EP01", 1, 5, 9, "4", "disgust")])
+    for number in gone:
+        (raw / f"Cropped/sub06/EP01/reg_img{number}.jpg").unlink()
+    prepare("--raw", raw, "--annotation", raw / "coding.csv", "--data_folder", tmp_path / "set",
+            *FLAGS, "--tolerance", tolerance)
+    rows = [row for _, row in read_table(tmp_path / "set" / "onset_apex.csv", fix="")[0]]
+    if apex is None:
+        (left,) = info(tmp_path / "set")["dropped"]
+        assert len(rows) == 1 and "the nearest frame is that of the onset" in left["reason"]
+        return
+    assert rows[0]["apex"].endswith(f"reg_img{apex}.jpg")
+    flow_of = np.load(tmp_path / "set" / "flow.npy")
+    assert np.abs(flow_of[0, 1]).max() > 0  # from the middle, which is the onset, to the apex
 
 
 def test_a_root_without_frames(raw, tmp_path, capsys):
@@ -577,7 +614,10 @@ def test_a_root_without_frames(raw, tmp_path, capsys):
     (("006_05562.jpg", "006_1_2_05563.png", "._006_05564.jpg", "8-9.txt"),
      {5562: "006_05562.jpg", 5563: "006_1_2_05563.png"}),
     (("img2.jpg", "img46.jpg", "img46 2.jpg", "img46 copy 2.jpg", "img2_46.jpg", "006_7.jpg"),
-     {2: "img2.jpg", 46: "img46.jpg"})], ids=["prefixes", "after other numbers", "copies"])
+     {2: "img2.jpg", 46: "img46.jpg"}),
+    (("46.png", "46.jpg", "47.png", "reg_img48.png", "img48.jpg"),
+     {46: "46.jpg", 47: "47.png", 48: "reg_img48.png"})],
+    ids=["prefixes", "after other numbers", "copies", "beside their depth"])
 def test_frames_by_the_number_in_their_name(tmp_path, names, frames):
     for name in names:
         (tmp_path / name).touch()

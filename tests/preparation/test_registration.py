@@ -38,6 +38,17 @@ def test_the_face_fills_the_central_224_pixels():
     assert scaled == pytest.approx([(299.5 + 0.5) / 2 - 0.5, (189.5 + 0.5) / 2 - 0.5])
 
 
+def test_a_turn_is_one_of_square_pixels():
+    """In a frame that is made a square a turn of the head is no similarity, but comes out whole."""
+    turn = np.array(cv2.getRotationMatrix2D((170, 140), 2, 1.01))
+    squeeze = np.diag([340 / 224, 280 / 224])
+    warp = np.linalg.inv(squeeze) @ np.concatenate([turn[:, :2] @ squeeze, turn[:, 2:]], 1)
+    mask = np.ones((224, 224), bool)
+    assert registration._nearest_similarity(warp, mask, (340, 280)) == pytest.approx(warp)
+    off = registration._nearest_similarity(warp, mask, (1, 1)) - warp
+    assert np.abs(off @ [224, 224, 1]).max() > .5
+
+
 def test_roll_levels_the_eyes():
     """Two bright eyes on a line that falls by 10 degrees to the right come out level."""
     y, x = np.mgrid[:400, :600]

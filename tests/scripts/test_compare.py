@@ -639,12 +639,13 @@ GAP = ("no field is empty; 'not stated' where a paper is silent, and verified or
 def test_a_gap_among_the_published_figures_is_refused(make, capsys, tmp_path, monkeypatch, row,
                                                       answer):
     a, path = make("a", 0.9), tmp_path / "published.csv"
-    monkeypatch.setattr(compare_results.published_table, "__defaults__", (path,))
-    path.write_text(compare_results.PUBLISHED.read_text() + "x,2020,y,z,5,3,w,0.5,0.5,verified\n")
+    ours = compare_results.PUBLISHED.read_text()
+    monkeypatch.setattr(compare_results, "PUBLISHED", path)
+    path.write_text(ours + "x,2020,y,z,5,3,w,0.5,0.5,verified\n")
     assert "| x | 2020 | y | z | 5 | 3 | w | 0.5 | 0.5 | verified |" \
         in compare(capsys, "--published", a)
-    path.write_text(compare_results.PUBLISHED.read_text() + row + "\n")
-    place = 1 + compare_results.PUBLISHED.read_text().count("\n")
+    path.write_text(ours + row + "\n")
+    place = 1 + ours.count("\n")
     assert refused(capsys, "--published", a) == f"error: {path}:{place}: {answer}"
 
 

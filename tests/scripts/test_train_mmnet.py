@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import casme2_tree
 import numpy as np
@@ -543,6 +544,23 @@ def test_clips_that_nobody_coded_have_no_part_in_the_loss_of_units():
     assert motion.unit_loss(said, torch.full((5, 3), np.nan)) == 0
 
 
+def test_without_coded_inner_clips_the_last_epoch_of_the_units_counts(prepared, monkeypatch,
+                                                                      capsys):
+    data, _ = dataset.read_videos(prepared, 32, False)
+    best, network = held_out.Best(data.clips, np.arange(9)), torch.nn.Linear(2, 3)
+    job = SimpleNamespace(network=network, targets=np.full((2, 9, 3), np.nan, np.float32))
+    monkeypatch.setattr(motion, "predict", lambda job, rows: (
+        np.zeros((len(rows), 5)), None, np.zeros((len(rows), 3), np.float32)))
+    for epoch in (1, 2, 3):
+        torch.nn.init.constant_(network.bias, epoch)
+        assert best.follow(job, "units", epoch) == {}
+    assert best.state["epoch"] == 3 and best.state["model"]["bias"].tolist() == [3, 3, 3]
+    assert capsys.readouterr().out.count("the last epoch of that stage counts") == 1
+    assert "inner_uf1" in best.follow(job, "all", 1) and best.state["stage"] == "classes"
+    job.targets[:] = 1
+    assert best.follow(job, "units", 1)["inner_au_loss"] == pytest.approx(np.log(2))
+
+
 def test_mirrored_clips_show_their_action_units_on_the_other_side(prepared, monkeypatch):
     data, _ = dataset.read_videos(prepared, 32, True)
     units = [frozenset(one.split()) for one in (
@@ -619,6 +637,10 @@ def test_parts_of_the_face_are_masked(prepared, flags, tmp_path, capsys):
     assert "no landmarks of 7 clips" in refused(
         capsys, *flags, "--save_path", tmp_path / "r", "--mask", "eyes", "--landmarks",
         tmp_path / "few.csv")
+    (tmp_path / "twice.csv").write_text("\n".join([*rows, rows[2]]) + "\n")
+    assert f"twice.csv:{len(rows) + 1}: a second row of {keys[1]}" in refused(
+        capsys, *flags, "--save_path", tmp_path / "r", "--mask", "eyes", "--landmarks",
+        tmp_path / "twice.csv")
     line = ",".join([keys[3], *(str(i // 2) for i in range(136))])
     (tmp_path / "line.csv").write_text("\n".join([*rows[:4], line, *rows[5:]]) + "\n")
     assert f"line.csv: the landmarks of {keys[3]}'s eyes lie on one line" in refused(
