@@ -357,8 +357,9 @@ def main(argv: list[str] | None = None) -> None:
         note = f"on the {len(clips)} {noun} that all results hold"
     if any(result.get("rendered") for result in results):
         note += ", rendered stand-in data, no faces of people"
-    # of whom they are, where test scores chose them; see evaluation.videos
-    note += "".join(f"; {part}" for part in {result.get("part") for result in results} - {None})
+    # that test scores chose the subjects, where they did; see evaluation.videos
+    note += "".join(f"; {part}" for part in sorted(
+        {result["part"] for result in results if result.get("part")}))
     tables = [result_table(results, figures, note)]
     if len(results) > 1:
         changed = option_table(results)

@@ -76,6 +76,8 @@ def parse_option(argv):
     print(f"--recipe {opt.recipe}: " + ", ".join(  # as they can be given
         f"--{'no-' * (not value)}{name}" if isinstance(value, bool) else f"--{name} {value}"
         for name, value in shown.items()))
+    if opt.freeze_backbone:
+        opt.free.add("bn_per_view")  # which was there, and changed nothing, in earlier releases
     if opt.model_path:  # in whose place the network starts from it
         opt.pretrained = "none"
         opt.free.add("pretrained")  # runs of earlier releases have the default there
@@ -374,7 +376,7 @@ def set_distance(opt, classes, device):
             ensure(len(found) == len(rows))
             distance = torch.tensor([found[name] for name in classes], dtype=torch.float64)
             ensure((distance >= 0).all() and distance.isfinite().all()
-                        and not distance.diagonal().any() and distance.sum(1).all())
+                   and not distance.diagonal().any() and distance.sum(1).all())
         except (KeyError, ValueError):
             raise BadInput(f"{opt.wloss_distance}: needs a row per class of {', '.join(classes)} "
                            f"with its distances, 0 to itself alone, none below 0") from None

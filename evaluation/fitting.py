@@ -93,7 +93,8 @@ class Fit:
         self.digest, self.history = digest.hexdigest(), []
         # what the network that it starts from saw, what it itself saw besides, and whether that
         # was of the test split
-        self.before, self.seen = photographs.SeenImages(*[photographs.NOTHING] * 2), None
+        self.before = photographs.SeenImages(photographs.NOTHING, photographs.NOTHING)
+        self.seen: photographs.SeenImages | None = None
         self.transductive: bool | None = False
         self.started: dict = {}  # file and digest of the network that it started from
         self.shared: dict[str, int] = {}  # images of other splits that are trained on as well
@@ -216,7 +217,7 @@ class Fit:
 
     def read_only(self, argv: list[str], script: str) -> dict:
         """Restores the checkpoint of --resume and trains nothing; returns the log's header."""
-        epoch, _ = self._restore()
+        epoch, _ = self._restore(trains=False)
         if self.run.opt.select == "val" and not self.validation.state["model"]:
             raise BadInput(f"--resume {self.resume}: no epoch was finished of which --select val "
                            f"could choose the best; go on with the run first")
@@ -228,13 +229,17 @@ class Fit:
         self.run.log(header, lambda line: True, writes=distributed.first())
         return header
 
-    def _restore(self):
-        job = self.job
+    def _restore(self, trains=True):
+        job, opt = self.job, self.run.opt
         if not self.resume:
             return 0, {}
         states = {"model": job.network, "optimizer": job.optimizer, "scaler": job.precision.scaler}
         old = self.run.restore(self.resume, states | ({"ema": job.ema} if job.ema else {}),
                                data_digest=self.digest)
+        if trains and "shared" not in old and "val" not in self.sources and opt.val_fraction and (
+                opt.noise or (opt.val_fraction < 0.05 and any(self.faces.subjects))):
+            raise BadInput(f"{self.resume}: an earlier release held out other images with --noise, "
+                           f"or with so small a --val_fraction; train again, under another --tag")
         job.labels[:] = old["labels"].numpy()
         job.relabelled[:] = map(tuple, old["relabelled"])
         if job.distance is not None:

@@ -159,7 +159,7 @@ class SeenImages(NamedTuple):
     def joined(self, prints: np.ndarray) -> "SeenImages":
         """With those of images that a run trains on, labels and all."""
         return SeenImages(None if self.any is None else np.union1d(self.any, prints),
-                    np.union1d(self.labelled, prints))
+                          np.union1d(self.labelled, prints))
 
     def content(self) -> dict:
         """What a checkpoint keeps."""

@@ -96,8 +96,8 @@ def draw_comparison(path: str | Path, rows: list[tuple], baselines: dict,
 
 
 def draw_results(run: Run, results: dict) -> None:
-    """confusion.png and curves.png of a run's results; with --oracle_curve, also the figures on who
-    is held out, per epoch."""
+    """confusion.png and curves.png of a run's results; with --oracle_curve, also the figures on
+    what is held out, per epoch."""
     oracle = {}
     if run.opt.oracle_curve and "oracle_best_epoch" in results:
         histories = result_files.histories_of(result_files.read_subjects(run.folder).values())

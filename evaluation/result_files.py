@@ -203,6 +203,8 @@ def describe(results: dict) -> str:
                   f"{part['n_subjects']} subjects)"
                   for name, part in results["per_database"].items()]
     saw = "--pretrained was trained on held-out subjects" if results.get("pretrained_sha256") \
+        else "images of the test split lie among the training images" \
+        if "test" in results.get("in_training", ()) \
         else "the network that it started from was trained on images of the test split" \
         if results.get("noun") == "images" \
         else "the encoder saw held-out subjects, with" \

@@ -80,7 +80,8 @@ def find(opt: util.Options, state: dict, told: dict) -> Iterator[Found]:
     if margin is None:
         margin = crop.get("margin", registration.MARGIN)
     # as in training: cut at one size, and brought to what the network sees
-    framing = cut, _, _ = crop.get("size", size), margin, crop.get("align", True)
+    cut = crop.get("size", size)
+    framing = cut, margin, crop.get("align", True)
     # where pictures are written nothing is read
     photos, _ = photographs.find_photos(opt.photos, opt.pictures or "/dev/null")
     for photo in photos:

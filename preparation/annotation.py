@@ -208,7 +208,8 @@ def check_spelling(path: str | Path, rows: list[Row]) -> None:
             # sub01 and Sub1 are one, 1.1 and 11 are two
             ("leading zeros", lambda name: re.sub(r"(?<!\d)0+(?=\d+$)", "", name.lower())),
             ("what stands before the number", lambda name: re.sub(
-                r"^(?:s|sub|subject|spno)?[ _-]*0*(?=\d+$)", "", name.lower())))
+                r"(?<!\d)0+(?=\d+$)", "", re.sub(
+                    r"^(?:s|sub|subject|spno)?[ _-]*(?=\d+$)", "", name.lower()))))
     spelled = {}
     for row in rows:
         first = spelled.setdefault((row.database, ways[-1][1](row.person)), row)

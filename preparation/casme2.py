@@ -9,7 +9,6 @@ again, one that was finished is kept. Look at <data_folder>/audit/flow.png after
 clips a second on two cores.
 """
 import argparse
-import math
 import re
 import shutil
 from collections import Counter
@@ -289,7 +288,9 @@ def existing(variants: list, path_of: dict, tolerance: int) -> tuple[dict, str]:
 def move_apex(row: Row, path_of: dict, moved: dict, tolerance: int) -> str:
     """Why a row has no apex, or '': one that would be taken for its onset (`moved`, as `existing`
     gives it) becomes the nearest frame after that."""
-    if moved.get(row.apex, math.inf) > moved[row.onset]:
+    if row.apex not in moved:  # the third of --middle published is another frame
+        return "" if max(path_of) > moved[row.onset] else "no frame after its onset is there"
+    if moved[row.apex] > moved[row.onset]:
         return ""
     later = [n for n in path_of if moved[row.onset] < n <= row.apex + tolerance]
     if not later:
@@ -313,8 +314,10 @@ def find_frames(opt: argparse.Namespace, table: Table) -> list[videos.Task]:
                             opt.jitters, opt.reference)
         moved, reason = existing(variants, path_of, opt.tolerance)
         reason = reason or move_apex(row, path_of, moved, opt.tolerance)
-        first = owners.setdefault((row.database, folder and folder.resolve()), row)
-        if row.files and first.person != row.person:
+        first = row
+        if row.files and path_of:
+            first = owners.setdefault((row.database, folder.resolve()), row)
+        if first.person != row.person:
             raise BadInput(f"{opt.clips}: {row.files[0]} is the folder of {first.key} and of "
                            f"{row.key}, of another person; correct one of them")
         box = None if reason else \

@@ -213,7 +213,7 @@ def _ecc(first, second, warp, mask, motion, blur):
 def _nearest_similarity(warp, mask, pixel):
     """The similarity, of pixels that are square, closest to an affine matrix of pixels that may not
     be, which moves the mask's centre alike."""
-    squeeze = np.diag(pixel)
+    squeeze = np.diag(pixel).astype(warp.dtype)
     (p, q), (r, s) = squeeze @ warp[:, :2] @ np.linalg.inv(squeeze)
     a, b = (p + s) / 2, (r - q) / 2
     turn = np.linalg.inv(squeeze) @ np.array([[a, -b], [b, a]]) @ squeeze

@@ -104,12 +104,12 @@ class Act:
     quality: int
 
 
-def perform(job: Photo) -> Act:
+def perform(photo: Photo) -> Act:
     """What an image shows, and how it is taken."""
-    rng = rng_of(job.seed, "photo", job.name)
-    strength = job.amplitude * rng.uniform(0.5, 1.25)
+    rng = rng_of(photo.seed, "photo", photo.name)
+    strength = photo.amplitude * rng.uniform(0.5, 1.25)
     units = {}
-    for unit, (far, share) in PROTOTYPES[job.emotion].items():
+    for unit, (far, share) in PROTOTYPES[photo.emotion].items():
         shown, lean = rng.random() < share, rng.normal(0, 0.12)
         if shown:
             size = STRENGTH.get(unit, STRONG) * strength * far * rng.uniform(0.7, 1.2)
@@ -201,10 +201,10 @@ def align(face: Face, act: Act, size: int, mm_per_px: float) -> Pose:
     return replace(act.pose, x=act.pose.x + float(x), y=act.pose.y + float(y))
 
 
-def take(job: Photo, face: Face) -> tuple:
+def take(photo: Photo, face: Face) -> tuple:
     """(bytes of the JPEG, its pixels uint8 `[S, S, 3]`, the 68 points in pixels, the Act)"""
-    act, rng = perform(job), rng_of(job.seed, "camera", job.name)
-    size, mm_per_px = job.size, SPAN / job.size
+    act, rng = perform(photo), rng_of(photo.seed, "camera", photo.name)
+    size, mm_per_px = photo.size, SPAN / photo.size
     act = replace(act, pose=align(face, act, size, mm_per_px))
     image, _, body, _ = shade(face, act.pose, act.light, act.units, size, size, mm_per_px)
     # twice as fine, or lips that part could not be told apart
@@ -291,7 +291,7 @@ def plan(opt: argparse.Namespace, folder: Path) -> list[Photo]:
     rng = rng_of(opt.seed, "set")
     n_train, _ = outputs.apportion(opt.subjects, (opt.train, opt.test), 1)
     people = {"train": range(1, n_train + 1), "test": range(n_train + 1, opt.subjects + 1)}
-    jobs = []
+    photos = []
     for split, subjects in people.items():
         total = getattr(opt, split)
         shown = np.repeat(np.arange(len(EMOTIONS)), outputs.apportion(total, COUNTS, 2))
@@ -302,26 +302,27 @@ def plan(opt: argparse.Namespace, folder: Path) -> list[Photo]:
             given[moved] += rng.integers(1, len(EMOTIONS), len(moved))
             given %= len(EMOTIONS)
         who = rng.permutation(np.resize(np.array(subjects), total))
-        jobs += [Photo(f"{split}_{i + 1:05d}", f"s{who[i]}", EMOTIONS[shown[i]], EMOTIONS[given[i]],
-                     opt.size, opt.amplitude, opt.seed, str(folder)) for i in range(total)]
-    return jobs
+        photos += [Photo(
+            f"{split}_{i + 1:05d}", f"s{who[i]}", EMOTIONS[shown[i]], EMOTIONS[given[i]], opt.size,
+            opt.amplitude, opt.seed, str(folder)) for i in range(total)]
+    return photos
 
 
-def render_subject(jobs: list[Photo]) -> list[dict]:
+def render_subject(photos: list[Photo]) -> list[dict]:
     """Writes the images of one person; a row of each."""
-    first, rows = jobs[0], []
+    first, rows = photos[0], []
     face = Face(first.subject, first.seed, SPAN / first.size)
-    for job in jobs:
-        content, _, points, act = take(job, face)
-        path = f"Image/aligned/{job.name}_aligned.jpg"
-        write_bytes(Path(job.folder) / path, content)
+    for photo in photos:
+        content, _, points, act = take(photo, face)
+        path = f"Image/aligned/{photo.name}_aligned.jpg"
+        write_bytes(Path(photo.folder) / path, content)
         five = (points[36:42].mean(0), points[42:48].mean(0), points[30], points[48], points[54])
-        write_text(Path(job.folder) / "Annotation" / "manual" / f"{job.name}_manu_attri.txt",
+        write_text(Path(photo.folder) / "Annotation" / "manual" / f"{photo.name}_manu_attri.txt",
                    "".join(f"{x:.3f}\t{y:.3f}\n" for x, y in five) + "0\n0\n0\n")
         degrees = {name: round(float(np.degrees(getattr(act.pose, name))), 2)
                    for name in ("yaw", "pitch", "roll")}
-        rows.append({"path": path, "split": job.name.split("_")[0], "subject": job.subject,
-                     "emotion": job.emotion, "label": job.label, "glasses": act.glasses,
+        rows.append({"path": path, "split": photo.name.split("_")[0], "subject": photo.subject,
+                     "emotion": photo.emotion, "label": photo.label, "glasses": act.glasses,
                      "occlusion": act.occlusion, **degrees,
                      "light": round(act.light.key, 3), "points": points.round(2).ravel().tolist()})
     return rows
@@ -329,24 +330,24 @@ def render_subject(jobs: list[Photo]) -> list[dict]:
 
 def write_set(opt: argparse.Namespace, folder: Path) -> dict:
     """Renders everything that training reads into `folder`; returns the counts."""
-    jobs, people = plan(opt, folder), {}
-    for job in jobs:
-        people.setdefault(job.subject, []).append(job)
+    photos, people = plan(opt, folder), {}
+    for photo in photos:
+        people.setdefault(photo.subject, []).append(photo)
     for name in ("EmoLabel", "Image/aligned", "Annotation/manual"):
         (folder / name).mkdir(parents=True)
     rows = {row["path"]: row for row in outputs.in_parallel(render_subject, people.values(),
                                                              opt.num_workers, "image")}
-    rows = [rows[f"Image/aligned/{job.name}_aligned.jpg"] for job in jobs]
+    rows = [rows[f"Image/aligned/{photo.name}_aligned.jpg"] for photo in photos]
     write_text(folder / "EmoLabel" / "list_patition_label.txt", "\n".join(
-        f"{job.name}.jpg {EMOTIONS.index(job.label) + 1}" for job in jobs))
+        f"{photo.name}.jpg {EMOTIONS.index(photo.label) + 1}" for photo in photos))
     header = ["path", *(f"{axis}{i}" for i in range(1, 69) for axis in "xy")]
     write_table(folder / "landmarks.csv", header, ([row["path"], *row["points"]] for row in rows))
     write_table(folder / "subjects.csv", ("path", "subject"), rows)
     write_table(folder / "truth.csv", [name for name in rows[0] if name != "points"], rows)
-    shown = [job.emotion for job in jobs]
+    shown = [photo.emotion for photo in photos]
     return {"subjects": len(people), "training images": opt.train, "test images": opt.test,
             **{name: shown.count(name) for name in EMOTIONS},
-            "wrong labels": sum(job.emotion != job.label for job in jobs)}
+            "wrong labels": sum(photo.emotion != photo.label for photo in photos)}
 
 
 def write_preview(file: Path, amplitude: float, seed: int) -> None:
@@ -355,6 +356,6 @@ def write_preview(file: Path, amplitude: float, seed: int) -> None:
     for n in range(6):
         face = Face(f"s{n + 1}", seed, SPAN / 160)
         pictures = [take(Photo(f"example_{n}_{emotion}", f"s{n + 1}", emotion, emotion, 160,
-                             amplitude, seed), face)[1] for emotion in EMOTIONS]
+                               amplitude, seed), face)[1] for emotion in EMOTIONS]
         rows.append((pictures, f"person {n + 1}"))
     outputs.write_sheet(file, EMOTIONS, rows, NOTE, (160, 160))

@@ -443,7 +443,7 @@ def test_no_head_fits_more_and_tells_less_than_scikit_learns(tmp_path, layer):
         task = fold_heads.Task(features, clips.labels, 4, fold_of, list(range(len(names))))
         regression = logistic.Regression(features, clips.labels, 4)
         heads, choice = fold_heads.solve(task, None, fold_heads.inner_groups(clips),
-                                            regression=regression)
+                                         regression=regression)
         ours = {"chosen": (heads, choice.l2)}
         for l2 in (1e-2, 1e-3, 1e-4):
             heads, _ = fold_heads.solve(task, l2, regression=regression)

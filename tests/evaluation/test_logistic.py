@@ -363,7 +363,7 @@ def test_labels_that_only_name_the_subject_stay_at_chance_for_others(way):
         training = task.training()
         if way == "sgd":
             heads = fold_heads.draw([str(i) for i in range(PEOPLE)],
-                                      logistic.statistics(features, training), KINDS)
+                                    logistic.statistics(features, training), KINDS)
             descent.Descent(heads, task, 1, options(
                 epochs=80, batch_size=16, learning_rate=0.3, weight_decay=1e-4,
                 lr_decay_epochs=[60])).run()

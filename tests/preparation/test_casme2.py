@@ -467,6 +467,8 @@ def test_a_person_has_one_name(raw, tmp_path, capsys):
      "t.csv: subjects 'sub10' and 'sub010' of samm differ in leading zeros alone"),
     (["casme3,spNO.1,c1,f,1,5,9,a", "casme3,SPNO1,c2,g,1,5,9,a"],
      "t.csv: subjects 'spNO.1' and 'SPNO1' of casme3 differ in capitals or dots alone"),
+    (["samm,p01,c1,f,1,5,9,a", "samm,p1,c2,g,1,5,9,a"],
+     "t.csv: subjects 'p01' and 'p1' of samm differ in leading zeros alone"),
     (["casme2,1,c1,f,1,5,9,a", "casme2,sub01,c2,g,1,5,9,a"],
      "t.csv: subjects '1' and 'sub01' of casme2 differ in what stands before the number alone"),
     (["samm;s1;c1;f;1;5;9;a"], "t.csv:1: columns are separated by ';'; save it with ','")])
@@ -582,6 +584,24 @@ def test_one_folder_has_the_clips_of_one_person(raw, tmp_path, capsys):
         else:
             assert f"{place} is the folder of s1-a-1 and of s2-b-2, of another person" \
                 in refused(capsys, *flags)
+
+
+def test_folders_that_are_not_there_are_nobodys(raw, tmp_path):
+    (tmp_path / "clips.csv").write_text("\n".join([
+        "database,subject,clip,folder,onset,apex,offset,label", "samm,s1,a,none,1,31,61,anger",
+        "samm,s2,a,none,1,31,61,anger", "samm,s3,a,Cropped/sub01/EP03_02,1,31,61,other"]))
+    prepare("--raw", raw, "--clips", tmp_path / "clips.csv", "--data_folder", tmp_path / "set",
+            *FLAGS)
+    assert [one["reason"] for one in info(tmp_path / "set")["dropped"]] \
+        == ["no frames of it are there"] * 2
+
+
+def test_no_frame_after_the_onset_is_no_apex(tmp_path):
+    """Of --middle published too, whose third frame is not the apex."""
+    row = casme2.Row(0, "sub01", "a", 10, 12, 17, "", "others", "k")
+    for middle in ({10: 10, 13: 10, 17: 10}, {10: 10, 12: 10, 17: 10}):
+        assert casme2.move_apex(row, {8: "a", 9: "b", 10: "c"}, middle, 7)
+    assert not casme2.move_apex(row, {10: "a", 13: "b"}, {10: 10, 13: 13, 17: 13}, 7)
 
 
 @pytest.mark.parametrize("gone, tolerance, apex", [((2,), 1, 3), ((2, 3), 1, None), ((2, 3), 2, 4)])

@@ -63,9 +63,9 @@ def test_nobody_is_in_both_splits_and_wrong_labels_are_in_training_alone(drawn):
 def test_every_split_has_people_whatever_their_number():
     opt = script("render").parse_option(["faces", "--data_folder", "d", "--train", "14", "--test",
                                          "1000", "--subjects", "2"])
-    jobs = faces.plan(opt, "d")
-    assert {job.subject for job in jobs[:14]} == {"s1"}
-    assert {job.subject for job in jobs[14:]} == {"s2"}
+    photos = faces.plan(opt, "d")
+    assert {photo.subject for photo in photos[:14]} == {"s1"}
+    assert {photo.subject for photo in photos[14:]} == {"s2"}
 
 
 def test_fields_of_displacement_do_not_fold(somebody):
@@ -73,15 +73,15 @@ def test_fields_of_displacement_do_not_fold(somebody):
     lowest = []
     for emotion in faces.EMOTIONS:
         for i in range(12):
-            field = somebody.displacement(faces.perform(job(emotion, f"{emotion}{i}")).units)
+            field = somebody.displacement(faces.perform(photo(emotion, f"{emotion}{i}")).units)
             lowest.append(1 - np.gradient(field[..., 1], 1.0, axis=0).max())
     assert np.mean(np.array(lowest) < 0) < .03 and min(lowest) > -.2
 
 
 def test_classes_are_as_uneven_as_in_the_set():
     opt = script("render").parse_option(["faces", "--data_folder", "d", "--train", "12271"])
-    jobs = [job for job in faces.plan(opt, "d") if job.name.startswith("train")]
-    shown = [job.emotion for job in jobs]
+    photos = [photo for photo in faces.plan(opt, "d") if photo.name.startswith("train")]
+    shown = [photo.emotion for photo in photos]
     assert [shown.count(name) for name in faces.EMOTIONS] == list(faces.COUNTS)
 
 
@@ -94,9 +94,9 @@ def test_the_same_for_any_number_of_workers(drawn, tmp_path):
         assert (drawn / name).read_bytes() == (tmp_path / "set" / name).read_bytes(), name
 
 
-def job(emotion, name="x", **more):
+def photo(emotion, name="x", **more):
     return faces.Photo(**{"name": name, "subject": "s1", "emotion": emotion, "label": emotion,
-                        "size": 96, "amplitude": 1.0, "seed": 0, **more})
+                          "size": 96, "amplitude": 1.0, "seed": 0, **more})
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def somebody():
 
 def frontal(monkeypatch, units):
     """Every image shows these units, from the front and without anything worn."""
-    act = faces.perform(job("neutral"))
+    act = faces.perform(photo("neutral"))
 
     def perform(_):
         return faces.replace(act, units={u: (v, v) for u, v in units.items()},
@@ -120,7 +120,7 @@ def test_landmarks_move_as_the_face_does(somebody, monkeypatch):
     for name, units in (("rest", {}), ("smile", {12: 6}), ("open", {26: 8, 25: 5}),
                         ("raised", {1: 6, 2: 6}), ("closed", {45: 8})):
         frontal(monkeypatch, units)
-        points[name] = faces.take(job("neutral"), somebody)[2]
+        points[name] = faces.take(photo("neutral"), somebody)[2]
     rest, scale = points["rest"], 96 / faces.SPAN
     assert rest.shape == (68, 2)
     # symmetric about the middle
@@ -137,7 +137,7 @@ def test_landmarks_move_as_the_face_does(somebody, monkeypatch):
 
 def test_landmarks_lie_on_what_they_name(somebody, monkeypatch):
     frontal(monkeypatch, {})
-    _, pixels, points, _ = faces.take(job("neutral"), somebody)
+    _, pixels, points, _ = faces.take(photo("neutral"), somebody)
     grey = pixels.astype(float).mean(-1)
 
     def level(p):
@@ -154,7 +154,7 @@ def test_expressions_change_the_parts_of_the_face_that_show_them(somebody, monke
     seen = {}
     for name, units in (("rest", {}), ("smile", {12: 6, 6: 5}), ("frown", {4: 6})):
         frontal(monkeypatch, units)
-        _, pixels, points, _ = faces.take(job("neutral"), somebody)
+        _, pixels, points, _ = faces.take(photo("neutral"), somebody)
         seen[name] = pixels.astype(float)
     change = {name: abs(seen[name] - seen["rest"]).mean(-1) for name in ("smile", "frown")}
     half = int(points[30, 1])
@@ -163,10 +163,10 @@ def test_expressions_change_the_parts_of_the_face_that_show_them(somebody, monke
 
 
 def test_amplitude_scales_the_expression_and_acts_follow_from_the_name():
-    one, two = (faces.perform(job("happiness", amplitude=a)) for a in (1.0, 2.0))
+    one, two = (faces.perform(photo("happiness", amplitude=a)) for a in (1.0, 2.0))
     assert two.units[12][0] == pytest.approx(2 * one.units[12][0], rel=.2)
-    assert faces.perform(job("happiness")) == one != faces.perform(job("happiness", "y"))
-    worn = [faces.perform(job("neutral", f"n{i}")) for i in range(300)]
+    assert faces.perform(photo("happiness")) == one != faces.perform(photo("happiness", "y"))
+    worn = [faces.perform(photo("neutral", f"n{i}")) for i in range(300)]
     assert .1 < np.mean([act.glasses != "none" for act in worn]) < .27
     assert .07 < np.mean([act.occlusion != "none" for act in worn]) < .22
 

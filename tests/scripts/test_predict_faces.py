@@ -160,7 +160,7 @@ def test_the_margin_of_detected_sets_is_kept(tree, tmp_path, capsys, found, monk
     run = trained(tree, tmp_path)
     (tree / "faces.json").unlink()
     assert checkpoint.load(run / "last.pth")["crop"] == {"margin": .5, "align": False,
-                                                           "size": 48}
+                                                         "size": 48}
     cut, seen = detection.cut_face, []
     monkeypatch.setattr(detection, "cut_face", lambda pixels, face, *framing: (
         seen.append(framing), cut(pixels, face, *framing))[1])

@@ -334,6 +334,8 @@ def test_test_images_that_lie_in_the_training_split_too_are_counted(flags, tmp_p
     train(*flags, "--save_path", tmp_path / "a", "--epochs", 1)
     assert "3 of the 21 test images are among those that are trained on" in capsys.readouterr().out
     train(*flags, "--save_path", tmp_path / "a", "--resume", "auto")
+    assert "transductive: yes: images of the test split lie among the training images" \
+        in capsys.readouterr().out
     written = results(only(tmp_path / "a"))
     assert written["transductive"] is True and written["in_training"] == {"test": 3}
 
@@ -350,7 +352,7 @@ def test_one_s_own_images_are_not_read_before_the_first_step(flags, tmp_path, mo
     assert read == [21]  # the test split's
 
 
-def test_what_is_held_out_is_the_same_under_any_noise(flags, tmp_path):
+def test_what_is_held_out_is_the_same_under_any_noise(flags, tmp_path, capsys):
     for noise in (0, .5):
         train(*flags, "--save_path", tmp_path / f"{noise}", "--epochs", 1, "--noise", noise)
     clean, noisy = (checkpoint.load(only(tmp_path / name) / "last.pth") for name in ("0", "0.5"))
@@ -359,6 +361,13 @@ def test_what_is_held_out_is_the_same_under_any_noise(flags, tmp_path):
     train(*flags[:4], *flags[6:], "--save_path", tmp_path / "on", "--epochs", 1, "--noise", .5,
           "--select", "val", "--model_path", only(tmp_path / "0") / "last.pth")
     assert checkpoint.load(only(tmp_path / "on") / "last.pth")["opt"]["pretrained"] == "none"
+    path = only(tmp_path / "0.5") / "last.pth"  # of an earlier release, which divided otherwise
+    state = checkpoint.load(path)
+    del state["shared"]
+    checkpoint.save(path, state)
+    assert "an earlier release held out other images with --noise" in refused(
+        capsys, *flags, "--save_path", tmp_path / "0.5", "--noise", .5, "--epochs", 2, "--resume",
+        "auto")
 
 
 def test_a_longer_run_of_derived_warm_up_goes_on(flags, tmp_path):

@@ -60,7 +60,8 @@ def test_rates_of_every_step_are_the_published_ones():
         for epoch, it, rate, scaled in case["rows"]:
             for base, expected in ((case["lr"], rate), (case["lr"] * .25, scaled)):
                 assert schedules.scheduled(opt, base, epoch + 1, it // accum + 1, steps,
-                                        case["warmup_epochs"]) == pytest.approx(expected, rel=1e-8)
+                                           case["warmup_epochs"]) == pytest.approx(
+                                               expected, rel=1e-8)
 
 
 @pytest.mark.parametrize("number, name, more", [
