@@ -263,10 +263,10 @@ def growth(opt):
         features, labels = torch.randn(1, clips, dim, device=opt.device), torch.arange(clips) % 4
         fold_of = torch.arange(clips).numpy() % people
         task = Task(features, labels.numpy(), 4, fold_of, list(range(people)))
-        run = import_module("LinearProbing_DVSCL_10fold").parse_option(
-            ["--data_folder", ".", "--save_path", ".", "--model_path", "random", "--epochs", "3",
-             "--learning_rate", "0.001"])
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            run = import_module("LinearProbing_DVSCL_10fold").parse_option(
+                ["--data_folder", ".", "--save_path", ".", "--model_path", "random", "--epochs",
+                 "3", "--learning_rate", "0.001"])
             heads = descent.start(run, task, 36, [str(i) for i in range(people)])
         times = [time.perf_counter()]
         for epoch in range(1, run.epochs + 1):
