@@ -97,9 +97,7 @@ def check_options(parser, opt, argv):
         (("--votes",), opt.dataset == "ferplus", "--dataset ferplus"),
         (("--rank_beta",), opt.rank_margin or (opt.relabel_epoch and opt.relabel_group == "low"),
          "--model scn, and --rank_margin or --relabel_epoch with --relabel_group low"),
-        (("--backbone_lr",), not opt.freeze_backbone, "a backbone that moves, not "
-         "--freeze_backbone"),
-        (("--bn_per_view",), not opt.freeze_backbone, "a backbone that moves, not "
+        (("--backbone_lr", "--bn_per_view"), not opt.freeze_backbone, "a backbone that moves, not "
          "--freeze_backbone"),
         (("--relabel_margin", "--relabel_group"), opt.relabel_epoch, "--relabel_epoch"),
         (("--wloss_norm", "--wloss_distance", "--wloss_reduction"), opt.wloss_alpha,

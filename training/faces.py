@@ -107,8 +107,8 @@ class Source(NamedTuple):
             self.marks(rows, batch.device), self.views == "landmark")
 
     def seen(self, batch: Tensor) -> Tensor:
-        """The part of stored images, uint8 `[B, 3, S, S]`, that a network is shown to predict
-        them: uint8, mirrored by nobody."""
+        """The part of stored images, uint8 `[B, 3, S, S]`, that a network is shown to predict them,
+        as it is in them: uint8 `[B, 3, size, size]`."""
         return self.augment.seen(batch) if isinstance(self.augment, Recipe) else batch
 
     def plain_inputs(self, rows: np.ndarray, batch: Tensor, mirror: bool = False) -> Tensor:

@@ -423,6 +423,8 @@ def test_recipes_set_what_no_flag_says(more, expected, capsys):
     opt = train_FER.parse_option(["--dataset", "rafdb", "--data_folder", "d", "--save_path", "s",
                                   *more])
     assert {name: getattr(opt, name) for name in expected} == expected
+    # frozen, it changes nothing: runs of earlier releases, which had it, go on
+    assert ("bn_per_view" in opt.free) == opt.freeze_backbone
     printed = capsys.readouterr().out
     assert f"--recipe {opt.recipe}: --augment {opt.augment}, " in printed
     assert f", --{'' if opt.tta_flip else 'no-'}tta_flip, " in printed

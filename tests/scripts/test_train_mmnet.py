@@ -24,7 +24,7 @@ from evaluation import videos as held_out
 from images import flow, videos
 from models import mmnet
 from training import checkpoint, epochs, motion, record
-from util import BadInput
+from util import BadInput, flag
 
 CLIPS = [clip for clip in casme2_tree.CLIPS if clip[6] != "fear"] \
     + [(4, "EP06_01", 7, 27, 47, "4+7", "disgust"), (5, "EP07_01", 1, 11, 21, "2", "surprise")]
@@ -542,6 +542,17 @@ def test_clips_that_nobody_coded_have_no_part_in_the_loss_of_units():
     assert loss == torch.nn.functional.binary_cross_entropy_with_logits(said[rows], wanted[rows])
     assert not said.grad[[1, 3]].any() and said.grad[rows].all()
     assert motion.unit_loss(said, torch.full((5, 3), np.nan)) == 0
+
+
+def test_stages_are_options_of_networks_that_have_them(prepared):
+    stages = {"au_epochs", "unfreeze_epoch"}  # what is free is not compared, nor listed as changed
+    for model, free in (("V4", stages), ("V6", set())):
+        opt = train_MMNet.parse_option([
+            "--data_folder", str(prepared), "--save_path", "s", "--model", model, "--size", "32",
+            "--part", "5"])
+        assert opt.free & stages == free
+    train_MMNet.set_loader(opt)
+    assert flag(opt.changed(seed=1), "subject") == "--part"
 
 
 def test_without_coded_inner_clips_the_last_epoch_of_the_units_counts(prepared, monkeypatch,
