@@ -68,7 +68,8 @@ def parse_option(argv: list[str] | None) -> util.Options:
     running.add_argument("--device", default="auto", metavar="NAME",
                          help="auto: cuda where there is one, else cpu; or cpu, cuda, cuda:1")
     running.add_argument("--num_workers", type=number(int, 0), default=4,
-                         help="clips: threads that decode images")
+                         help="clips: threads that decode images, processes where they fit "
+                              "nowhere")
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print JSON, not a table")
     output.add_argument("--csv", metavar="FILE", help="photographs: also write this table [none]")

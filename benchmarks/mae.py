@@ -325,7 +325,7 @@ def loading(opt, work):
     with contextlib.redirect_stdout(None):
         (images, stored), (_, anew) = (pretraining.load_images(run) for _ in range(2))
         model, count = ways_of(opt, "vit", batch, None, "--model", "mae_vit_tiny_patch16")
-    anew.array = None  # as where it does not fit
+    anew.array, anew.decoders = None, cache.Decoders(anew.decode, WORKERS)  # as where none fits
     recipe = crops.Recipe(opt.size, pretraining.LOW)
     ways = {"stored": partial(our_loading, stored, recipe, batch, opt.device),
             "decoded each time": partial(our_loading, anew, recipe, batch, opt.device),

@@ -2,18 +2,19 @@
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from util import BadInput, replacing, write_json
+from util import BadInput, RunFailed, leave_signals, replacing, write_json
 
 
 def stamp(paths: Iterable[str | Path], *settings) -> str:
@@ -38,7 +39,7 @@ def cached(items: list, decode: Callable, shape: tuple, dtype: type, stamp: str,
            folder: str = "off", num_workers: int = 4) -> "tuple[np.ndarray | Stream, str]":
     """Every item decoded once: (array `[N, *shape]`, SHA-256 of its bytes).
 
-    decode(item) → array of `shape` and `dtype`, called by several threads; stamp:
+    decode(item) → array of `shape` and `dtype`, called by several threads or processes; stamp:
     what the result follows from. A folder keeps the array as a memory-mapped file under its
     stamp, and later calls map it; 'off' keeps it in memory. Where it fits neither, a Stream takes
     its place, and the digest is the stamp.
@@ -68,7 +69,7 @@ def _fits(volume, folder, num_workers):
     if volume > 0.9 * room:
         print(f"{volume / 2 ** 30:.1f} GiB of images do not fit the {room / 2 ** 30:.1f} GiB free "
               f"{'in memory' if folder == 'off' else f'in {folder}'}: they are decoded for every "
-              f"batch anew, by {num_workers} threads")
+              f"batch anew, by {max(num_workers, 1)} processes")
     return volume <= 0.9 * room
 
 
@@ -99,6 +100,43 @@ def _free_memory():
         return float("inf")
 
 
+class Decoders:
+    """Processes that decode items which are kept nowhere: threads would wait for one another
+    between two images.
+
+    They are forked at once, before a network is computed, so that `decode` need not be pickled.
+    """
+
+    def __init__(self, decode: Callable, num_workers: int):
+        self.workers = max(num_workers, 1)
+        self.pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("fork"),
+                                        _inherit, (decode,))
+        self.pool.submit(os.getpid).result()  # the first task starts all of them
+
+    def __call__(self, items: Iterable) -> list:
+        """decode(item) of each, or the BadInput that it raised; raises RunFailed."""
+        items = list(items)
+        try:
+            return list(self.pool.map(_attempt, items,
+                                      chunksize=-(-len(items) // (4 * self.workers)) or 1))
+        except BrokenExecutor:
+            raise RunFailed("a process that decodes images was killed, for memory perhaps; run "
+                            "again, with fewer --num_workers") from None
+
+
+def _inherit(decode):
+    """Start of a process that decodes."""
+    leave_signals()
+    _attempt.decode = decode
+
+
+def _attempt(item):
+    try:
+        return _attempt.decode(item)
+    except BadInput as error:
+        return error
+
+
 class OnDemand:
     """Items decoded when they are first asked for: `[i]` and `[indices]` as of an array
     `[N, *shape]`.
@@ -106,7 +144,7 @@ class OnDemand:
     decode(i) → array of `shape` and `dtype`, called by several threads; an item for which it
     raises BadInput is named, left blank, and marked in `lost`, bool `[N]`. A folder keeps what is
     decoded as a memory-mapped file under its stamp, for later runs too; 'off' keeps it in memory;
-    where it fits neither, items are decoded anew each time.
+    where it fits neither, items are decoded anew each time, by processes.
     """
 
     def __init__(self, n: int, decode: Callable, shape: tuple, dtype: type, stamp: str,
@@ -114,6 +152,7 @@ class OnDemand:
         self.decode, self.shape, self.dtype = decode, shape, np.dtype(dtype)
         self.ready, self.lost = np.zeros(n, bool), np.zeros(n, bool)
         self.pool = ThreadPoolExecutor(max(num_workers, 1))
+        self.decoders = None  # where nothing is kept
         self.array, self.note, self.mapped, self.unsaved = None, None, None, False
         volume = n * math.prod(shape) * self.dtype.itemsize
         path, note = (Path(folder) / f"{stamp[:32]}.{end}" for end in ("npy", "ready.npy"))
@@ -128,6 +167,7 @@ class OnDemand:
         # in memory each rank of a node keeps one, and none has filled its own yet
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if folder == "off" else 1
         if not _fits(volume * ranks, folder, num_workers):
+            self.decoders = Decoders(decode, num_workers)
             return
         if folder == "off":
             self.array = np.empty((n, *shape), dtype)
@@ -146,20 +186,23 @@ class OnDemand:
 
     def _decoded(self, i):
         try:
-            item = self.decode(i)
-            self.lost[i] = False  # the disk may have been away for a while
-            return item
+            return self._marked(i, self.decode(i))
         except BadInput as error:
-            if not self.lost[i]:
-                tqdm.write(f"left out: {error}", sys.stderr)  # rank 0 alone has a stdout
-            self.lost[i] = True
-            return np.zeros(self.shape, self.dtype)
+            return self._marked(i, error)
+
+    def _marked(self, i, item):
+        """What stands for the i-th item, decoded or the error that it gave."""
+        failed = isinstance(item, BadInput)
+        if failed and not self.lost[i]:
+            tqdm.write(f"left out: {item}", sys.stderr)  # rank 0 alone has a stdout
+        self.lost[i] = failed  # not for ever: the disk may have been away for a while
+        return np.zeros(self.shape, self.dtype) if failed else item
 
     def __getitem__(self, index):
         single = isinstance(index, (int, np.integer))
         index = np.atleast_1d(np.arange(len(self))[index])
         if self.array is None:
-            batch = np.stack(list(self.pool.map(self._decoded, index)))
+            batch = np.stack(list(map(self._marked, index, self.decoders(index))))
         else:
             new = np.unique(index[~self.ready[index]])
             for i, one in zip(new, self.pool.map(self._decoded, new)):
@@ -189,21 +232,22 @@ class OnDemand:
 
 
 class Stream:
-    """Stands in for the array of decoded items: decodes what is asked for, by several threads."""
+    """Stands in for the array of decoded items: processes decode what is asked for."""
 
     def __init__(self, items, decode, num_workers):
-        self.items, self.decode = items, decode
-        self.pool = ThreadPoolExecutor(max(num_workers, 1))
+        self.items, self.decoders = items, Decoders(lambda i: decode(items[i]), num_workers)
 
     def __len__(self):
         return len(self.items)
 
     def __getitem__(self, index):
-        """An int, slice or array of indices → `[*shape]` or `[B, *shape]`."""
+        """An int, slice or array of indices → `[*shape]` or `[B, *shape]`; raises BadInput."""
         if isinstance(index, (int, np.integer)):
-            return self.decode(self.items[index])
-        chosen = [self.items[i] for i in np.arange(len(self))[index]]
-        return np.stack(list(self.pool.map(self.decode, chosen)))
+            return self[[index]][0]
+        decoded = self.decoders(np.arange(len(self))[index])
+        for failure in (item for item in decoded if isinstance(item, BadInput)):
+            raise failure
+        return np.stack(decoded)
 
 
 def fetch(images: np.ndarray | Stream, batches: Iterable[np.ndarray],

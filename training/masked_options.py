@@ -110,7 +110,7 @@ def add_running_options(parser: ArgumentParser, amp: str) -> argparse._ArgumentG
                help=f"mixed precision: bfloat16, or float16 with a loss scaler where the GPU has "
                     f"no bfloat16; float32 as ever where the CPU has none [{amp}]")
     group.add_argument("--num_workers", free=True, type=number(int, 0), default=10,
-                       help="threads that decode images")
+                       help="threads that decode images, processes where they fit nowhere")
     group.add_argument("--seed", type=number(int, 0, 2 ** 62), default=0,
                        help="everything random follows from (seed, epoch, step)")
     group.add_argument("--resume", free=True, metavar="FILE|auto",

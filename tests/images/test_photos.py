@@ -2,6 +2,7 @@
 demand."""
 import io
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from images import cache, photos, regions
 from images.decoding import read_photo
 from training import epochs
-from util import BadInput
+from util import BadInput, RunFailed
 
 
 @pytest.fixture
@@ -266,14 +267,46 @@ def test_items_that_cannot_be_read_are_named_once_and_marked(tmp_path, capsys):
     assert later[2].max() == 2 and asked == [2] and not later.lost.any()
 
 
-def test_what_does_not_fit_is_decoded_each_time(tmp_path, monkeypatch, capsys):
+def streamed(tmp_path, monkeypatch):
+    """What fits nowhere; `told` lists who decoded which item."""
     monkeypatch.setattr(cache, "_free_memory", lambda: 100)
-    images, asked = on_demand("off")
+    told = tmp_path / "told"
+
+    def decode(i):
+        with open(told, "a") as file:
+            file.write(f"{os.getpid()} {i}\n")
+        if i == 2:
+            raise BadInput("2.jpg: cannot be decoded")
+        if i == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return np.full((3, 4, 4), i, np.uint8)
+    return cache.OnDemand(6, decode, (3, 4, 4), np.uint8, "ab" * 32, "off", 2), told
+
+
+def test_what_does_not_fit_is_decoded_each_time_by_processes(tmp_path, monkeypatch, capsys):
+    images, told = streamed(tmp_path, monkeypatch)
     assert "do not fit" in capsys.readouterr().out
     for _ in range(2):
-        assert images[np.array([3])][0, 0, 0, 0] == 3
-    assert asked == [3, 3]
+        assert images[np.array([3, 0, 3])][:, 0, 0, 0].tolist() == [3, 0, 3]
+    assert images[5].shape == (3, 4, 4)
+    who, which = zip(*(line.split() for line in told.read_text().splitlines()))
+    assert sorted(which) == ["0", "0", "3", "3", "3", "3", "5"]
+    assert str(os.getpid()) not in who and 1 <= len(set(who)) <= 2
     images.save()
+
+
+def test_what_processes_cannot_read_is_named_once_and_marked(tmp_path, monkeypatch, capsys):
+    images, _ = streamed(tmp_path, monkeypatch)
+    for _ in range(2):
+        assert images[np.array([1, 2, 3])][:, 0, 0, 0].tolist() == [1, 0, 3]
+    assert images.lost.tolist() == [False, False, True, False, False, False]
+    assert capsys.readouterr().err.count("2.jpg: cannot be decoded") == 1
+
+
+def test_a_process_that_is_killed_ends_the_run_in_one_line(tmp_path, monkeypatch):
+    images, _ = streamed(tmp_path, monkeypatch)
+    with pytest.raises(RunFailed, match=r"killed, for memory perhaps.*--num_workers"):
+        images[np.array([3, 4])]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
