@@ -203,8 +203,9 @@ def write(opt: util.Options, settings: Settings, records: list[dict]) -> Counter
     write_text(folder / "without_faces.txt", "".join(f"{name}\n" for name in bare))
     write_json(folder / "faces.json", {
         "settings": asdict(settings), "inputs": opt.photos, "counts": counts,
-        "versions": record.versions() | {name: importlib.metadata.version(name) for name in
-                                         ("facenet-pytorch", "torchvision", "pillow")},
+        "versions": record.versions(opt.device) | {
+            name: importlib.metadata.version(name)
+            for name in ("facenet-pytorch", "torchvision", "pillow")},
         "photographs": [{name: r[name] for name in ("path", "width", "height", "faces")}
                         for r in records if not r["error"]],
         "without_faces": bare, "unreadable": unreadable})

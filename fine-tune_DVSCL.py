@@ -50,7 +50,7 @@ def parse_option(argv):
         parser.error("--l2 goes with --head probe")
     if opt.subject and "all" in opt.subject and len(opt.subject) > 1:
         parser.error("--subject all stands alone")
-    if opt.subject == ["all"] and "{" in opt.model_path:
+    if opt.subject == ["all"] and "{" in opt.model_path.replace("{seed}", ""):
         parser.error(f"--model_path {opt.model_path}: --subject all holds nobody out; name one "
                      f"checkpoint")
     if opt.train_bn and (opt.batch_size == 1 or opt.freeze_encoder):

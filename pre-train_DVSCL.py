@@ -188,7 +188,7 @@ def train(opt, job, epoch, within, on_step):
         negatives = contrast.draw(index, rng)
         mine = distributed.part(torch.arange(len(index)))
         drawn = {name: value[mine] for name, value in drawn.items()}
-        batch = transforms.train_transform(batch, drawn, normalization, difference, clips.channels)
+        batch = transforms.train_transform(batch, drawn, normalization, clips.channels)
         with precision.autocast():
             feat_rgb, feat_depth = model(batch)  # [B, feat_dim] each
         rows = mine if opt.contrast == "batch" else index[mine]
@@ -220,7 +220,7 @@ def pretrain(opt, argv, device, data, members, run):
     states = {"model": model, "contrast": contrast, "optimizer": optimizer,
               "scaler": precision.scaler}
     if resume:
-        old = run.restore(resume, states, data_digest=data_digest)
+        old = run.restore(resume, states, data_digest=data_digest, encoding=clips.encoding)
         done, normalization, within = old["epoch"], old["normalization"], old["within"]
     else:
         done, within, normalization = 0, {}, encoding.estimate_normalization(

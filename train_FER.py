@@ -43,7 +43,12 @@ def recipe_of(opt):
         "scn": {"rank_margin": 0.07, "relabel_epoch": 10, "relabel_group": "all"},
         "ran": {"optimizer": "sgd", "lr_schedule": "step", "epochs": 40, "augment": "flip",
                 "views": "fixed", "region_margin": 0.02,
-                "bn_per_view": not opt.freeze_backbone}}.get(opt.model, {})
+                "bn_per_view": norms_move(opt)}}.get(opt.model, {})
+
+
+def norms_move(opt):
+    """Whether there are batch norms that follow the batches."""
+    return not opt.freeze_backbone or opt.gaussian
 
 
 # ---------------------------------------------------------------- options
@@ -76,7 +81,7 @@ def parse_option(argv):
     print(f"--recipe {opt.recipe}: " + ", ".join(  # as they can be given
         f"--{'no-' * (not value)}{name}" if isinstance(value, bool) else f"--{name} {value}"
         for name, value in shown.items()))
-    if opt.freeze_backbone:
+    if not norms_move(opt):
         opt.free.add("bn_per_view")  # which was there, and changed nothing, in earlier releases
     if opt.model_path:  # in whose place the network starts from it
         opt.pretrained = "none"
@@ -97,8 +102,10 @@ def check_options(parser, opt, argv):
         (("--votes",), opt.dataset == "ferplus", "--dataset ferplus"),
         (("--rank_beta",), opt.rank_margin or (opt.relabel_epoch and opt.relabel_group == "low"),
          "--model scn, and --rank_margin or --relabel_epoch with --relabel_group low"),
-        (("--backbone_lr", "--bn_per_view"), not opt.freeze_backbone, "a backbone that moves, not "
+        (("--backbone_lr",), not opt.freeze_backbone, "a backbone that moves, not "
          "--freeze_backbone"),
+        (("--bn_per_view",), norms_move(opt), "batch norms that move, not --freeze_backbone "
+         "without --gaussian"),
         (("--relabel_margin", "--relabel_group"), opt.relabel_epoch, "--relabel_epoch"),
         (("--wloss_norm", "--wloss_distance", "--wloss_reduction"), opt.wloss_alpha,
          "--wloss_alpha"),
@@ -188,7 +195,8 @@ def add_model_options(parser):
     model.add_argument("--freeze_backbone", action="store_true",
                        help="train the last layers alone, and the branch of --gaussian")
     model.add_argument("--drop_rate", type=number(float, 0, 0.95), default=0.0,
-                       help="dropout before the last layer, in training")
+                       help="dropout before the last layer, and before RAN's relation attention, "
+                            "in training")
     model.add_argument("--gaussian", action="store_true",
                        help="a map of the landmarks as a fourth channel, which weighs layer1")
     method = parser.add_argument_group("method")

@@ -275,7 +275,12 @@ class NumberList(argparse.Action):
 def beside(path: str | Path) -> Path:
     """The temporary name of `path`, no other process's even where machines share the disk."""
     path = Path(path)
-    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.part")
+    return path.with_name(f".{_part_of(path.name)}.{platform.node()}.{os.getpid()}.part")
+
+
+def _part_of(name):
+    """A name, or its digest where a longer one would be too long for a file system."""
+    return name if len(os.fsencode(name)) < 150 else hashlib.sha256(os.fsencode(name)).hexdigest()
 
 
 @contextlib.contextmanager
@@ -303,7 +308,8 @@ def remove_leftovers(folder: str | Path, name: str | None = None) -> None:
     """Removes what killed processes of this machine left half-written below `folder`, or in it of
     a file or folder `name`; others may be writing there now."""
     folder, ending = Path(folder), f"{platform.node()}.*.part"
-    parts = folder.glob(f".{glob.escape(name)}.{ending}") if name else folder.rglob(f".*.{ending}")
+    parts = folder.glob(f".{glob.escape(_part_of(name))}.{ending}") if name else \
+        folder.rglob(f".*.{ending}")
     for part in parts:
         try:
             os.kill(int(part.suffixes[-2][1:]), 0)

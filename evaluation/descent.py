@@ -25,7 +25,8 @@ def rate_scale(lengths: Tensor | int, positions: int) -> Tensor | float:
     unit length at each of the `positions` of the map, as in normalised LMS (Haykin, "Adaptive
     Filter Theory", ch. 6). The published 0.1 for maps and 30 for a pooled vector fit that.
     """
-    return positions / lengths
+    # of nothing but features that do not vary any rate does
+    return positions / (lengths.clamp(min=1) if isinstance(lengths, Tensor) else max(lengths, 1))
 
 
 class InnerFolds:

@@ -93,6 +93,7 @@ def make_header(opt: argparse.Namespace, argv: list[str], script: str, data: Dat
     clips = data.clips
     return record.header(
         script, opt, argv, list_digest=clips.digest(), checkpoint_sha256=sha256,
+        difference=clips.encoding.get("difference"), classes=list(clips.classes),
         data_digest=hashlib.sha256((clips.digest() + data.digest).encode()).hexdigest(), **more)
 
 
@@ -111,7 +112,8 @@ def open_run(run: Run, header: dict, sha256: dict,
         if not opt.resume and opt.subject in (None, ["all"]):
             raise BadInput(f"{folder}: exists; go on with --resume auto, give another --tag, or "
                            f"remove it")
-        run.check_resumable(folder, old[0], data_digest=header["data_digest"],
+        told = {name: header[name] for name in ("difference", "classes") if name in old[0]}
+        run.check_resumable(folder, old[0], data_digest=header["data_digest"], **told,
                             checkpoint_sha256=header["checkpoint_sha256"], **(besides or {}))
     elif record.holds_a_run(folder):
         raise BadInput(f"{folder}: exists, but holds no log.jsonl; remove it or give another --tag")

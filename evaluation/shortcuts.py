@@ -134,6 +134,8 @@ def describe(measured: dict, classes: list[str]) -> list[str]:
         lines.append(f"the other view of a clip is found among {where}: {of['top1']:.3f}, chance "
                      f"{of['chance']:.3f}")
     for kind, of in (measured.get("head_motion") or {}).items():
+        if not of["n"]:  # it could be followed in none of these clips
+            continue
         figures = [("correct", of["correct"])] + [(name, of[f"p_{i}"])
                                                   for i, name in enumerate(classes)]
         lines.append(f"head motion ({kind}, {of['n']} clips), rank correlation: " + ", ".join(

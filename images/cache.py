@@ -5,16 +5,22 @@ import math
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from util import BadInput, RunFailed, leave_signals, replacing, write_json
+from util import BadInput, RunFailed, leave_signals, remove_leftovers, replacing, write_json
+
+GRACE = 15  # seconds that processes which decode go on after SIGTERM
+_in_memory = weakref.WeakSet()  # every OnDemand that lies there
 
 
 def stamp(paths: Iterable[str | Path], *settings) -> str:
@@ -50,6 +56,7 @@ def cached(items: list, decode: Callable, shape: tuple, dtype: type, stamp: str,
         if note.exists() and path.exists():
             return np.load(path, mmap_mode="r"), json.loads(note.read_text())["sha256"]
         place.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(place, path.name)  # they hold as much room
     if not _fits(math.prod(shape) * np.dtype(dtype).itemsize, folder, num_workers):
         return Stream(items, decode, num_workers), stamp
     if folder == "off":
@@ -109,24 +116,36 @@ class Decoders:
 
     def __init__(self, decode: Callable, num_workers: int):
         self.workers = max(num_workers, 1)
-        self.pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("fork"),
-                                        _inherit, (decode,))
-        self.pool.submit(os.getpid).result()  # the first task starts all of them
+        with _running():
+            self.pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("fork"),
+                                            _inherit, (decode,))
+            self.pool.submit(os.getpid).result()  # the first task starts all of them
 
     def __call__(self, items: Iterable) -> list:
         """decode(item) of each, or the BadInput that it raised; raises RunFailed."""
         items = list(items)
-        try:
+        with _running():
             return list(self.pool.map(_attempt, items,
                                       chunksize=-(-len(items) // (4 * self.workers)) or 1))
-        except BrokenExecutor:
-            raise RunFailed("a process that decodes images was killed, for memory perhaps; run "
-                            "again, with fewer --num_workers") from None
+
+
+@contextmanager
+def _running():
+    """Says in a line that processes which decode cannot run."""
+    try:
+        yield
+    except (BrokenExecutor, BlockingIOError, MemoryError) as error:
+        why = "was killed, for memory perhaps" if isinstance(error, BrokenExecutor) \
+            else f"cannot be started ({error})"
+        raise RunFailed(f"a process that decodes images {why}; run again, with fewer "
+                        f"--num_workers") from None
 
 
 def _inherit(decode):
     """Start of a process that decodes."""
     leave_signals()
+    # who stops a run mostly tells all of its processes, and it wants to end its step and to save
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
     _attempt.decode = decode
 
 
@@ -146,7 +165,6 @@ class OnDemand:
     decoded as a memory-mapped file under its stamp, for later runs too; 'off' keeps it in memory;
     where it fits neither, items are decoded anew each time, by processes.
     """
-
     def __init__(self, n: int, decode: Callable, shape: tuple, dtype: type, stamp: str,
                  folder: str = "off", num_workers: int = 4):
         self.decode, self.shape, self.dtype = decode, shape, np.dtype(dtype)
@@ -164,13 +182,18 @@ class OnDemand:
                 if note.exists():
                     self.ready = np.load(note)
                 return
+            remove_leftovers(path.parent, path.name)  # they hold as much room
         # in memory each rank of a node keeps one, and none has filled its own yet
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if folder == "off" else 1
-        if not _fits(volume * ranks, folder, num_workers):
+        # nor have other sets, whose pages are not taken before they are filled
+        coming = sum(math.ceil(other.array.nbytes * (1 - other.ready.mean()))
+                     for other in _in_memory) if folder == "off" else 0
+        if not _fits((volume + coming) * ranks, folder, num_workers):
             self.decoders = Decoders(decode, num_workers)
             return
         if folder == "off":
             self.array = np.empty((n, *shape), dtype)
+            _in_memory.add(self)
             return
         with replacing(path) as part:
             _claimed(part, (n, *shape), dtype)

@@ -40,13 +40,14 @@ def _boxes(n, rng, crop_low):
     return torch.cat([centre, half], 1)  # [n, 4]
 
 
-def train_transform(images: Tensor, drawn: dict[str, Tensor], normalization: dict, encoding: str,
+def train_transform(images: Tensor, drawn: dict[str, Tensor], normalization: dict,
                     channels: tuple) -> Tensor:
     """Augments and normalises uint8 `[B, C1+C2, 256, 256]` → float32 `[B, C1+C2, 224, 224]`, or
     images of another side to 7/8 of it.
 
     drawn: `draw`'s tensors for these B pairs. The result is channels-last. "No change" maps to
-    exactly 0 whatever was drawn (but for wrap, whose constants are the published ones).
+    exactly 0, and with a drawn offset to that share of the image's own change (but for wrap, whose
+    constants are the published ones).
     """
     drawn = {name: value.to(images.device) for name, value in drawn.items()}
     mean, std = _constants(normalization, images)

@@ -22,6 +22,7 @@ NAMED_CLASS = {
     **dict.fromkeys(("happy", "happiness", "positive"), "positive"),
     "surprise": "surprise", **dict.fromkeys(("others", "other"), "others"),
 }
+ONE_NAME = {"happiness": "happy", "sadness": "sad", "other": "others"}  # of two spellings
 CLASS_SETS = {3: ("negative", "positive", "surprise"),
               4: ("negative", "others", "positive", "surprise")}
 
@@ -186,6 +187,8 @@ def copy_lists(table: Table, target: Path, kept: set) -> Iterator[tuple]:
     `kept`. Subjects without a clip vanish."""
     people = {row.person for row in table.rows}
     for path in sorted(table.lists.glob("v_*/*.txt")):
+        if path.parent.name not in ("v_rgb", "v_depth"):  # others' images are not made here
+            continue
         name = re.sub("_(train|test)$", "", path.stem)
         if name != "subName" and name not in people:
             continue
@@ -278,6 +281,10 @@ def finish(table: Table, classes: int, blank_apex: str, max_gap: int) -> None:
         raise BadInput(f"{table.source['name']}: --blank_apex middle takes offsets, which only the "
                        f"workbooks and their .csv have")
     if table.lists is None:
+        spelled = {row.emotion for row in table.rows}
+        same = {name: other for name, other in ONE_NAME.items() if {name, other} <= spelled}
+        table.rows = [replace(row, emotion=same.get(row.emotion, row.emotion))
+                      for row in table.rows]
         named = CLASS_SETS.get(classes)
         table.classes = named or tuple(sorted({row.emotion for row in table.rows}, key=natural))
     table.annotated, rows = tuple(table.rows), []

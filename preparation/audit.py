@@ -31,7 +31,8 @@ def draw_all(settings: cutting.Settings, table: Table, clips: list, folder: Path
     target.mkdir(parents=True, exist_ok=True)
     if images is None:  # of the whole set
         for page in target.glob("*.png"):  # of classes that there were before
-            page.unlink()
+            if page.name != "flow.png":  # of prepare.py casme2
+                page.unlink()
     images = Path(images or folder)
     for label, name in (*enumerate(table.classes), (-1, "unlabelled")):
         members = [c for c in clips if c[0].label == label]
@@ -59,7 +60,8 @@ def caption(clip: tuple) -> str:
     residual = "-" if record["residual"] is None else f"{record['residual']:.2f}"
     return (f"{row.key}\n{row.emotion or 'unlabelled'}\n"
             f"action units: {row.units or 'not known'}\n"
-            + f"onset to apex: {row.apex - row.onset} frames\n" * (not row.files)  # else unknown
+            + f"onset to apex: {row.apex - row.onset} frames\n" * (
+                not row.files and row.apex > row.onset)  # else unknown
             + f"head moved {record['shift']:.2f} px, left {residual} px\n"
             f"rms change {record['amplitude']:.2f} levels\n"
             f"depth invalid {record['invalid']:.0%}, clipped {record['clipped']:.1%}"

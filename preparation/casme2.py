@@ -28,6 +28,7 @@ from preparation import (
     flow_sets,
     options,
     outputs,
+    registration,
     sheets,
     videos,
 )
@@ -254,7 +255,8 @@ def numbered(folder: Path) -> dict[int, str]:
     """Frame number → path of the images of a folder; reg_img before img, where both are there, and
     46.jpg before 46.png, which is its depth."""
     frames = {}
-    images = sorted(filter(lambda path: IMAGE.fullmatch(path.name), folder.iterdir()),
+    images = sorted(filter(lambda path: IMAGE.fullmatch(path.name) and path.is_file(),
+                           folder.iterdir()),
                     key=lambda path: path.suffix.lower() == ".png")
     images.sort(key=lambda path: path.stem.lower(), reverse=True)
     for path in [path for path in images if PLAIN.fullmatch(path.name)] or images:
@@ -314,6 +316,9 @@ def find_frames(opt: argparse.Namespace, table: Table) -> list[videos.Task]:
                             opt.jitters, opt.reference)
         moved, reason = existing(variants, path_of, opt.tolerance)
         reason = reason or move_apex(row, path_of, moved, opt.tolerance)
+        places = [moved.get(wanted) for wanted in variants[0]]
+        if not reason and places != sorted(places):
+            reason = f"the nearest frames are {', '.join(map(str, places))}, which is no order"
         first = row
         if row.files and path_of:
             first = owners.setdefault((row.database, folder.resolve()), row)
@@ -398,6 +403,8 @@ def run(opt: argparse.Namespace) -> None:
             continue
         if record["failed"]:
             table.repaired("frames that did not register: moved as between those that did", row.key)
+        if record["whole"]:
+            table.repaired(registration.BY_WHOLE_FACE, row.key)
         if record["replaced"]:
             table.repaired("jittered frame that cannot be used: the plain one", row.key)
         clips.append((row, task, record))
@@ -406,6 +413,7 @@ def run(opt: argparse.Namespace) -> None:
             shutil.rmtree(folder)
         raise outputs.none_left(opt.raw, table)
     clips = flow_sets.settle(table, clips, bool(opt.annotation))
+    (folder / "audit" / "flow.png").unlink(missing_ok=True)  # of another set; `finish_up` looks
     flow_sets.write(opt, table, clips, settings, stamp)
     shutil.rmtree(folder / videos.RECORDS)
     print_counts(table, [row for row, _, _ in clips])

@@ -133,7 +133,8 @@ def check_options(parser: argparse.ArgumentParser, opt: argparse.Namespace) -> N
     for names, holds, what in (
             (of_pairs, opt.unlabelled, "--unlabelled"),
             (("au_index", "aus", "min_confidence", "max_rotation"), opt.intensity == "au", "--au"),
-            (("tolerance", "max_gap"), not opt.clips, "--annotation, not --clips")):
+            (("tolerance", "max_gap"), opt.annotation, "--annotation"),
+            (("raw", "blank_apex"), opt.annotation or opt.clips, "--annotation or --clips")):
         for name in names:
             if not holds and getattr(opt, name) != parser.get_default(name):
                 parser.error(f"--{name} goes with {what}")
@@ -240,6 +241,8 @@ def sort_out(table: Table, rows: list, tasks: list, records: list, max_motion: f
         else:
             if not record["registered"]:
                 table.repaired("registration did not converge: left as it was", row.key)
+            elif record["registered"] > 1:
+                table.repaired(registration.BY_WHOLE_FACE, row.key)
             kept.append((row, task, record))
     return kept
 
@@ -254,6 +257,8 @@ def run(opt: argparse.Namespace) -> None:
     table, folder = read_table(opt), Path(opt.data_folder)
     tasks = find_frames(opt, table)
     pairs, pair_tasks, search = plan_pairs(opt, table)
+    if opt.clips:
+        annotation.check_spelling(opt.clips, [*table.rows, *pairs])
     if not tasks and not pair_tasks:
         raise outputs.none_left(opt.raw or opt.unlabelled, table)
     if not table.rows:

@@ -30,7 +30,7 @@ LOOK_ON = 5  # frames after the onset on which a face is looked for
 CROPS = ("onset", "apex", "depth_onset", "depth_apex")  # arrays of kept crops
 # what a file of arrays raises that is missing, empty, cut short or spoilt
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
-VERSION = 3  # of the computation: another one makes all records void
+VERSION = 4  # of the computation: another one makes all records void
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,8 @@ def read_frame(path: str) -> np.ndarray:
 def read_depth(path: str, scale: float) -> np.ndarray:
     """Depth in mm float32 `[H, W]`, 0 where nothing was measured; raises Unusable."""
     image = _open(path)
-    pixels = np.asarray(image.convert("L") if image.mode in ("P", "LA", "1") else image)
+    plain = {"P": "RGB", "LA": "L", "1": "L"}.get(image.mode)  # a palette may hold colours
+    pixels = np.asarray(image.convert(plain) if plain else image)
     if pixels.ndim == 3:
         if (pixels[..., :3] != pixels[..., :1]).any():
             raise Unusable(f"{path}: a colour image, not a depth frame")
@@ -187,7 +188,7 @@ def make_crops(task: Task, settings: Settings, folder: str | Path) -> tuple:
     """(Crops or None for a blank clip, its record so far). Crops that were kept are read again;
     raises Unusable."""
     record = {"box": None, "frame": None, "frame_size": None, "shift": 0.0, "residual": 0.0,
-              "registered": True}
+              "registered": 1}
     if task.blank and not task.frames:
         return None, record
     kept = _crops_path(task, settings, folder)

@@ -77,7 +77,9 @@ class Tree:
             own = {"rgb": {}, "depth": {}}
             for name in inner:
                 self._collect(os.path.join(folder, name), own)
-            if "depth" not in map(str.lower, inner) and "depth" in self._collect(folder, own):
+            views = {VIEWS[name.lower()] for name in inner}
+            beside = self._collect(folder, own) if len(views) < 2 else ()
+            if "depth" in beside and "depth" not in views:
                 notes.add("depth folder without the inner depth/")
             for view, there in images.items():
                 if there and own[view] and there.keys() != own[view].keys():
@@ -117,7 +119,8 @@ class Tree:
         with os.scandir(folder) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 stem, extension = os.path.splitext(entry.name)
-                if stem.isdecimal() and extension.lower() in IMAGES:
+                # a link may lead nowhere
+                if stem.isdecimal() and extension.lower() in IMAGES and entry.is_file():
                     kind = view or IMAGES[extension.lower()]
                     images[kind].setdefault(int(stem), entry.path)
                     views.add(kind)

@@ -210,8 +210,10 @@ def counts(table: Table, labelled: list) -> dict:
     several = len({row.database for row, *_ in labelled}) > 1  # one name may be two people then
     people = Counter(f"{DATABASES[row.database]}/{row.person}" if several else row.person
                      for row, *_ in labelled)
-    return {"annotated": table.source["rows"], "clips": len(labelled), "dropped":
-            len(table.dropped), "classes": {name: names.count(name) for name in table.classes},
+    return {"annotated": table.source["rows"], "clips": len(labelled),
+            # the table names pairs that were dropped, too
+            "dropped": table.source["rows"] - len(labelled),
+            "classes": {name: names.count(name) for name in table.classes},
             "blank": {name: blank.count(name) for name in table.classes},
             "subjects": {name: people[name] for name in sorted(people, key=natural)}}
 
@@ -222,7 +224,7 @@ def report(table: Table, labelled: list, unlabelled: list, search: dict | None,
     if table.source["rows"]:
         clips = counts(table, labelled)
         print(f"{table.source['name']}: {clips['annotated']} clips annotated, {len(labelled)} cut, "
-              f"{len(table.dropped)} dropped, {len(clips['subjects'])} subjects")
+              f"{clips['dropped']} dropped, {len(clips['subjects'])} subjects")
         print_counts(table, clips)
     print_rules(table)
     if search:

@@ -3,6 +3,7 @@
 Coordinates are pixels, x to the right and y down, the centre of the first pixel at (0, 0).
 Matrices are float64 `[2, 3]` and map a point of the crop to the frame it is cut from.
 """
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ COARSE = 64  # pixels of the side where a motion is looked for first; smaller on
 # head moves is lost
 LEAST_SIDE = 224
 MAX_SHIFT = 0.15  # of the crop's side: what lies beyond is a failed registration
+LEAST_CORRELATION = 0.3  # of what a motion brings together: below it something else was found
+BY_WHOLE_FACE = "registered by the whole face: by forehead and nose bridge it did not converge"
 # Parts that expressions move least, as shares of the face box: (left, top, right, bottom).
 STABLE = (0.22, 0.0, 0.78, 0.2), (0.4, 0.3, 0.6, 0.58)  # forehead; nose bridge
 
@@ -59,14 +62,15 @@ class Framing:
 class Crops:
     """One aligned pair: onset, apex uint8 `[S, S, 3]`; depth in mm float32 `[S, S]`, 0 invalid, or
     None; shift: motion of the head that was removed, residual: what is left, pixels of the crop
-    (nan where nothing could be followed); registered: whether the registration converged."""
+    (nan where nothing could be followed); registered: 0 where the registration did not converge, 1
+    by forehead and nose bridge or where none was asked for, 2 by the whole face alone."""
     onset: np.ndarray
     apex: np.ndarray
     depth_onset: np.ndarray | None
     depth_apex: np.ndarray | None
     shift: float
     residual: float
-    registered: bool
+    registered: int
 
 
 def require() -> None:
@@ -167,31 +171,32 @@ def register(onset: np.ndarray, apex: np.ndarray, masks: Sequence[np.ndarray],
              motion: str = "translation", pixel: tuple = (1, 1)) -> tuple:
     """Motion from the onset crop to the apex crop, both uint8 `[S, S, 3]`.
 
-    masks: bool `[S, S]` each, tried in turn; motion: translation or similarity; pixel: width and
-    height of a crop's pixels in those of the frame, in which a head turns. Returns (matrix
-    `[2, 3]` from onset to apex crop, converged); the identity where it did not converge. The
-    enhanced correlation coefficient is blind to a change of gain and offset.
+    masks: bool `[S, S]` each, of the onset crop, tried in turn; motion: translation or similarity;
+    pixel: width and height of a crop's pixels in those of the frame, in which a head turns. Returns
+    (matrix `[2, 3]` from onset to apex crop, number of the mask by which it was found, from 1); the
+    identity and 0 where it did not converge, or on something else. The enhanced correlation
+    coefficient is blind to a change of gain and offset.
     """
     first, second = (_luminance(image) for image in (onset, apex))
     shrink = max(1, len(onset) // COARSE)
-    for mask in masks:
+    for number, mask in enumerate(masks, 1):
         mask = mask.astype(np.uint8)
         try:
-            warp = np.eye(2, 3, dtype=np.float32)
             small = [cv2.resize(image, None, fx=1 / shrink, fy=1 / shrink,
                                 interpolation=cv2.INTER_AREA) for image in (first, second)]
             coarse = cv2.resize(mask, small[0].shape[::-1], interpolation=cv2.INTER_NEAREST)
-            warp = _ecc(*small, warp, coarse, cv2.MOTION_TRANSLATION, 3)
+            _, warp = _ecc(*small, _nearest_shift(*small, coarse), coarse, cv2.MOTION_TRANSLATION,
+                           3)
             warp[:, 2] *= shrink
-            warp = _ecc(first, second, warp, mask, cv2.MOTION_TRANSLATION, 5)
+            alike, warp = _ecc(first, second, warp, mask, cv2.MOTION_TRANSLATION, 5)
             if motion == "similarity":
-                warp = _nearest_similarity(
-                    _ecc(first, second, warp, mask, cv2.MOTION_AFFINE, 5), mask, pixel)
+                alike, warp = _ecc(first, second, warp, mask, cv2.MOTION_AFFINE, 5)
+                warp = _nearest_similarity(warp, mask, pixel)
         except cv2.error:
             continue
-        if moved(warp, len(onset)) < MAX_SHIFT * len(onset):
-            return warp.astype(np.float64), True
-    return np.eye(2, 3), False
+        if moved(warp, len(onset)) < MAX_SHIFT * len(onset) and alike >= LEAST_CORRELATION:
+            return warp.astype(np.float64), number
+    return np.eye(2, 3), 0
 
 
 def resized(warp: np.ndarray, side: int, size: int) -> np.ndarray:
@@ -205,9 +210,27 @@ def _luminance(image):
     return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
 
 
+def _nearest_shift(first, second, mask):
+    """The shift in whole pixels, float32 `[2, 3]`, by which the masked part of `first` looks most
+    like `second`: from far off, steps that climb would stop at something else."""
+    far = math.ceil(MAX_SHIFT * len(first))
+    x, y, width, height = cv2.boundingRect(mask)
+    around = cv2.copyMakeBorder(second, far, far, far, far, cv2.BORDER_REPLICATE)
+    part = np.s_[y:y + height, x:x + width]
+    alike = cv2.matchTemplate(
+        around[y:y + height + 2 * far, x:x + width + 2 * far], first[part], cv2.TM_CCOEFF_NORMED,
+        mask=mask[part].astype(np.float32))
+    alike[~np.isfinite(alike)] = -1  # flat parts
+    down, right = np.unravel_index(alike.argmax(), alike.shape)
+    return np.array([[1, 0, right - far], [0, 1, down - far]], np.float32)
+
+
 def _ecc(first, second, warp, mask, motion, blur):
+    """(correlation, motion) found from the motion `warp` on; mask: of `first`, where OpenCV takes
+    one of `second`."""
     criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 100, 1e-6)
-    return cv2.findTransformECC(first, second, warp, motion, criteria, mask, blur)[1]
+    carried = cv2.warpAffine(mask, warp, mask.shape[::-1], flags=cv2.INTER_NEAREST)
+    return cv2.findTransformECC(first, second, warp, motion, criteria, carried, blur)
 
 
 def _nearest_similarity(warp, mask, pixel):
@@ -259,13 +282,13 @@ def align(frames: Sequence[np.ndarray], depths: Sequence, box: Box, size: int = 
     def matrix_for(image, side=size):
         return crop_matrix(box, side, margin, (image.shape[1] / width, image.shape[0] / height))
     onset, apex = (cut(frame, matrix_for(frame), size) for frame in frames)
-    warp, converged = np.eye(2, 3), True
+    warp, registered = np.eye(2, 3), 1
     if motion != "none":
         side = max(size, LEAST_SIDE)
         pair = (onset, apex) if side == size else \
             [cut(frame, matrix_for(frame, side), side) for frame in frames]
         masks = stable_mask(box, side, margin), face_mask(box, side, margin)
-        warp, converged = register(*pair, masks, motion)
+        warp, registered = register(*pair, masks, motion)
         warp = resized(warp, side, size)
         apex = cut(frames[1], compose(matrix_for(frames[1]), warp), size)
     depth = [None, None]
@@ -273,7 +296,7 @@ def align(frames: Sequence[np.ndarray], depths: Sequence, box: Box, size: int = 
         depth = [cut_depth(image, compose(matrix_for(image), by), size)
                  for image, by in zip(depths, (np.eye(2, 3), warp))]
     left = residual_motion(onset, apex, stable_mask(box, size, margin))
-    return Crops(onset, apex, *depth, moved(warp, size), left, converged)
+    return Crops(onset, apex, *depth, moved(warp, size), left, registered)
 
 
 # ---------------------------------------------------------------- difference

@@ -22,7 +22,7 @@ from util import replacing, write_bytes
 
 RECORDS = ".prepare_flow"  # a folder may hold difference images too, with records of their own
 FRAMES, STEPS = 5, 4
-VERSION = 5  # of the computation: another one makes all records void
+VERSION = 6  # of the computation: another one makes all records void
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,15 @@ def read_frames(task: Task) -> tuple[list[np.ndarray], int]:
     return frames, lost
 
 
-def cut_frames(task: Task, settings: Settings) -> tuple[np.ndarray, int, int]:
-    """(crops uint8 `[F, S, S, 3]` of all frames of a clip, registered onto the onset; how many did
-    not register and moved as lies between those around them that did: standing still among frames
-    that move, they would show a motion of the head; how many jittered ones the plain one replaces).
-    Raises Unusable."""
+def cut_frames(task: Task, settings: Settings) -> tuple[np.ndarray, dict]:
+    """(crops uint8 `[F, S, S, 3]` of all frames of a clip, registered onto the onset; {failed: how
+    many did not register and moved as lies between those around them that did: standing still among
+    frames that move, they would show a motion of the head; whole: how many by the whole face alone;
+    replaced: jittered ones in whose place the plain one stands}). Raises Unusable."""
     size, (frames, replaced) = settings.size, read_frames(task)
     height, width = frames[0].shape[:2]
-    box, margin, failed = None, settings.margin, 0
+    box, margin = None, settings.margin
+    met = {"failed": 0, "whole": 0, "replaced": replaced}
     if settings.crop != "none":
         box, _ = find_box(task, settings, frames[0])
 
@@ -127,45 +128,45 @@ def cut_frames(task: Task, settings: Settings) -> tuple[np.ndarray, int, int]:
         onset, *others = (registration.cut(frame, large, side) for frame in frames)
         pixel = (1, 1) if box else (width, height)
         for i, other in enumerate(others, 1):
-            warp, converged = registration.register(onset, other, masks, settings.register,
-                                                    pixel)
-            failed += not converged
-            if converged:
+            warp, by = registration.register(onset, other, masks, settings.register, pixel)
+            met["failed"] += not by
+            met["whole"] += by > 1
+            if by:
                 warps[i] = registration.resized(warp, side, size)
     known = sorted(warps, key=task.numbers.__getitem__)
     cells = np.stack([warps[i].ravel() for i in known], 1)  # [6, W]
     moved = np.stack([np.interp(task.numbers, [task.numbers[i] for i in known], cell)
                       for cell in cells], 1).reshape(-1, 2, 3)
     return np.stack([registration.cut(frame, registration.compose(matrix, warp), size)
-                     for frame, warp in zip(frames, moved)]), failed, replaced
+                     for frame, warp in zip(frames, moved)]), met
 
 
 def process(task: Task, settings: Settings, folder: str | Path) -> dict:
     """Writes the frames and the flow of one clip to its record below `folder`, unless they are
     there already.
 
-    Returns {path, steps, failed, replaced}, or {dropped: reason}.
+    Returns {path, steps, failed, whole, replaced}, or {dropped: reason}.
     """
     stamp = fingerprint(task, settings)
     path = Path(folder) / RECORDS / f"{stamp[:24]}.npz"
     try:
         with np.load(path) as content:
-            return {"path": str(path), "steps": len(task.steps), "failed": int(content["failed"]),
-                    "replaced": int(content.get("replaced", 0))}
+            return {"path": str(path), "steps": len(task.steps),
+                    **{name: int(content[name]) for name in ("failed", "whole", "replaced")}}
     except UNREADABLE:
         pass
     try:
-        crops, failed, replaced = cut_frames(task, settings)
+        crops, met = cut_frames(task, settings)
     except Unusable as error:
         return {"dropped": str(error)}
     grey = [flow.grey(crop) for crop in crops]
     steps = np.stack([flow.flow_between(grey[a], grey[b], settings.flow) for a, b in task.steps])
     file = io.BytesIO()
     np.savez(file, frames=crops[list(task.plain)].transpose(0, 3, 1, 2),
-             steps=steps.astype(np.float16), failed=failed, replaced=replaced)
+             steps=steps.astype(np.float16), **met)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, file.getvalue())
-    return {"path": str(path), "steps": len(task.steps), "failed": failed, "replaced": replaced}
+    return {"path": str(path), "steps": len(task.steps), **met}
 
 
 def fingerprint(task: Task, settings: Settings) -> str:

@@ -79,7 +79,8 @@ class Performance:
         points = np.array([[-31, -27, 55], [31, -27, 55], [0, 10, 85], [-24, 44, 65], [24, 44, 65]])
 
         def place(p):
-            at = points[:, :2] + (points[:, 2:] - 55) * np.array([p.yaw, p.pitch])
+            # turned and scaled about a point below the middle, as `face.locate` does it
+            at = points[:, :2] + (0, 13) + (points[:, 2:] - 55) * np.array([p.yaw, p.pitch])
             turn = np.array([[np.cos(p.roll), np.sin(p.roll)], [-np.sin(p.roll), np.cos(p.roll)]])
             return p.scale * at @ turn + np.array([p.x, p.y])
         shift = place(self.pose.moved(self.motion)) - place(self.pose)

@@ -85,7 +85,10 @@ def batch_loss(opt: argparse.Namespace, job: Job, place: tuple, n: int, batch: T
         inputs, noise = inputs[good.to(device)], noise[good.to(device)]
     with job.precision.autocast():
         loss, *_ = job.run(inputs, opt.mask_ratio, noise)
-    return loss.mean(), weight, everyone  # DataParallel gives a loss of each GPU
+    if loss.dim():  # DataParallel gives a loss of each GPU, of as many images as torch.chunk deals
+        of = torch.tensor([len(part) for part in inputs.chunk(len(job.run.device_ids))])
+        loss = (loss * (of / len(inputs)).to(loss)).sum()
+    return loss, weight, everyone
 
 
 # ---------------------------------------------------------------- rates of the layers

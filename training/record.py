@@ -294,18 +294,19 @@ def commit(folder: Path = Path(__file__).parents[1]) -> str | None:
         return None
 
 
-def versions() -> dict:
-    """What a result depends on besides its options."""
+def versions(device: str) -> dict:
+    """What a result depends on besides its options; device: as --device names it."""
     return {"commit": commit(), "python": platform.python_version(), "torch": torch.__version__,
             "numpy": np.__version__, "platform": platform.platform(),
             # whether --amp could compute in bfloat16 on a CPU follows from it
             "cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
             "ranks": int(os.environ.get("WORLD_SIZE", "1")),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+            "gpu": torch.cuda.get_device_name(None if device == "auto" else device)
+            if device != "cpu" and torch.cuda.is_available() else None}
 
 
 def header(script: str, opt: argparse.Namespace, argv: list[str], **more: object) -> dict:
     """First line of log.jsonl: the command, all options, versions, and `more` (digests)."""
     command = shlex.join(["python", os.path.basename(script), *argv])
-    return {"command": command, "opt": vars(opt), "free": sorted(opt.free), "versions": versions(),
-            "started": time.strftime("%Y-%m-%d %H:%M:%S"), **more}
+    return {"command": command, "opt": vars(opt), "free": sorted(opt.free),
+            "versions": versions(opt.device), "started": time.strftime("%Y-%m-%d %H:%M:%S"), **more}

@@ -54,8 +54,7 @@ def train_epoch(opt: argparse.Namespace, job: Training, epoch: int, within: dict
         schedules.set_rates(opt, optimizer, epoch, step, len(every))
         drawn = transforms.draw(len(index), epochs.generator(opt.seed, epoch, step), encoding, 0,
                                 views=len(clips.views))
-        batch = transforms.train_transform(batch, drawn, classifier.normalization, encoding,
-                                           clips.channels)
+        batch = transforms.train_transform(batch, drawn, classifier.normalization, clips.channels)
         target = torch.from_numpy(labels[index]).to(device)
         with autocast():
             logits = classifier(batch).float()  # [B, C]

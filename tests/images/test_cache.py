@@ -121,7 +121,7 @@ def test_each_of_three_views_is_augmented_by_its_own_numbers(three):
     assert drawn["gain"].shape == drawn["offset"].shape == (5, 3)
     drawn["flip"] = torch.tensor([True, False, True, False, False])
     drawn["grey"] = torch.tensor([False, False, False, False, True])
-    actual = transforms.train_transform(images, drawn, normalization, "signed", CHANNELS).numpy()
+    actual = transforms.train_transform(images, drawn, normalization, CHANNELS).numpy()
     assert actual.shape == (5, 7, 224, 224)
     for clip in range(5):
         change = pixels[clip, :, 16:240, 16:240] - 128.0
@@ -141,7 +141,7 @@ def test_one_box_crops_three_views_alike(three):
     images[:, 3:] = images[:, :1]  # what one channel holds, all of the other views hold
     plain = {"mean": [0.0] * 7, "std": [1 / 255] * 7}
     drawn = transforms.draw(5, epochs.generator(4), "absolute", 0, 0.3, views=3)
-    actual = transforms.train_transform(images, drawn, plain, "absolute", CHANNELS)
+    actual = transforms.train_transform(images, drawn, plain, CHANNELS)
     assert drawn["box"].shape == (5, 4) and actual.shape == (5, 7, 224, 224)
     for channel in range(3, 7):
         assert torch.allclose(actual[:, channel], actual[:, 0], atol=1e-3)

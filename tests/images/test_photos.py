@@ -1,8 +1,13 @@
 """Batches of photographs: transforms against slow ones, views, the fourth channel; decoding on
 demand."""
+import errno
 import io
+import multiprocessing
 import os
+import re
 import signal
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -301,6 +306,36 @@ def test_what_processes_cannot_read_is_named_once_and_marked(tmp_path, monkeypat
         assert images[np.array([1, 2, 3])][:, 0, 0, 0].tolist() == [1, 0, 3]
     assert images.lost.tolist() == [False, False, True, False, False, False]
     assert capsys.readouterr().err.count("2.jpg: cannot be decoded") == 1
+
+
+def test_processes_outlive_a_signal_to_all_of_a_run(tmp_path, monkeypatch):
+    """Which ends its step and saves."""
+    images, told = streamed(tmp_path, monkeypatch)
+    for process in multiprocessing.active_children():
+        status = Path(f"/proc/{process.pid}/status")
+        while not int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1],
+                      16) >> signal.SIGTERM - 1 & 1:  # it is starting
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGTERM)
+        os.kill(process.pid, signal.SIGINT)
+    time.sleep(0.2)
+    assert images[np.array([3, 5])][:, 0, 0, 0].tolist() == [3, 5]
+    assert len({line.split()[0] for line in told.read_text().splitlines()}) <= 2
+
+
+def test_processes_that_cannot_be_started_end_the_run_in_one_line(monkeypatch):
+    monkeypatch.setattr(os, "fork", lambda: (_ for _ in ()).throw(
+        BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")))
+    with pytest.raises(RunFailed, match=r"cannot be started .*--num_workers"):
+        cache.Decoders(int, 2)
+
+
+def test_memory_that_another_set_will_take_is_not_free(monkeypatch):
+    monkeypatch.setattr(cache, "_free_memory", lambda: 400)  # one takes 288
+    first, _ = on_demand("off")
+    assert first.array is not None and on_demand("off")[0].array is None
+    first[np.arange(6)]  # its pages are taken: what is free is free
+    assert on_demand("off")[0].array is not None
 
 
 def test_a_process_that_is_killed_ends_the_run_in_one_line(tmp_path, monkeypatch):

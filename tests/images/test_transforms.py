@@ -29,7 +29,7 @@ def both_views(n=6):
 def augmented(images, encoding, n=None, seed=0, normalization=None, **options):
     drawn = draw(n or len(images), generator(seed), encoding, **options)
     normalization = normalization or fixed_normalization(encoding, VIEWS, CHANNELS)
-    return train_transform(images, drawn, normalization, encoding, CHANNELS), drawn
+    return train_transform(images, drawn, normalization, CHANNELS), drawn
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -52,7 +52,7 @@ def test_crop_boxes_are_the_same_in_both_views_and_those_that_were_drawn():
     images = torch.stack([ramp.expand(256, 256), ramp.expand(256, 256).t()] * 2)[None]
     images = images.repeat(24, 1, 1, 1)  # channels x, y | x, y: one view of two channels each
     drawn = draw(24, generator(3), "absolute", jitter=0, crop_low=0.2)
-    out = train_transform(images, drawn, PLAIN, "absolute", (2, 2))
+    out = train_transform(images, drawn, PLAIN, (2, 2))
     assert (out[:, :2] == out[:, 2:]).all()
     box = drawn["box"]
     for axis in (0, 1):
@@ -110,7 +110,7 @@ def test_grey_turns_rgb_to_luminance_and_leaves_the_second_view():
     drawn = draw(40, generator(0), "signed", jitter=1e-9)
     assert 2 <= drawn["grey"].sum() <= 16
     out = train_transform(images, drawn, {"mean": [128 / 255] * 4, "std": [1 / 255] * 4},
-                          "signed", CHANNELS)
+                          CHANNELS)
     for i, grey in enumerate(drawn["grey"]):
         change = centre_crop(images[i]).float() - 128
         change = change.flip(-1) if drawn["flip"][i] else change
@@ -170,7 +170,7 @@ def test_half_a_batch_with_half_of_the_draws_gives_half_of_the_result(encoding, 
     images = noise(8)
     whole, drawn = augmented(images, encoding, crop_low=crop_low)
     half = train_transform(images[4:], {name: value[4:] for name, value in drawn.items()},
-                           fixed_normalization(encoding, VIEWS, CHANNELS), encoding, CHANNELS)
+                           fixed_normalization(encoding, VIEWS, CHANNELS), CHANNELS)
     assert torch.allclose(half, whole[4:], atol=1e-4)
 
 
@@ -208,7 +208,7 @@ def test_resized_crop_agrees_with_interpolation_of_the_same_box():
     images = F.avg_pool2d(noise(4).float(), 9, 1, 4).byte()
     box = torch.tensor([[0.0, 0.0, 0.875, 0.875]]).repeat(4, 1)  # 224 pixels about the centre
     drawn = {"flip": torch.zeros(4, dtype=bool), "box": box, "gain": torch.ones(4, 2)}
-    out = train_transform(images, drawn, PLAIN, "absolute", CHANNELS)
+    out = train_transform(images, drawn, PLAIN, CHANNELS)
     assert torch.allclose(out, centre_crop(images).float(), atol=1e-2)
 
 

@@ -622,6 +622,26 @@ def test_a_missing_apex_is_not_the_onset(tmp_path, capsys, gone, tolerance, apex
     assert np.abs(flow_of[0, 1]).max() > 0  # from the middle, which is the onset, to the apex
 
 
+def test_frames_that_stand_in_for_others_keep_their_order(tmp_path):
+    """Of 11 and 13 only 12 and 13 are there: an apex at 12, then 13, 12, 13 again would be a face
+    that goes back and forth."""
+    raw = casme2_tree.write(tmp_path / "raw", [(6, "EP01", 10, 11, 13, "4", "disgust"),
+                                               (7, "EP01", 1, 5, 9, "4", "disgust")])
+    for path in (raw / "Cropped/sub06/EP01").iterdir():
+        if path.name not in ("reg_img12.jpg", "reg_img13.jpg"):
+            path.unlink()
+    prepare("--raw", raw, "--annotation", raw / "coding.csv", "--data_folder", tmp_path / "set",
+            *FLAGS, "--tolerance", 2)
+    (left,) = info(tmp_path / "set")["dropped"]
+    assert left["reason"] == "the nearest frames are 12, 12, 13, 12, 13, which is no order"
+
+
+def test_a_link_to_nowhere_is_no_frame(tmp_path):
+    (tmp_path / "img5.jpg").symlink_to(tmp_path / "not fetched")
+    (tmp_path / "img6.jpg").touch()
+    assert list(casme2.numbered(tmp_path)) == [6]
+
+
 def test_a_root_without_frames(raw, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     flags = ["--annotation", raw / "coding.csv", "--data_folder", tmp_path / "set"]
@@ -659,11 +679,11 @@ def test_a_frame_that_does_not_register_moves_as_those_around_it(tmp_path, monke
         return np.array([[1, 0, 7.0 * shift], [0, 1, 0]]), bool(shift)
     monkeypatch.setattr(videos.registration, "register", register)
     task = videos.Task("k", (str(tmp_path / "f.png"),) * 5, (), (), (), (46, 52, 58, 64, 70))
-    crops, failed, _ = videos.cut_frames(task, videos.Settings(size=32, register="translation"))
+    crops, met = videos.cut_frames(task, videos.Settings(size=32, register="translation"))
     # crops of 32 pixels of those of 224 that are registered: 7 there are one here, two of 64
     matrix = videos.whole_matrix(64, 64, 32)
     matrix[0, 2] += 2 * between
-    assert failed == 1
+    assert met == {"failed": 1, "whole": 0, "replaced": 0}
     assert (crops[missed] == videos.registration.cut(image[..., ::-1], matrix, 32)).all()
 
 
@@ -680,10 +700,10 @@ def test_small_crops_are_registered_as_large_ones_are(tmp_path, motion, turn):
         cv2.imwrite(file, image)
     off = []
     for register in ("none", motion):
-        (onset, other), failed, _ = videos.cut_frames(
+        (onset, other), met = videos.cut_frames(
             videos.Task("k", tuple(files), (), (), (), (1, 2)),
             videos.Settings(size=48, register=register))
-        assert not failed and onset.shape == (48, 48, 3)
+        assert not met["failed"] and onset.shape == (48, 48, 3)
         off.append(np.abs(onset.astype(float) - other)[6:-6, 6:-6].mean())
     # a similarity of the frame is not quite one of the square it is squeezed to
     assert off[1] < 2 and off[1] < off[0] / 6

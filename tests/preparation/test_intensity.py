@@ -210,6 +210,8 @@ def test_pairs_of_a_video_without_a_box_are_named_and_left_out(videos, tmp_path,
             "--data_folder", tmp_path / "set", *FLAGS, "--crop", "boxes", tmp_path / "boxes.csv")
     assert {row["subject"] for row in read_rows(tmp_path / "set")} == {"spNO1"}
     assert "dropped      1  no box in" in capsys.readouterr().out
+    counts = json.loads((tmp_path / "set" / "manifest.json").read_text())["counts"]
+    assert counts["annotated"] == counts["clips"] == counts["dropped"] == 0  # they are no clips
 
 
 def test_what_befalls_unlabelled_pairs_is_reported_too(videos, tmp_path, capsys, monkeypatch):
@@ -218,6 +220,27 @@ def test_what_befalls_unlabelled_pairs_is_reported_too(videos, tmp_path, capsys,
             "--data_folder", tmp_path / "set", *FLAGS)
     assert "  repaired     3  registration did not converge: left as it was" in \
         capsys.readouterr().out
+
+
+def test_a_person_is_named_alike_in_clips_and_in_pairs(videos, tmp_path, capsys):
+    (tmp_path / "clips.csv").write_text(
+        "database,subject,clip,onset,apex,label\ncasme3,1,c,spNO.1/a/color/3.jpg,"
+        "spNO.1/a/color/9.jpg,happy\ncasme3,2,c,spNO.2/a/color/3.jpg,spNO.2/a/color/9.jpg,anger\n")
+    with pytest.raises(SystemExit):
+        prepare("--raw", videos / "raw", "--clips", tmp_path / "clips.csv", "--unlabelled",
+                videos / "raw", "--intensity", "difference", "--data_folder", tmp_path / "set",
+                *FLAGS)
+    assert "subjects '1' and 'spNO.1' of casme3 differ in what stands before" in \
+        capsys.readouterr().err
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("flag", [("--tolerance", 5), ("--blank_apex", "drop"), ("--raw", ".")])
+def test_flags_of_clips_do_nothing_for_pairs_and_are_refused(videos, tmp_path, capsys, flag):
+    with pytest.raises(SystemExit):
+        prepare("--unlabelled", videos / "raw", "--intensity", "difference", "--data_folder",
+                tmp_path / "set", *flag, *FLAGS)
+    assert f"{flag[0]} goes with --annotation" in capsys.readouterr().err
 
 
 def test_a_change_that_is_the_heads_is_no_intensity(videos, tmp_path, capsys, monkeypatch):

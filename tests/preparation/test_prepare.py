@@ -23,7 +23,7 @@ from PIL import Image
 
 import dataset
 import util
-from preparation import annotation, audit, cutting, detection, outputs
+from preparation import annotation, audit, cutting, detection, frames, outputs
 from training import record
 
 BLANK = "apex equal to onset: blank"
@@ -196,18 +196,18 @@ def test_names_folders_and_lists_are_as_published(cut):
 
 def test_difference_images_show_the_rise(cut):
     """40 levels and 4 mm per unit of level, 0.1 per frame: two levels of the frame are one."""
-    for clip, frames in ((KEPT[0], 6), (KEPT[1], 8), (KEPT[9], 5)):
+    for clip, numbers in ((KEPT[0], 6), (KEPT[1], 8), (KEPT[9], 5)):
         (row,) = [c for c in dataset.read_clips(cut).clips if c.key == clip]
         rgb, depth = (level_change(cut, path) for path in row.paths)
-        assert rgb == pytest.approx(40 * 0.1 * frames * 0.9 / 2, rel=0.1)
-        assert depth == pytest.approx(-12.7 * 0.4 * frames, rel=0.06)
+        assert rgb == pytest.approx(40 * 0.1 * numbers * 0.9 / 2, rel=0.1)
+        assert depth == pytest.approx(-12.7 * 0.4 * numbers, rel=0.06)
 
 
 def test_a_missing_apex_is_replaced_by_its_neighbour(cut):
-    """spNO.5 a: 17 for 18, so the change is that of 7 frames; b: 19 for 20, of 9."""
-    for clip, frames in ((KEPT[10], 7), (KEPT[11], 9)):
+    """spNO.5 a: 17 for 18, so the change is that of 7 numbers; b: 19 for 20, of 9."""
+    for clip, numbers in ((KEPT[10], 7), (KEPT[11], 9)):
         (row,) = [c for c in dataset.read_clips(cut).clips if c.key == clip]
-        assert level_change(cut, row.paths[1]) == pytest.approx(-12.7 * 0.4 * frames, rel=0.06)
+        assert level_change(cut, row.paths[1]) == pytest.approx(-12.7 * 0.4 * numbers, rel=0.06)
 
 
 def test_blank_clips_are_no_change(cut):
@@ -315,6 +315,7 @@ def test_counts_are_printed_beside_the_published_ones(raw, tmp_path, capsys):
             *PLAIN)
     lines = capsys.readouterr().out.splitlines()
     assert "labels.csv: 20 clips annotated, 12 cut, 8 dropped, 6 subjects" in lines
+    assert manifest(tmp_path / "set")["counts"]["dropped"] == 8
     table = {line.split()[0]: line.split()[1:] for line in lines if line and line[0] != " "}
     assert table["negative"] == ["6", "1", "508", "496", "457"]
     assert table["others"] == ["1", "0", "170", "166", "161"]
@@ -472,6 +473,33 @@ def test_frames_of_sixteen_bits_are_those_of_eight(tmp_path):
     Image.fromarray(grey).convert("LA").save(tmp_path / "la.png")
     for name in ("p", "la"):
         assert np.array_equal(cutting.read_depth(str(tmp_path / f"{name}.png"), 1), grey)
+    mapped = Image.fromarray(grey)
+    mapped.putpalette([x for i in range(256) for x in (i, 255 - i, 0)])
+    mapped.save(tmp_path / "mapped.png")
+    with pytest.raises(cutting.Unusable, match="a colour image"):
+        cutting.read_depth(str(tmp_path / "mapped.png"), 1)
+
+
+@pytest.mark.parametrize("inner", ["color", "depth"])
+def test_either_view_may_lie_beside_the_others_folder(tmp_path, inner):
+    """And a link to nowhere is no frame."""
+    folder = tmp_path / "spNO.1" / "a"
+    for view, name in (("color", "3.jpg"), ("depth", "3.png")):
+        place = folder / view if view == inner else folder
+        place.mkdir(parents=True, exist_ok=True)
+        (place / name).touch()
+        (place / name.replace("3", "4")).symlink_to(tmp_path / "not fetched")
+    rgb, depth, _ = frames.Tree(tmp_path).frames("spNO.1", "a")
+    assert [*rgb, *depth] == [3, 3] and rgb[3].endswith(".jpg") and depth[3].endswith(".png")
+
+
+def test_two_spellings_of_a_class_are_one(tmp_path):
+    rows = [annotation.Row(0, f"s{i}", "a", 1, 2, None, "", emotion, str(i))
+            for i, emotion in enumerate(("other", "others", "happiness", "sad"))]
+    table = annotation.Table(rows, {"name": "clips.csv", "sha256": None, "rows": 4})
+    annotation.finish(table, 7, "keep", 50)
+    assert table.classes == ("happiness", "others", "sad")
+    assert [row.label for row in table.rows] == [1, 1, 0, 2]
 
 
 def test_a_table_of_boxes_with_empty_cells_names_onsets_as_numbers_do(tmp_path):
@@ -513,7 +541,7 @@ def test_other_boxes_take_the_lists_away_until_they_are_cut(raw, cut, tmp_path, 
 @pytest.mark.parametrize("more, expected", [
     (["--window", 9], "--window goes with --unlabelled"),
     (["--unlabelled", "x", "--intensity", "difference", "--aus", 4], "--aus goes with --au"),
-    (["--max_gap", 9], "--max_gap goes with --annotation, not --clips")])
+    (["--max_gap", 9], "--max_gap goes with --annotation;")])
 def test_flags_that_would_do_nothing_are_refused(tmp_path, capsys, more, expected):
     said = refusal(capsys, "--raw", tmp_path, "--clips", "c.csv", "--data_folder", tmp_path / "s",
                    *more)
@@ -726,7 +754,10 @@ def test_lists_lose_the_rows_that_cannot_be_cut_and_nothing_else(cut, raw, tmp_p
         for path in (cut / view).iterdir():
             text = path.read_text().replace("spNO.1-a-38-spNO.1-a-30", "spNO.1-a-66-spNO.1-a-60")
             (lists / view / path.name).write_bytes(text.replace("\n", "\r\n").encode())
+    shutil.copytree(lists / "v_depth", lists / "v_gray")  # of images that are not made here
     prepare("--raw", raw, "--annotation", lists, "--data_folder", tmp_path / "set", *PLAIN)
+    assert not (tmp_path / "set" / "v_gray").exists()
+    shutil.rmtree(lists / "v_gray")
     for path in lists.rglob("*.txt"):
         lines = path.read_bytes().splitlines(keepends=True)
         rows = [line for line in lines if b"-a-60" not in line]

@@ -152,6 +152,44 @@ def test_what_moves_elsewhere_does_not_disturb_the_registration():
     assert change[190:210, 100:150].mean() > 10
 
 
+@pytest.mark.parametrize("motion", ["translation", "similarity"])
+def test_far_motion_is_measured_on_the_stable_parts(motion):
+    """The head moves by 22 pixels of the crop, all else of the face by 4 more."""
+    broad = gaussian_filter(np.random.default_rng(5).standard_normal((400, 600)), 30)
+    onset = (0.4 * scene(5) + 77 + 25 * broad / broad.std()).clip(5, 250)
+    matrix = identity_at(BOX)
+    far = 22 * matrix[0, 0]
+    apex = move(onset, (0, far + 4), order=5, mode="nearest")
+    stable = registration.stable_mask(BOX, 256)
+    place = cv2.warpAffine(stable.astype(np.uint8), matrix, onset.shape[::-1])
+    place = move(place, (0, far), order=0) > 0
+    apex[place] = move(onset, (0, far), order=5, mode="nearest")[place]
+    crops = [registration.cut(colour(image), matrix, 256) for image in (onset, apex)]
+    warp, by = registration.register(*crops, [stable], motion)
+    centre = np.argwhere(stable).mean(0)[::-1]
+    assert by == 1 and warp @ [*centre, 1] - centre == pytest.approx([22, 0], abs=.1)
+
+
+def test_what_does_not_look_alike_is_not_taken_for_registered():
+    crops = [registration.cut(colour(scene(seed)), identity_at(BOX), 256) for seed in (6, 7)]
+    masks = registration.stable_mask(BOX, 256), registration.face_mask(BOX, 256)
+    warp, by = registration.register(*crops, masks)
+    assert by == 0 and (warp == np.eye(2, 3)).all()
+
+
+def test_a_registration_by_the_whole_face_is_told_apart():
+    onset = scene(8)
+    matrix = identity_at(BOX)
+    stable = registration.stable_mask(BOX, 256, 1.0).astype(np.uint8)
+    onset[cv2.warpAffine(stable, matrix, onset.shape[::-1]) > 0] = 128  # a flat forehead
+    onset[80:136, 200:400] = 128
+    onset[136:230, 270:330] = 128
+    apex = move(onset, (0.7, 1.2), order=5, mode="nearest")
+    pair = registration.align([colour(onset), colour(apex)], (None, None), BOX)
+    assert pair.registered == 2
+    assert pair.shift == pytest.approx(np.hypot(.7, 1.2) / matrix[0, 0], abs=.1)
+
+
 def test_residual_motion_is_measured():
     onset = scene(4)
     for shift in (0.0, 0.8, 2.0):

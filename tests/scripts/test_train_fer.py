@@ -409,6 +409,8 @@ def test_a_run_of_half_precision_goes_on_with_a_scaler_that_has_no_state_yet(fla
         "optimizer": "sgd", "learning_rate": .01, "lr_schedule": "step", "lr_decay_rate": .1,
         "bn_per_view": True, "views": "fixed"}),
     (["--recipe", "published", "--model", "ran", "--freeze_backbone"], {"bn_per_view": False}),
+    (["--recipe", "published", "--model", "ran", "--freeze_backbone", "--gaussian", "--landmarks",
+      "l.csv"], {"bn_per_view": True}),  # the maps' branch has norms
     (["--recipe", "published", "--model", "ran", "--no-bn_per_view"], {
         "bn_per_view": False, "region_margin": .02}),
     (["--recipe", "notes"], {"batch_size": 600, "optimizer": "adam", "learning_rate": 1e-3}),
@@ -424,7 +426,7 @@ def test_recipes_set_what_no_flag_says(more, expected, capsys):
                                   *more])
     assert {name: getattr(opt, name) for name in expected} == expected
     # frozen, it changes nothing: runs of earlier releases, which had it, go on
-    assert ("bn_per_view" in opt.free) == opt.freeze_backbone
+    assert ("bn_per_view" in opt.free) == (opt.freeze_backbone and not opt.gaussian)
     printed = capsys.readouterr().out
     assert f"--recipe {opt.recipe}: --augment {opt.augment}, " in printed
     assert f", --{'' if opt.tta_flip else 'no-'}tta_flip, " in printed
@@ -556,7 +558,7 @@ def test_unreadable_images_and_links_to_nowhere_end_no_run_with_landmarks(tmp_pa
     (["--model", "scn", "--rank_margin", .1, "--rank_beta", .3, "--batch_size", 2], "is empty"),
     (["--model", "scn", "--relabel_epoch", 2, "--rank_beta", 1], "no image of a batch"),
     (["--backbone_lr", .1, "--freeze_backbone"], "a backbone that moves"),
-    (["--model", "ran", "--bn_per_view", "--freeze_backbone"], "--bn_per_view goes with a back")])
+    (["--model", "ran", "--bn_per_view", "--freeze_backbone"], "--bn_per_view goes with batch")])
 def test_bad_input_is_refused_in_one_line(flags, tmp_path, capsys, more, expected):
     said = refused(capsys, *flags, "--save_path", tmp_path / "r", *more)
     assert said.startswith("error: ") and expected in said

@@ -349,6 +349,30 @@ def test_an_image_that_cannot_be_read_is_left_out(kind, capsys):
         torch.testing.assert_close(job.network.state_dict()[name], value, atol=1e-6, rtol=1e-5)
 
 
+class Replicas:
+    """Stands for DataParallel over so many GPUs: the loss of each one's part, a vector."""
+
+    def __init__(self, network, n):
+        self.network, self.device_ids = network, list(range(n))
+
+    def __call__(self, images, mask_ratio, noise):
+        parts = zip(*(given.chunk(len(self.device_ids)) for given in (images, noise)))
+        return torch.stack([self.network(one, mask_ratio, drawn)[0] for one, drawn in parts]), None
+
+
+def test_gpus_with_unlike_numbers_of_images_give_the_mean_over_the_images():
+    network, opt = small(), options(batch_size=10)
+    job, place = job_of(network, pictures(10), crops.Recipe(SIDE, .2)), (1, 1, 0)
+    rows = np.arange(10)
+    batch = torch.from_numpy(job.images[rows])
+    one, *_ = masked.batch_loss(opt, job, place, 10, batch, rows)
+    several = job._replace(run=Replicas(network, 4))  # 3, 3, 3 and 1
+    actual, *_ = masked.batch_loss(opt, several, place, 10, batch, rows)
+    assert actual.shape == () and float(actual) == pytest.approx(float(one), rel=1e-5)
+    parts = several.run(torch.rand(10, 3, SIDE, SIDE), .75, torch.rand(10, 4))[0]
+    assert len(parts) == 4 and parts.std() > 0
+
+
 def test_images_of_which_nothing_can_be_read_move_nothing():
     network = small()
     job = job_of(network, pictures(8, lost=range(8)), crops.Recipe(SIDE, .2))
