@@ -1,7 +1,10 @@
 """Lists, clip identity and pairing, folds, decoding."""
 import argparse
 import collections
+import platform
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -110,6 +113,18 @@ def test_the_same_file_name_under_several_subjects_is_told_apart_by_its_folder(t
         "sub02/EP1": paths[2],
         "SMIC/sub01/EP1": paths[3],
         "EP7": paths[4], "EP3": paths[5]}
+
+
+def test_lists_of_one_subject_have_an_empty_train_list(tmp_path):
+    clips = [replace(clip, paths=(clip.paths[0], clip.paths[1].replace("_d/", "/")))
+             for clip in megc_clips() if clip.subject == "sub02"]
+    touch(tmp_path, clips)
+    lists.write_lists(tmp_path, clips)
+    assert len(dataset.read_clips(tmp_path)) == len(clips) > 0
+    path = tmp_path / "v_rgb" / "sub02_train.txt"
+    path.write_text((tmp_path / "v_rgb" / "sub02_test.txt").read_text())
+    with pytest.raises(BadInput, match="on both sides"):
+        dataset.read_clips(tmp_path)
 
 
 def test_a_subject_name_in_two_databases_is_two_persons_and_two_folds(tmp_path):
@@ -337,6 +352,19 @@ def test_cache_holds_what_decoding_gives_and_is_read_again(drawn, tmp_path, monk
     assert isinstance(again, np.memmap)
     assert (again == plain).all() and again_digest == digest
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".npy"]
+
+
+def test_what_a_killed_decoding_left_gives_its_room_back(drawn, tmp_path, monkeypatch):
+    clips = dataset.read_clips(drawn)
+    dataset.load_images(clips, tmp_path)
+    (array,) = tmp_path.glob("*.npy")
+    array.unlink()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    part = tmp_path / f".{array.name}.{platform.node()}.{dead.pid}.part"
+    part.write_bytes(bytes(1000))
+    dataset.load_images(clips, tmp_path)
+    assert array.exists() and not part.exists()
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[

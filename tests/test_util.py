@@ -118,6 +118,27 @@ def test_only_what_a_killed_process_left_half_written_is_removed(tmp_path):
     assert [part.exists() for part in parts.values()] == [False, True, True]
 
 
+def test_a_name_of_any_length_can_be_written_whole(tmp_path):
+    path = tmp_path / ("顔" * 80 + ".json")  # 245 of the 255 bytes that file systems take
+    util.write_json(path, {})
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    part = util.beside(path)
+    part.with_name(part.name.replace(f".{os.getpid()}.", f".{dead.pid}.")).touch()
+    util.remove_leftovers(tmp_path, path.name)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("device, expected", [("cpu", None), ("auto", "GPU 0"), ("cuda", "GPU 0"),
+                                              ("cuda:1", "GPU 1")])
+def test_the_gpu_that_computed_is_recorded(monkeypatch, device, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name",
+                        lambda of=None: f"GPU {1 if of == 'cuda:1' else 0}")
+    assert record.versions(device)["gpu"] == expected
+
+
 def test_a_log_that_needs_no_cut_is_not_written_over(tmp_path):
     """A job that starts while others append to the log must not drop their lines."""
     record.Log(tmp_path, tmp_path / "curves", {"opt": {}}).epoch(1, {"train_loss": 0.1}, "s1")

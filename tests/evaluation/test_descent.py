@@ -297,6 +297,8 @@ def test_focal_loss_stays_finite_for_hopeless_and_certain_clips():
 def test_the_learning_rate_is_that_of_features_of_unit_length(data):
     assert descent.rate_scale(1.0, 1) == 1
     assert descent.rate_scale(50.0, 25) == pytest.approx(0.5)
+    assert descent.rate_scale(0, 25) == 25  # no feature varies
+    assert descent.rate_scale(torch.tensor([0, 5]), 25).tolist() == [25, 5]
     features, labels, fold_of = data
     actual = []
     for scale, offset in ((1, 0), (64, 0), (1, 30)):

@@ -422,6 +422,20 @@ def test_head_motion_correlates_by_ranks(tmp_path):
     assert actual["shift"]["p_1"] == pytest.approx(-expected)
     assert actual["residual"]["p_0"] is None
     assert shortcuts.head_motion(clips, said, tmp_path / "nowhere") is None
+    assert any("(residual, 7 clips)" in line for line in shortcuts.describe(
+        {"head_motion": actual}, ["a", "b"]))
+
+
+def test_motion_that_could_be_followed_in_no_clip_is_not_told(tmp_path):
+    clips = clip_set(["a"] * 2)
+    util.write_json(tmp_path / "manifest.json", {"clips": [
+        {"shift": 0.1 * i, "residual": None, "files": {f"{i}.png": ""}} for i in range(2)]})
+    said = [{"database": "casme3", "subject": "a", "key": f"k{i:02d}", "label": 0,
+             "prediction": i, "probabilities": [i, 1 - i]} for i in range(2)]
+    actual = shortcuts.head_motion(clips, said, tmp_path)
+    assert actual["residual"]["n"] == 0
+    (line,) = shortcuts.describe({"head_motion": actual}, ["a", "b"])
+    assert "(shift, 2 clips)" in line
 
 
 def test_probing_reports_the_shortcuts(drawn, quick, pretrained, tmp_path, capsys):

@@ -528,6 +528,23 @@ def test_a_run_that_was_stopped_before_the_picture_draws_it(raw, tmp_path, monke
     assert not (tmp_path / "set" / videos.RECORDS).exists()
 
 
+def test_no_picture_is_left_of_another_set(raw, tmp_path, monkeypatch):
+    flags = ["--raw", raw, "--annotation", raw / "coding.csv", "--data_folder", tmp_path / "set",
+             *FLAGS]
+    prepare(*flags)
+    picture = tmp_path / "set" / "audit" / "flow.png"
+    before = picture.read_bytes()
+
+    def killed(*_):
+        raise SystemExit(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(casme2.audit, "draw_flow", killed)
+        with pytest.raises(SystemExit):
+            prepare(*flags, "--reference", "onset")
+    prepare(*flags, "--reference", "onset")
+    assert picture.read_bytes() != before
+
+
 def header_alone(raw, tmp_path):
     casme2_tree.write_table(tmp_path / "coding.csv", [])
 

@@ -415,6 +415,31 @@ def test_resuming_with_fewer_epochs_or_other_data_is_refused(fresh, quick, pretr
     assert snapshot(runs) == before
 
 
+def another_meaning(data):
+    """The same bytes, said to be absolute changes."""
+    path = data / "encoding.json"
+    content = json.loads(path.read_text())
+    assert content["difference"] != "absolute"
+    path.write_text(json.dumps(content | {"difference": "absolute"}))
+
+
+def test_resuming_with_pixels_of_another_meaning_is_refused(fresh, quick, pretrained, tmp_path,
+                                                            capsys):
+    runs = Path(shutil.copytree(pretrained.parents[1], tmp_path / "runs"))
+    flags = ["--data_folder", fresh, *quick]
+    another_meaning(fresh)
+    last = refused(capsys, pretrain, *flags, "--resume", "auto", "--model_path", runs, "--epochs",
+                   3)
+    assert "encoding differs" in last
+
+
+def test_heads_of_pixels_of_another_meaning_are_refused(fresh, quick, tmp_path, capsys):
+    flags = ["--data_folder", fresh, *quick, "--model_path", "random", "--save_path", tmp_path]
+    probe(*flags, "--subject", "s1")
+    another_meaning(fresh)
+    assert "difference differs" in refused(capsys, probe, *flags, "--subject", "s2")
+
+
 @pytest.mark.parametrize("run", [probe, finetune])
 def test_finished_heads_are_not_written_over(drawn, quick, pretrained, tmp_path, capsys, run):
     flags = ["--data_folder", drawn, *quick, "--model_path", pretrained, "--save_path", tmp_path]
