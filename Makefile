@@ -73,7 +73,7 @@ demo-mmnet: .venv/prepare-ready
 
 # a tenth of the training labels is wrong, so that SCN has something to find
 demo-fer: .venv/ready
-	$(PY) render.py faces --data_folder $(DEMO)/fer/data --train 1200 --test 600 --subjects 90 \
+	$(PY) render.py faces --data_folder $(DEMO)/fer/data --train 1000 --test 500 --subjects 80 \
 	    --preview $(DEMO)/fer/faces.png
 	$(PY) train_FER.py $(FER)
 	$(PY) train_FER.py $(FER) --model scn --rank_margin 0.07 --relabel_epoch 8
