@@ -1,7 +1,7 @@
 # make demo       DVSCL on rendered data, from a fresh machine: about 4 minutes
 # make demo-mmnet TM-MMNet on rendered clips: about 5 minutes
-# make demo-fer   FER on rendered faces: about 5 minutes
-# make demo-mae   MAE-SFER on rendered faces: about 7 minutes
+# make demo-fer   FER on rendered faces: about 6 minutes
+# make demo-mae   MAE-SFER on rendered faces: about 5 minutes
 # make test       the tests: about 8 minutes;  make test-slow: those that take longer
 PYTHON ?= python3
 PY = .venv/bin/python

@@ -108,8 +108,8 @@ def _free_memory():
 
 
 class Decoders:
-    """Processes that decode items which are kept nowhere: threads would wait for one another
-    between two images.
+    """Processes that decode items which are kept nowhere: of many threads all but one would wait
+    where Python runs between two images.
 
     They are forked at once, before a network is computed, so that `decode` need not be pickled.
     """
