@@ -220,7 +220,11 @@ def pretrain(opt, argv, device, data, members, run):
     states = {"model": model, "contrast": contrast, "optimizer": optimizer,
               "scaler": precision.scaler}
     if resume:
-        old = run.restore(resume, states, data_digest=data_digest, encoding=clips.encoding)
+        old = run.restore(resume, states, data_digest=data_digest)
+        was, now = (said["difference"] for said in (old["encoding"], clips.encoding))
+        if was != now:
+            raise BadInput(f"{resume}: was trained on differences encoded as {was}, which are "
+                           f"{now} here; give another --tag")
         done, normalization, within = old["epoch"], old["normalization"], old["within"]
     else:
         done, within, normalization = 0, {}, encoding.estimate_normalization(

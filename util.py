@@ -314,7 +314,8 @@ def remove_leftovers(folder: str | Path, name: str | None = None) -> None:
         try:
             os.kill(int(part.suffixes[-2][1:]), 0)
         except (ProcessLookupError, ValueError):
-            shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # somebody else's
+                shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
         except PermissionError:  # somebody else's, alive
             pass
 

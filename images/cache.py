@@ -10,7 +10,6 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -70,9 +69,11 @@ def cached(items: list, decode: Callable, shape: tuple, dtype: type, stamp: str,
     return np.load(path, mmap_mode="r"), digest
 
 
-def _fits(volume, folder, num_workers):
-    """Whether so many bytes fit the folder, or memory; says so where they do not."""
+def _fits(volume, folder, num_workers, coming=0):
+    """Whether so many bytes fit the folder, or memory, of which others will take those that are
+    `coming`; says so where they do not."""
     room = shutil.disk_usage(folder).free if folder != "off" else _free_memory()
+    room = max(room - coming, 0)
     if volume > 0.9 * room:
         print(f"{volume / 2 ** 30:.1f} GiB of images do not fit the {room / 2 ** 30:.1f} GiB free "
               f"{'in memory' if folder == 'off' else f'in {folder}'}: they are decoded for every "
@@ -111,34 +112,36 @@ class Decoders:
     """Processes that decode items which are kept nowhere: of many threads all but one would wait
     where Python runs between two images.
 
-    They are forked at once, before a network is computed, so that `decode` need not be pickled.
+    They are forked at once, so that `decode` need not be pickled. Raises RunFailed where they
+    cannot be started.
     """
 
     def __init__(self, decode: Callable, num_workers: int):
-        self.workers = max(num_workers, 1)
-        with _running():
-            self.pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("fork"),
-                                            _inherit, (decode,))
+        self.workers, before = max(num_workers, 1), multiprocessing.active_children()
+        self.pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("fork"),
+                                        _inherit, (decode,))
+        try:
             self.pool.submit(os.getpid).result()  # the first task starts all of them
+        except (OSError, RuntimeError) as error:  # no process, memory or thread is left
+            self.processes = set(multiprocessing.active_children()) - set(before)
+            raise self._failed(f"cannot be started ({error})") from None
+        self.processes = set(multiprocessing.active_children()) - set(before)
 
     def __call__(self, items: Iterable) -> list:
         """decode(item) of each, or the BadInput that it raised; raises RunFailed."""
         items = list(items)
-        with _running():
+        try:
             return list(self.pool.map(_attempt, items,
                                       chunksize=-(-len(items) // (4 * self.workers)) or 1))
+        except BrokenExecutor:
+            raise self._failed("was killed, for memory perhaps") from None
 
-
-@contextmanager
-def _running():
-    """Says in a line that processes which decode cannot run."""
-    try:
-        yield
-    except (BrokenExecutor, BlockingIOError, MemoryError) as error:
-        why = "was killed, for memory perhaps" if isinstance(error, BrokenExecutor) \
-            else f"cannot be started ({error})"
-        raise RunFailed(f"a process that decodes images {why}; run again, with fewer "
-                        f"--num_workers") from None
+    def _failed(self, why):
+        """The error of a process that decodes; the others end, which this one would wait for."""
+        for process in self.processes:
+            process.kill()
+        return RunFailed(f"a process that decodes images {why}; run again, with fewer "
+                         f"--num_workers")
 
 
 def _inherit(decode):
@@ -163,7 +166,7 @@ class OnDemand:
     decode(i) → array of `shape` and `dtype`, called by several threads; an item for which it
     raises BadInput is named, left blank, and marked in `lost`, bool `[N]`. A folder keeps what is
     decoded as a memory-mapped file under its stamp, for later runs too; 'off' keeps it in memory;
-    where it fits neither, items are decoded anew each time, by processes.
+    where it fits neither, processes call `decode` anew each time.
     """
     def __init__(self, n: int, decode: Callable, shape: tuple, dtype: type, stamp: str,
                  folder: str = "off", num_workers: int = 4):
@@ -186,9 +189,9 @@ class OnDemand:
         # in memory each rank of a node keeps one, and none has filled its own yet
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if folder == "off" else 1
         # nor have other sets, whose pages are not taken before they are filled
-        coming = sum(math.ceil(other.array.nbytes * (1 - other.ready.mean()))
+        coming = sum(other.array[:1].nbytes * int((~other.ready & ~other.lost).sum())
                      for other in _in_memory) if folder == "off" else 0
-        if not _fits((volume + coming) * ranks, folder, num_workers):
+        if not _fits(volume * ranks, folder, num_workers, coming * ranks):
             self.decoders = Decoders(decode, num_workers)
             return
         if folder == "off":

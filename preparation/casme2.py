@@ -336,6 +336,7 @@ def find_frames(opt: argparse.Namespace, table: Table) -> list[videos.Task]:
             table.repaired("missing frame: the nearest existing one", row.key)
         variants = [tuple(moved[n] for n in frames) for frames in variants
                     if all(n in moved for n in frames)]
+        variants = [frames for frames in variants if list(frames) == sorted(frames)]
         # the apex is not among the five frames of --middle published
         apex = moved.get(row.apex) or min((n for n in path_of if n > moved[row.onset]),
                                           key=lambda n, row=row: (abs(n - row.apex), n))

@@ -78,8 +78,12 @@ class Tree:
             for name in inner:
                 self._collect(os.path.join(folder, name), own)
             views = {VIEWS[name.lower()] for name in inner}
-            beside = self._collect(folder, own) if len(views) < 2 else ()
-            if "depth" in beside and "depth" not in views:
+            beside = {"rgb": {}, "depth": {}}
+            if len(views) < 2:
+                self._collect(folder, beside)
+            for view in own.keys() - views:
+                own[view] = beside[view]
+            if own["depth"] and "depth" not in views:
                 notes.add("depth folder without the inner depth/")
             for view, there in images.items():
                 if there and own[view] and there.keys() != own[view].keys():

@@ -302,7 +302,7 @@ def versions(device: str) -> dict:
             "cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
             "ranks": int(os.environ.get("WORLD_SIZE", "1")),
             "gpu": torch.cuda.get_device_name(None if device == "auto" else device)
-            if device != "cpu" and torch.cuda.is_available() else None}
+            if device.partition(":")[0] != "cpu" and torch.cuda.is_available() else None}
 
 
 def header(script: str, opt: argparse.Namespace, argv: list[str], **more: object) -> dict:

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -311,10 +312,12 @@ def test_what_processes_cannot_read_is_named_once_and_marked(tmp_path, monkeypat
 def test_processes_outlive_a_signal_to_all_of_a_run(tmp_path, monkeypatch):
     """Which ends its step and saves."""
     images, told = streamed(tmp_path, monkeypatch)
-    for process in multiprocessing.active_children():
+    for process in images.decoders.processes:
         status = Path(f"/proc/{process.pid}/status")
+        until = time.time() + 60
         while not int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1],
                       16) >> signal.SIGTERM - 1 & 1:  # it is starting
+            assert time.time() < until
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGTERM)
         os.kill(process.pid, signal.SIGINT)
@@ -323,15 +326,28 @@ def test_processes_outlive_a_signal_to_all_of_a_run(tmp_path, monkeypatch):
     assert len({line.split()[0] for line in told.read_text().splitlines()}) <= 2
 
 
-def test_processes_that_cannot_be_started_end_the_run_in_one_line(monkeypatch):
-    monkeypatch.setattr(os, "fork", lambda: (_ for _ in ()).throw(
-        BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")))
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM])
+def test_processes_that_cannot_be_started_end_the_run_in_one_line(monkeypatch, number):
+    """Nor do those stay that could."""
+    fork, forked = os.fork, []
+
+    def scarce():
+        if len(forked) == 2:
+            raise OSError(number, os.strerror(number))
+        forked.append(fork())
+        return forked[-1]
+    monkeypatch.setattr(os, "fork", scarce)
     with pytest.raises(RunFailed, match=r"cannot be started .*--num_workers"):
-        cache.Decoders(int, 2)
+        cache.Decoders(int, 4)
+    until = time.time() + 60
+    while any(process.pid in forked for process in multiprocessing.active_children()):
+        assert time.time() < until
+        time.sleep(0.01)
 
 
 def test_memory_that_another_set_will_take_is_not_free(monkeypatch):
     monkeypatch.setattr(cache, "_free_memory", lambda: 400)  # one takes 288
+    monkeypatch.setattr(cache, "_in_memory", weakref.WeakSet())
     first, _ = on_demand("off")
     assert first.array is not None and on_demand("off")[0].array is None
     first[np.arange(6)]  # its pages are taken: what is free is free

@@ -204,7 +204,7 @@ def test_difference_images_show_the_rise(cut):
 
 
 def test_a_missing_apex_is_replaced_by_its_neighbour(cut):
-    """spNO.5 a: 17 for 18, so the change is that of 7 numbers; b: 19 for 20, of 9."""
+    """spNO.5 a: 17 for 18, so the change is that of 7 frames; b: 19 for 20, of 9."""
     for clip, numbers in ((KEPT[10], 7), (KEPT[11], 9)):
         (row,) = [c for c in dataset.read_clips(cut).clips if c.key == clip]
         assert level_change(cut, row.paths[1]) == pytest.approx(-12.7 * 0.4 * numbers, rel=0.06)

@@ -423,14 +423,19 @@ def another_meaning(data):
     path.write_text(json.dumps(content | {"difference": "absolute"}))
 
 
-def test_resuming_with_pixels_of_another_meaning_is_refused(fresh, quick, pretrained, tmp_path,
+def test_resuming_with_pixels_of_another_meaning_is_refused(drawn, quick, pretrained, tmp_path,
                                                             capsys):
+    """Which images of the stored size do not show by their bytes."""
     runs = Path(shutil.copytree(pretrained.parents[1], tmp_path / "runs"))
-    flags = ["--data_folder", fresh, *quick]
-    another_meaning(fresh)
-    last = refused(capsys, pretrain, *flags, "--resume", "auto", "--model_path", runs, "--epochs",
-                   3)
-    assert "encoding differs" in last
+    (path,) = runs.rglob("last.pth")
+    state = torch.load(path, weights_only=True)
+    state["encoding"]["difference"] = "absolute"
+    torch.save(state, path)
+    before = snapshot(runs)
+    last = refused(capsys, pretrain, "--data_folder", drawn, *quick, "--resume", "auto",
+                   "--model_path", runs, "--epochs", 3)
+    assert "last.pth: was trained on differences encoded as absolute, which are signed here" in last
+    assert snapshot(runs) == before
 
 
 def test_heads_of_pixels_of_another_meaning_are_refused(fresh, quick, tmp_path, capsys):
