@@ -368,7 +368,7 @@ def test_gpus_with_unlike_numbers_of_images_give_the_mean_over_the_images():
     one, *_ = masked.batch_loss(opt, job, place, 10, batch, rows)
     several = job._replace(run=Replicas(network, 4))  # 3, 3, 3 and 1
     actual, *_ = masked.batch_loss(opt, several, place, 10, batch, rows)
-    assert actual.shape == () and float(actual) == pytest.approx(float(one), rel=1e-5)
+    assert actual.shape == () and actual.item() == pytest.approx(one.item(), rel=1e-5)
     parts = several.run(torch.rand(10, 3, SIDE, SIDE), .75, torch.rand(10, 4))[0]
     assert len(parts) == 4 and parts.std() > 0
 
