@@ -221,10 +221,7 @@ def pretrain(opt, argv, device, data, members, run):
               "scaler": precision.scaler}
     if resume:
         old = run.restore(resume, states, data_digest=data_digest)
-        was, now = (said["difference"] for said in (old["encoding"], clips.encoding))
-        if was != now:
-            raise BadInput(f"{resume}: was trained on differences encoded as {was}, which are "
-                           f"{now} here; give another --tag")
+        encoding.check_same(resume, old["encoding"], clips.encoding["difference"])
         done, normalization, within = old["epoch"], old["normalization"], old["within"]
     else:
         done, within, normalization = 0, {}, encoding.estimate_normalization(

@@ -32,7 +32,7 @@ LABELS = (100, 300, 1000, 0)  # 0: all
 FEWEST, MOST, SEEN = 3, 25, 4000  # epochs of fine-tuning, and the images seen that they aim at
 LIST = "EmoLabel/list_patition_label.txt"  # RAF-DB's spelling
 # of each: model, side in pixels, script of its pre-training, share of --epochs that this takes (a
-# regression on ConvNeXt V2's features gains no more), rate of fine-tuning
+# regression on ConvNeXt V2's features gains less by more), rate of fine-tuning
 NETWORKS = {
     "ViT": ("vit_tiny_patch16", 112, "main_pretrain", 1, "5e-4"),
     "ConvNeXt V2": ("convnextv2_atto", 128, "main_pretrain_convnextv2", 0.5, "1e-3")}

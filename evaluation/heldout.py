@@ -142,10 +142,7 @@ def checked_states(run: Run, header: dict, encoders: Encoders, names: dict[str |
                 run.opt.resume == "auto" and state.get("unit") not in names):
             continue  # last.pth, of one that is finished, maybe in another job
         run.check_resumable(path, state, data_digest=header["data_digest"], **(besides or {}))
-        was = (state.get("encoding") or {}).get("difference", header["difference"])
-        if was != header["difference"]:
-            raise BadInput(f"{path}: was trained on differences encoded as {was}, which are "
-                           f"{header['difference']} here; give another --tag")
+        encoding.check_same(path, state.get("encoding"), header["difference"])
         if "folds" in state:  # of heads, from an earlier release: they start anew
             continue
         if state.get("unit") not in names:

@@ -120,12 +120,14 @@ class Decoders:
         self.workers, before = max(num_workers, 1), multiprocessing.active_children()
         self.pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("fork"),
                                         _inherit, (decode,))
+        failure = None
         try:
             self.pool.submit(os.getpid).result()  # the first task starts all of them
         except (OSError, RuntimeError) as error:  # no process, memory or thread is left
-            self.processes = set(multiprocessing.active_children()) - set(before)
-            raise self._failed(f"cannot be started ({error})") from None
+            failure = error
         self.processes = set(multiprocessing.active_children()) - set(before)
+        if failure:
+            raise self._failed(f"cannot be started ({failure})")
 
     def __call__(self, items: Iterable) -> list:
         """decode(item) of each, or the BadInput that it raised; raises RunFailed."""

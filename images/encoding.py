@@ -43,6 +43,15 @@ def read_encoding(folder: str | Path, given: str | None = None) -> dict:
     return content
 
 
+def check_same(path: str | Path, old: dict | None, difference: str | None) -> None:
+    """Raises BadInput where the training that `path` holds saw differences of another encoding, of
+    which the same bytes do not tell; old: its encoding.json, or None."""
+    was = (old or {}).get("difference", difference)
+    if was != difference:
+        raise BadInput(f"{path}: was trained on differences encoded as {was}, which are "
+                       f"{difference} here; give another --tag")
+
+
 # ---------------------------------------------------------------- pixels
 
 def encode(change: np.ndarray, difference: str) -> np.ndarray:

@@ -185,7 +185,7 @@ def register(onset: np.ndarray, apex: np.ndarray, masks: Sequence[np.ndarray],
             small = [cv2.resize(image, None, fx=1 / shrink, fy=1 / shrink,
                                 interpolation=cv2.INTER_AREA) for image in (first, second)]
             coarse = cv2.resize(mask, small[0].shape[::-1], interpolation=cv2.INTER_NEAREST)
-            _, warp = _ecc(*small, _nearest_shift(*small, coarse), coarse, cv2.MOTION_TRANSLATION,
+            _, warp = _ecc(*small, _best_shift(*small, coarse), coarse, cv2.MOTION_TRANSLATION,
                            3)
             warp[:, 2] *= shrink
             alike, warp = _ecc(first, second, warp, mask, cv2.MOTION_TRANSLATION, 5)
@@ -210,7 +210,7 @@ def _luminance(image):
     return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
 
 
-def _nearest_shift(first, second, mask):
+def _best_shift(first, second, mask):
     """The shift in whole pixels, float32 `[2, 3]`, by which the masked part of `first` looks most
     like `second`: from far off, steps that climb would stop at something else."""
     far = math.ceil(MAX_SHIFT * len(first))
@@ -220,7 +220,7 @@ def _nearest_shift(first, second, mask):
     alike = cv2.matchTemplate(
         around[y:y + height + 2 * far, x:x + width + 2 * far], first[part], cv2.TM_CCOEFF_NORMED,
         mask=mask[part].astype(np.float32))
-    alike[~np.isfinite(alike)] = -1  # flat parts
+    alike[~(np.abs(alike) < 1.01)] = -1  # flat parts: what is no number, or no correlation
     down, right = np.unravel_index(alike.argmax(), alike.shape)
     return np.array([[1, 0, right - far], [0, 1, down - far]], np.float32)
 

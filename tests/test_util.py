@@ -130,8 +130,8 @@ def test_a_name_of_any_length_can_be_written_whole(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("device, expected", [("cpu", None), ("auto", "GPU 0"), ("cuda", "GPU 0"),
-                                              ("cuda:1", "GPU 1")])
+@pytest.mark.parametrize("device, expected", [
+    ("cpu", None), ("cpu:0", None), ("auto", "GPU 0"), ("cuda", "GPU 0"), ("cuda:1", "GPU 1")])
 def test_the_gpu_that_computed_is_recorded(monkeypatch, device, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name",
